@@ -1,0 +1,199 @@
+"""What an observer is: a stream of tensors reduced to a range, and so to the parameters of a static spec."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from wrapq.errors import CalibrationError, SpecError, nearest
+from wrapq.quant.affine import (
+    global_scale_for,
+    range_over,
+    range_to_qparams,
+    reduce_range,
+    scale_shape,
+    split_groups,
+    split_tiles,
+)
+from wrapq.quant.qparams import QParams
+from wrapq.quant.spec import QuantSpec
+from wrapq.registry import Registry
+
+
+class Observer(ABC):
+    """A running statistic of one quantization point.
+
+    A subclass keeps what it gathers in the tensors named by `STATE`, which are None until the first update:
+
+        @OBSERVERS.register("minmax")
+        class MinMax(Observer):
+            STATE = ("low", "high")
+            def update(self, x): ...
+            def merge(self, other): ...
+            def range(self): ...
+
+    Ranges are shaped like the scale (`wrapq.quant.affine`), except that a stream whose spec has groups shares them
+    among all positions, [K / g], since batches differ in their number of positions.
+
+    Args:
+        spec: a static spec. Options of the observer are further keyword arguments with defaults.
+
+    Raises:
+        SpecError: the spec is dynamic, which leaves nothing to observe.
+    """
+
+    STATE: tuple[str, ...] = ()
+
+    def __init__(self, spec: QuantSpec) -> None:
+        if spec.dynamic:
+            raise SpecError(f"{spec}: a dynamic spec takes its scales from each tensor and has no observer")
+        self.target = spec
+        # of a local spec only the global scale is fixed, which needs the range of the tensor as a whole
+        self.spec = QuantSpec(spec.dtype, observer=spec.observer) if spec.local else spec
+        for name in self.STATE:
+            setattr(self, name, None)
+
+    @abstractmethod
+    def update(self, x: Tensor) -> None:
+        """Take in `x` [..., K], of any float dtype, padding removed. An empty tensor changes nothing."""
+
+    @abstractmethod
+    def merge(self, other: Self) -> None:
+        """Take in what `other`, of the same spec, has seen."""
+
+    @abstractmethod
+    def range(self) -> tuple[Tensor, Tensor]:
+        """The range chosen, (low, high), float32; NaN or inf where the data held such. Not to be called when empty."""
+
+    def tensor_range(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The range chosen for a whole tensor at hand, such as a weight, without approximation. Keeps nothing."""
+        return reduce_range(x, self.spec)
+
+    @property
+    def empty(self) -> bool:
+        """Whether no element has been seen."""
+        return getattr(self, self.STATE[0]) is None
+
+    def qparams(self, where: str) -> QParams:
+        """The parameters for the range chosen.
+
+        Raises:
+            CalibrationError: nothing was seen, or NaN or inf was; the message starts with `where`.
+        """
+        if self.empty:
+            raise CalibrationError(f"{where}: saw no data, so no {self.spec} range can be chosen")
+        return checked_qparams(*self.range(), self.target, where)
+
+    def report(self) -> dict[str, dict[str, float]]:
+        """What there is to say about the choice beside the range itself, by name; nothing unless overridden."""
+        return {}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What was gathered, by name; empty when nothing was seen."""
+        return {} if self.empty else {name: getattr(self, name) for name in self.STATE}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Replace what was gathered by `state`; raises `CalibrationError` when it is another observer's."""
+        if state and set(state) != set(self.STATE):
+            raise CalibrationError(f"{self.spec}: state with {sorted(state)}, expected {sorted(self.STATE)}")
+        for name in self.STATE:
+            setattr(self, name, state[name].clone() if state else None)
+
+
+OBSERVERS: Registry[type[Observer]] = Registry("observer", "wrapq.observers")
+
+
+def make_observer(spec: QuantSpec) -> Observer:
+    """The observer that `spec` names, with its options.
+
+    Raises:
+        UnknownNameError: no such observer.
+        SpecError: it has no such option, or the value is out of bounds.
+    """
+    kind = OBSERVERS.get(spec.observer)
+    names = list(inspect.signature(kind).parameters)[1:]
+    for option, _ in spec.observer_options:
+        if option not in names:
+            hint = f"did you mean: {', '.join(nearest(option, names))}" if names else "it has none"
+            raise SpecError(f"{spec}: observer {spec.observer} has no option {option!r}; {hint}")
+    return kind(spec, **dict(spec.observer_options))
+
+
+def check_option(spec: QuantSpec, name: str, value: object, valid: Callable[[Any], bool], meaning: str) -> None:
+    """Raise `SpecError`, saying what the option means, unless `value` is a number and `valid`."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not valid(value):
+        raise SpecError(f"{spec}: {name} is {meaning}, not {value!r}")
+
+
+def observe_tensor(x: Tensor, spec: QuantSpec, where: str) -> QParams:
+    """The parameters of one static tensor at hand (a weight), chosen by the spec's observer from all its elements.
+
+    Raises:
+        CalibrationError: the tensor is empty or holds NaN or inf; the message starts with `where`.
+        SpecError: the group size does not divide the width, or the observer's options are wrong.
+    """
+    if spec.local:
+        raise SpecError(f"{where}: {spec} is for activations, since a weight does not change")
+    observer = make_observer(spec)
+    x = x.detach()
+    if not x.numel():
+        raise CalibrationError(f"{where}: an empty tensor of shape {tuple(x.shape)} has no {spec} range")
+    return checked_qparams(*observer.tensor_range(x), spec, where)
+
+
+def checked_qparams(low: Tensor, high: Tensor, spec: QuantSpec, where: str) -> QParams:
+    """The parameters for the ranges `low` to `high`; raises `CalibrationError` where one is not finite."""
+    finite = torch.isfinite(low) & torch.isfinite(high)
+    if not bool(finite.all()):
+        kind = "NaN" if bool((torch.isnan(low) | torch.isnan(high)).any()) else "inf"
+        bad, count = int((~finite).sum()), finite.numel()
+        raise CalibrationError(f"{where}: the data holds {kind} ({bad} of {count} {spec} ranges are not finite)")
+    global_scale = global_scale_for(low, high, spec)
+    if spec.local:
+        return QParams(spec, torch.empty(0, device=low.device), global_scale=global_scale)
+    return QParams(spec, *range_to_qparams(low, high, spec, global_scale), global_scale=global_scale)
+
+
+def stream_range(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """As `reduce_range`, but groups are shared among positions: [K / g] for `x` [..., K].
+
+    Raises:
+        SpecError: blocks, which have rows and so no meaning for tensors of varying length.
+    """
+    if spec.granularity == "block":
+        raise SpecError(f"{spec}: fixed blocks are for weights; give activations groups, or make them dynamic")
+    if spec.granularity != "group":
+        return reduce_range(x, spec)
+    parts = split_groups(x, spec)  # [..., G, g]
+    low, high = range_over(parts, [i for i in range(parts.dim()) if i != parts.dim() - 2])
+    return low.flatten(), high.flatten()
+
+
+def scale_rows(x: Tensor, spec: QuantSpec) -> Tensor:
+    """`x` as a matrix [R, M] whose row r holds the elements under the r-th scale, in the order of `scale_shape`.
+
+    A block at the edge that is smaller than the others holds its last elements several times.
+    """
+    rows = math.prod(scale_shape(x.shape, spec))
+    if spec.granularity == "block":
+        x = split_tiles(x, spec).transpose(-3, -2)
+    if spec.granularity == "head":
+        x = x.movedim(-3, 0)
+    if spec.granularity == "channel":
+        x = x.movedim(spec.axis or 0, 0)
+    return x.reshape(rows, -1)
+
+
+def joined(a: Tensor | None, b: Tensor, spec: QuantSpec) -> Tensor:
+    """`b` on the device of `a`; raises `CalibrationError` when the two streams differ in their number of channels."""
+    if a is None:
+        return b
+    if a.numel() != b.numel():
+        raise CalibrationError(f"{spec}: data with {b.numel()} ranges after data with {a.numel()}")
+    return b.to(a.device)

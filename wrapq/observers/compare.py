@@ -1,0 +1,142 @@
+"""Several observers on one point, in one pass over the data, and the error of each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from wrapq.errors import CalibrationError, SpecError
+from wrapq.observers.base import OBSERVERS, Observer, make_observer, scale_rows
+from wrapq.observers.histogram import HistogramObserver
+from wrapq.observers.mse import histogram_error
+from wrapq.quant.affine import effective_scale, fake_quantize_elements, global_scale_for, range_to_qparams
+from wrapq.quant.spec import QuantSpec
+
+BEST = "best"
+
+
+class _Judge(HistogramObserver):
+    """The histogram over which the others' errors are taken."""
+
+    def range(self) -> tuple[Tensor, Tensor]:
+        return self.bounds()
+
+
+@OBSERVERS.register("compare")
+class Compare(Observer):
+    """Feeds several observers with the same data and takes one's range: `observer: {compare: [minmax, percentile,
+    mse]}`.
+
+    The error of each is the expected squared error over a histogram of the data or, for a tensor at hand, the squared
+    error itself; `report()` gives it per element. Each observer has its default options.
+
+    Args:
+        spec: a static spec.
+        of: names of the observers, joined by +.
+        choose: `best`, for each scale the range with the least error, the first of equals; or one of the names.
+
+    Raises:
+        SpecError: no names, one of them twice or `compare` itself, or `choose` is none of them.
+        UnknownNameError: one of them is no observer.
+    """
+
+    def __init__(self, spec: QuantSpec, of: str = "minmax+percentile+mse", choose: str = BEST) -> None:
+        super().__init__(spec)
+        names = [name.strip() for name in of.split("+")] if isinstance(of, str) else []
+        if not names or len(set(names)) != len(names) or "compare" in names:
+            raise SpecError(f"{spec}: compare needs names of different observers, not {of!r}")
+        if choose not in (BEST, *names):
+            raise SpecError(f"{spec}: choose is {BEST} or one of {', '.join(names)}, not {choose!r}")
+        self.choose = choose
+        self.children = {name: make_observer(replace(self.spec, observer=name, observer_options=())) for name in names}
+        self.judge = _Judge(self.spec)
+        self._report: dict[str, dict[str, float]] = {}
+
+    def update(self, x: Tensor) -> None:
+        """Feed every observer."""
+        for observer in self._all().values():
+            observer.update(x)
+
+    def merge(self, other: Self) -> None:
+        """Merge every observer with its counterpart."""
+        theirs = other._all()
+        for name, observer in self._all().items():
+            observer.merge(theirs[name])
+
+    def range(self) -> tuple[Tensor, Tensor]:
+        """The chosen observer's range, per scale."""
+        ranges = {name: observer.range() for name, observer in self.children.items()}
+        if not self.judge.finite():
+            return next(iter(ranges.values()))
+        counts, width = self.judge.histogram()
+        errors = {}
+        for name, (low, high) in ranges.items():
+            scale, zero_point = self._parameters(low, high)
+            errors[name] = histogram_error(counts, width, scale, zero_point, self.spec.dtype, 2.0).reshape(low.shape)
+        return self._chosen(ranges, errors, int(counts.sum()))
+
+    def tensor_range(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The chosen observer's range for a whole tensor, by its actual error."""
+        ranges = {name: observer.tensor_range(x) for name, observer in self.children.items()}
+        rows, errors = scale_rows(x, self.spec).float(), {}
+        for name, (low, high) in ranges.items():
+            if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
+                return low, high
+            difference = fake_quantize_elements(rows, *self._parameters(low, high), self.spec.dtype) - rows
+            errors[name] = difference.square_().sum(-1).reshape(low.shape)
+        return self._chosen(ranges, errors, x.numel())
+
+    def report(self) -> dict[str, dict[str, float]]:
+        """For each observer the mean squared error, and the share of scales for which it was taken."""
+        if not self._report and not self.empty:
+            self.range()
+        return self._report
+
+    @property
+    def empty(self) -> bool:
+        """Whether no element has been seen."""
+        return self.judge.empty
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The state of each observer, under `NAME.`."""
+        return {
+            f"{name}.{key}": tensor
+            for name, observer in self._all().items()
+            for key, tensor in observer.state_dict().items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Replace what was gathered by `state`; raises `CalibrationError` when it is another observer's."""
+        known = self._all()
+        if foreign := [key for key in state if key.partition(".")[0] not in known]:
+            raise CalibrationError(f"{self.spec}: state with {foreign}, expected that of {', '.join(known)}")
+        for name, observer in known.items():
+            prefix = f"{name}."
+            observer.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+
+    def _all(self) -> dict[str, Observer]:
+        return {**self.children, "histogram": self.judge}
+
+    def _parameters(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
+        global_scale = global_scale_for(low, high, self.spec)
+        scale, zero_point = range_to_qparams(low.reshape(-1, 1), high.reshape(-1, 1), self.spec, global_scale)
+        return effective_scale(scale, global_scale), zero_point
+
+    def _chosen(
+        self, ranges: Mapping[str, tuple[Tensor, Tensor]], errors: Mapping[str, Tensor], elements: int
+    ) -> tuple[Tensor, Tensor]:
+        stacked = torch.stack(list(errors.values()))  # [observers, *scale]
+        names = list(errors)
+        index = (
+            stacked.argmin(0) if self.choose == BEST else torch.full_like(stacked[0], names.index(self.choose)).long()
+        )
+        self._report = {
+            name: {"mse": float(error.sum()) / elements, "chosen": float((index == i).float().mean())}
+            for i, (name, error) in enumerate(errors.items())
+        }
+        low, high = (torch.stack([ends[side] for ends in ranges.values()]) for side in (0, 1))
+        return low.gather(0, index[None])[0], high.gather(0, index[None])[0]

@@ -1,0 +1,353 @@
+"""Quantization of tensors to a grid: `x ~ (q - zero_point) * scale`, scale in float units per step.
+
+What `quantize` gives are codes (`wrapq.quant.dtypes`): an integer dtype's are the integers q themselves; for the others
+`q` is the number that the code stands for, and there is no zero point.
+
+Letters: B batch, T tokens, K in, N out, G groups, g group size. `scale` is float32 and `zero_point` int32, both shaped
+
+| granularity | shape                                                       |
+|-------------|-------------------------------------------------------------|
+| tensor      | (1,)                                                        |
+| channel     | the tensor's rank, C on the axis and 1 elsewhere: [N, 1]    |
+| group       | [..., K / g] for a tensor [..., K]                          |
+| block       | [..., ceil(N / r), ceil(K / c)] for a tensor [..., N, K]    |
+| token       | [..., 1] for a tensor [..., K]                              |
+| head        | [H, 1, 1] for a tensor [..., H, T, D]                       |
+
+and anything that broadcasts to these, such as a group scale [K / g] shared by all rows. `zero_point` is None where the
+grid is signed and symmetric, since it is zero there. The arithmetic is float32 whatever the input's dtype, in which
+every grid up to 16 bits and every difference of its points is exact.
+
+Where a spec has a global scale G, float32 (1,), the scale in use is `scale / G`: compressed-tensors' direction, in
+which G is large and `scale` fills the range of fp8_e4m3 (NVIDIA's own documents multiply by 1 / G).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from wrapq.errors import SpecError
+from wrapq.quant import casts
+from wrapq.quant.dtypes import DTYPES, DType
+from wrapq.quant.spec import QuantSpec
+
+TINY = torch.finfo(torch.float32).tiny
+LARGEST = torch.finfo(torch.bfloat16).max
+"""The largest magnitude that a dequantized number may have: finite in float32 and in bfloat16."""
+
+
+E4M3_MAX, E4M3_LEAST = DTYPES["fp8_e4m3"].largest, 2.0**-9
+
+
+class _Operands(NamedTuple):
+    """A tensor and its parameters, viewed so that they broadcast."""
+
+    x: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+
+
+def storage_dtype(dtype: DType) -> torch.dtype:
+    """The smallest torch integer that holds the codes and that torch computes with: uint9 to uint16 need int32."""
+    if dtype.kind != "int":
+        return torch.uint8
+    if dtype.bits <= 8:
+        return torch.int8 if dtype.signed else torch.uint8
+    return torch.int16 if dtype.signed else torch.int32
+
+
+def scale_shape(shape: Sequence[int], spec: QuantSpec) -> tuple[int, ...]:
+    """The shape of the scales of a tensor of `shape`; needs no data, so that a plan can check a model on paper.
+
+    Raises:
+        SpecError: the group size does not divide the width, or the tensor has no such axis.
+    """
+    if spec.granularity == "tensor":
+        return (1,)
+    if spec.granularity == "channel":
+        axis = _axis(len(shape), spec)
+        return tuple(size if i == axis else 1 for i, size in enumerate(shape))
+    if spec.granularity == "block":
+        return (
+            *shape[:-2],
+            *(-(-size // side) for size, side in zip(shape[-2:], _tile(len(shape), spec), strict=True)),
+        )
+    if spec.granularity == "head":
+        return (shape[_head_axis(len(shape), spec)], 1, 1)
+    return (*shape[:-1], 1 if spec.granularity == "token" else _groups(shape, spec))
+
+
+def split_groups(x: Tensor, spec: QuantSpec) -> Tensor:
+    """The view [..., G, g] of `x` [..., K]; raises `SpecError` when g does not divide K."""
+    return x.unflatten(-1, (_groups(x.shape, spec), -1)) if x.numel() else x.unflatten(-1, (0, spec.group_size or 1))
+
+
+def reduce_range(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """The smallest and largest element under each scale, float32, shaped like the scale. NaN propagates.
+
+    Raises:
+        SpecError: as `scale_shape`.
+    """
+    if spec.granularity == "tensor":
+        low, high = torch.aminmax(x)
+        return low.float().reshape(1), high.float().reshape(1)
+    if spec.granularity == "channel":
+        axis = _axis(x.dim(), spec)
+        return range_over(x, [i for i in range(x.dim()) if i != axis])
+    if spec.granularity == "group":
+        low, high = range_over(split_groups(x, spec), [-1])
+        return low.squeeze(-1), high.squeeze(-1)
+    if spec.granularity == "block":
+        low, high = range_over(split_tiles(x, spec), [-3, -1])
+        return low.squeeze((-3, -1)), high.squeeze((-3, -1))
+    if spec.granularity == "head":
+        axis = _head_axis(x.dim(), spec)
+        low, high = range_over(x, [i for i in range(x.dim()) if i != axis])
+        return low.reshape(-1, 1, 1), high.reshape(-1, 1, 1)
+    return range_over(x, [-1])
+
+
+def split_tiles(x: Tensor, spec: QuantSpec) -> Tensor:
+    """`x` [..., N, K] as [..., N / r, r, K / c, c], a view where blocks fit; others repeat their last elements."""
+    rows, columns = _tile(x.dim(), spec)
+    missing = -x.shape[-2] % rows, -x.shape[-1] % columns
+    for dim, count in zip((-2, -1), missing, strict=True):
+        if count:
+            last = x.narrow(dim, x.shape[dim] - 1, 1)
+            sizes = [count if i == x.dim() + dim else -1 for i in range(x.dim())]
+            x = torch.cat([x, last.expand(sizes)], dim)
+    return x.unflatten(-1, (-1, columns)).unflatten(-3, (-1, rows))
+
+
+def range_over(x: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The smallest and largest element over `dims`, kept as size 1; float32. No dims: the elements themselves."""
+    if not dims:
+        return x.float(), x.float()
+    return x.amin(tuple(dims), keepdim=True).float(), x.amax(tuple(dims), keepdim=True).float()
+
+
+def global_scale_for(low: Tensor, high: Tensor, spec: QuantSpec) -> Tensor | None:
+    """The global scale, float32 (1,), of a tensor whose scales' ranges are `low` to `high`; None for a spec without.
+
+    It is compressed-tensors' `448 * 6 / absmax` for nvfp4: the widest range's scale becomes 448, the largest of
+    fp8_e4m3. A tensor of zeros has 1.
+    """
+    if not spec.global_scale:
+        return None
+    bound = torch.maximum(low.float().abs().amax(), high.float().abs().amax())
+    largest = E4M3_MAX * spec.dtype.half_range
+    scale = (largest / bound).clamp(largest / LARGEST, E4M3_LEAST / TINY)
+    return torch.where(bound == 0, 1.0, scale).reshape(1)
+
+
+def range_to_qparams(
+    low: Tensor, high: Tensor, spec: QuantSpec, global_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Scale (float32) and zero point (int32, or None for zero everywhere) for ranges `low` to `high`, elementwise.
+
+    A symmetric range is widened to [-a, a] and divided into `qmax - qmin` steps, as compressed-tensors does (7.5 steps
+    to a side for int4): no element in it is off by more than half a step; on a float's or codebook's grid `a` is the
+    largest number. An asymmetric one is widened to hold zero, which is then on the grid. A range of zero width has
+    scale 1; no scale is smaller than the least normal float32, nor so large that a dequantized number overflows.
+
+    A scale is then rounded to the spec's `scale_dtype`, to nearest; one too small for it is its least positive
+    number. An
+    e8m0 scale is `2 ** (floor(log2(a)) - emax)`, emax being the exponent of the grid's largest number (OCP MX
+    specification 1.0, section 6.3), so that up to a quarter of the range saturates for fp4_e2m1, an eighth for
+    fp8_e4m3,
+    less for the others. compressed-tensors takes the next power of two where `a >= 1.75 * 2 ** floor(log2(a))`. The MX
+    specification counts an mxint8 element in steps of 1/64: its shared exponent is ours plus 6.
+    """
+    dtype, low, high = spec.dtype, low.float(), high.float()
+    if spec.symmetric:
+        bound = torch.maximum(low.abs(), high.abs())
+        if spec.scale_dtype == "e8m0":
+            return _power_of_two_scale(bound, dtype), _zero_point_for(bound, dtype)
+        levels = dtype.largest_code - dtype.least_code if dtype.kind == "int" else 2 * dtype.largest
+        scale = _usable(bound / dtype.half_range, bound, LARGEST * 2 / (levels + 1))
+        scale = scale if global_scale is None else torch.where(bound == 0, 1.0, bound / dtype.half_range * global_scale)
+        return round_scale(scale, spec), _zero_point_for(scale, dtype)
+    steps = dtype.qmax - dtype.qmin
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    half_width = high * 0.5 - low * 0.5  # halves, because the width of a finite range may be infinite
+    scale = round_scale(_usable(half_width / (steps / 2), half_width, LARGEST / steps), spec)
+    zero_point = (low / scale).neg_().add_(dtype.qmin).round_().clamp_(dtype.qmin, dtype.qmax)
+    return scale, zero_point.to(torch.int32)
+
+
+def round_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
+    """Positive float32 scales rounded to the number of the spec's `scale_dtype` nearest to each, still float32."""
+    if spec.scale_dtype == "fp8_e4m3":
+        return casts.round_to_format(scale.clamp(E4M3_LEAST, E4M3_MAX), DTYPES["fp8_e4m3"])
+    if spec.scale_dtype in ("bfloat16", "float16"):
+        kind = getattr(torch, spec.scale_dtype)
+        least = 2.0**-24 if kind == torch.float16 else TINY
+        return scale.clamp(least, torch.finfo(kind).max).to(kind).float()
+    return scale
+
+
+def _power_of_two_scale(bound: Tensor, dtype: DType) -> Tensor:
+    largest_exponent = math.frexp(dtype.half_range)[1] - 1
+    exponent = torch.frexp(bound).exponent - 1 - largest_exponent
+    # 2**-127, the least e8m0, is no normal float32; dequantized numbers stay below 2**128
+    exponent = exponent.clamp_(-126, 126 - largest_exponent)
+    return torch.where(bound == 0, 1.0, torch.ldexp(torch.ones_like(bound), exponent))
+
+
+def _zero_point_for(scale: Tensor, dtype: DType) -> Tensor | None:
+    return None if dtype.signed else torch.full_like(scale, 1 << (dtype.bits - 1), dtype=torch.int32)
+
+
+def quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec, global_scale: Tensor | None = None
+) -> Tensor:
+    """The codes of the nearest grid points in `storage_dtype`, shaped like `x`.
+
+    Ties go to even, for integers before the zero point is added, for floats as `wrapq.quant.casts` says. NaN has a code
+    in fp8 only; elsewhere the code it gets is any.
+    """
+    operands = _align(x, effective_scale(scale, global_scale), zero_point, spec)
+    return _restore(quantize_elements(*operands, spec.dtype), x, spec)
+
+
+def dequantize(
+    q: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    spec: QuantSpec,
+    dtype: torch.dtype,
+    global_scale: Tensor | None = None,
+) -> Tensor:
+    """What the codes `q` stand for, `(q - zero_point) * scale`, in `dtype`, shaped like `q`."""
+    operands = _align(q, effective_scale(scale, global_scale), zero_point, spec)
+    return _restore(dequantize_elements(*operands, spec.dtype, dtype), q, spec)
+
+
+def fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec, global_scale: Tensor | None = None
+) -> Tensor:
+    """`dequantize(quantize(x))` to the bit, in the dtype of `x` and without the codes; NaN stays NaN."""
+    operands = _align(x, effective_scale(scale, global_scale), zero_point, spec)
+    return _restore(fake_quantize_elements(*operands, spec.dtype), x, spec)
+
+
+def dynamic_fake_quantize(x: Tensor, spec: QuantSpec, global_scale: Tensor | None = None) -> Tensor:
+    """`x` fake-quantized with the scales of its own range. An empty tensor is returned as it is.
+
+    A spec with a global scale takes that of `x` too, unless a fixed one is given.
+    """
+    if not x.numel():
+        return x
+    low, high = reduce_range(x, spec)
+    if global_scale is None:
+        global_scale = global_scale_for(low, high, spec)
+    return fake_quantize(x, *range_to_qparams(low, high, spec, global_scale), spec, global_scale)
+
+
+def effective_scale(scale: Tensor, global_scale: Tensor | None) -> Tensor:
+    """The scale to divide by: `scale`, relative to the global scale where there is one."""
+    return scale if global_scale is None else scale / global_scale
+
+
+def quantize_elements(x: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: DType) -> Tensor:
+    """As `quantize`, for parameters that broadcast to `x` as they are."""
+    steps = _divide(x, scale)
+    if dtype.kind != "int":
+        return casts.encode_nearest(steps, dtype)
+    steps.round_()
+    if zero_point is not None:
+        steps.add_(zero_point)
+    return steps.clamp_(dtype.qmin, dtype.qmax).to(storage_dtype(dtype))
+
+
+def dequantize_elements(
+    q: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: DType, result: torch.dtype
+) -> Tensor:
+    """As `dequantize`, for codes of `dtype` and parameters that broadcast to them as they are."""
+    steps = q.to(torch.float32, copy=True) if dtype.kind == "int" else casts.decode(q, dtype)
+    if zero_point is not None:
+        steps.sub_(zero_point)
+    return _cast(steps.mul_(scale), result)
+
+
+def fake_quantize_elements(x: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: DType) -> Tensor:
+    """As `fake_quantize`, for parameters that broadcast to `x` as they are."""
+    return _cast(round_to_grid(_divide(x, scale), zero_point, dtype).mul_(scale), x.dtype)
+
+
+def round_to_grid(steps: Tensor, zero_point: Tensor | None, dtype: DType) -> Tensor:
+    """The grid points nearest to `steps`, which are multiples of the scale and are overwritten.
+
+    What an algorithm needs to round step by step on any grid: `round_to_grid(w / scale, zero_point, dtype) * scale`.
+    """
+    if dtype.kind != "int":
+        return casts.round_to_format(steps, dtype)
+    steps.round_()
+    if zero_point is None:
+        return steps.clamp_(dtype.qmin, dtype.qmax).add_(0.0)  # integers have no negative zero
+    return steps.add_(zero_point).clamp_(dtype.qmin, dtype.qmax).sub_(zero_point)
+
+
+def _divide(x: Tensor, scale: Tensor) -> Tensor:
+    if x.dtype == torch.float32:
+        return torch.div(x, scale)
+    return x.float().div_(scale)  # in two steps: a division of mixed dtypes is ten times slower on a CPU
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    if dtype == torch.float16:  # a grid point beyond a range that ends at 65504 would become inf
+        x.clamp_(-65504.0, 65504.0)
+    return x.to(dtype)
+
+
+def _usable(scale: Tensor, width: Tensor, largest: float) -> Tensor:
+    return torch.where(width == 0, 1.0, scale.clamp(TINY, largest))
+
+
+def _align(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> _Operands:
+    if spec.granularity == "group":
+        zero_point = None if zero_point is None else zero_point.unsqueeze(-1)
+        return _Operands(split_groups(x, spec), scale.unsqueeze(-1), zero_point)
+    if spec.granularity == "block":
+        zero_point = None if zero_point is None else zero_point[..., None, :, None]
+        return _Operands(split_tiles(x, spec), scale[..., None, :, None], zero_point)
+    return _Operands(x, scale, zero_point)
+
+
+def _restore(result: Tensor, x: Tensor, spec: QuantSpec) -> Tensor:
+    """The inverse of what `_align` did to the shape of `x`."""
+    if spec.granularity != "block":
+        return result.reshape(x.shape)
+    whole = result.flatten(-4, -3).flatten(-2)
+    return whole if whole.shape == x.shape else whole[..., : x.shape[-2], : x.shape[-1]].contiguous()
+
+
+def _tile(rank: int, spec: QuantSpec) -> tuple[int, int]:
+    if rank < 2:
+        raise SpecError(f"{spec}: blocks of a tensor with {rank} dimensions")
+    return spec.block_size or (1, 1)
+
+
+def _head_axis(rank: int, spec: QuantSpec) -> int:
+    if rank < 3:
+        raise SpecError(f"{spec}: heads of a tensor with {rank} dimensions; head is for an attention's tensors")
+    return rank - 3
+
+
+def _axis(rank: int, spec: QuantSpec) -> int:
+    axis = spec.axis or 0
+    if not -rank <= axis < rank:
+        raise SpecError(f"{spec}: axis {axis} of a tensor with {rank} dimensions")
+    return axis % rank
+
+
+def _groups(shape: Sequence[int], spec: QuantSpec) -> int:
+    width, size = shape[-1] if len(shape) else 1, spec.group_size or 1
+    if width % size:
+        raise SpecError(f"{spec}: group size {size} does not divide the width {width} ({width % size} left over)")
+    return width // size

@@ -1,0 +1,137 @@
+"""The parameters with which one tensor is quantized, as one value."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wrapq.errors import ModelError, SpecError
+from wrapq.quant import affine
+from wrapq.quant.spec import QuantSpec
+
+_PARTS = {
+    "scale": torch.float32,
+    "zero_point": torch.int32,
+    "permutation": torch.int64,
+    "global_scale": torch.float32,
+}
+_E8M0_BIAS = 127
+_STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_STORED |= {"fp8_e4m3": torch.float8_e4m3fn, "e8m0": torch.uint8}
+
+
+@dataclass(frozen=True, eq=False)
+class QParams:
+    """Scales and zero points of one tensor, and what is needed to use them. Two are alike when their digests are.
+
+    Attributes:
+        spec: dtype, granularity, axis or group size, symmetry.
+        scale: float32, float units per step, a number of the spec's `scale_dtype`; its shape is said in
+            `wrapq.quant.affine`. Empty for a `local` spec, whose scales follow each tensor.
+        zero_point: int32, shaped like `scale`; None for zero everywhere.
+        permutation: int64 [K], for groups that follow an activation order: column j of the matrix belongs to slot
+            `permutation[j]`, hence to group `permutation[j] // group_size`. None for groups of neighbours.
+        global_scale: float32 (1,), for a spec that has one: the scale in use is `scale / global_scale`.
+
+    Raises:
+        SpecError: a permutation without groups, or a global scale that the spec does not have, or lacks.
+    """
+
+    spec: QuantSpec
+    scale: Tensor
+    zero_point: Tensor | None = None
+    permutation: Tensor | None = None
+    global_scale: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.permutation is not None and self.spec.granularity != "group":
+            raise SpecError(f"{self.spec}: an activation order is for granularity group, not {self.spec.granularity}")
+        if self.spec.global_scale != (self.global_scale is not None):
+            raise SpecError(f"{self.spec}: {'no' if self.spec.global_scale else 'has no'} global scale")
+
+    @property
+    def effective_scale(self) -> Tensor:
+        """The scale in use, float32: relative to the global scale where there is one."""
+        return affine.effective_scale(self.scale, self.global_scale)
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """The codes of `x`, in `affine.storage_dtype`."""
+        if self.permutation is None:
+            return affine.quantize(x, self.scale, self.zero_point, self.spec, self.global_scale)
+        return affine.quantize_elements(x, *self._per_column(x), self.spec.dtype)
+
+    def dequantize(self, q: Tensor, dtype: torch.dtype) -> Tensor:
+        """The numbers that the codes `q` stand for."""
+        if self.permutation is None:
+            return affine.dequantize(q, self.scale, self.zero_point, self.spec, dtype, self.global_scale)
+        return affine.dequantize_elements(q, *self._per_column(q), self.spec.dtype, dtype)
+
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        """`dequantize(quantize(x), x.dtype)` to the bit; of a `local` spec with the group scales of `x` itself."""
+        if self.spec.local:
+            return affine.dynamic_fake_quantize(x, self.spec, self.global_scale)
+        if self.permutation is None:
+            return affine.fake_quantize(x, self.scale, self.zero_point, self.spec, self.global_scale)
+        return affine.fake_quantize_elements(x, *self._per_column(x), self.spec.dtype)
+
+    def to(self, device: torch.device | str) -> QParams:
+        """The same parameters on `device`."""
+        return QParams(self.spec, **{name: tensor.to(device) for name, tensor in self._parts().items()})
+
+    def tensors(self, prefix: str) -> dict[str, Tensor]:
+        """What a checkpoint stores, where present: `<prefix>_scale`, `_zero_point`, `_permutation`, `_global_scale`.
+
+        The scale is in the spec's `scale_dtype`: e8m0 as the exponent plus 127 in uint8, fp8_e4m3 as torch's own.
+        """
+        parts = self._parts()
+        if self.spec.local:
+            del parts["scale"]
+        elif self.spec.scale_dtype == "e8m0":
+            parts["scale"] = (torch.frexp(self.scale).exponent + (_E8M0_BIAS - 1)).to(torch.uint8)
+        else:
+            parts["scale"] = self.scale.to(_STORED[self.spec.scale_dtype])
+        return {f"{prefix}_{name}": tensor for name, tensor in parts.items()}
+
+    @classmethod
+    def from_tensors(cls, prefix: str, tensors: Mapping[str, Tensor], spec: QuantSpec) -> QParams:
+        """The inverse of `tensors`; raises `ModelError` when the scale is missing or a part has another dtype."""
+        found = {name: tensors[f"{prefix}_{name}"] for name in _PARTS if f"{prefix}_{name}" in tensors}
+        needed = [name for name, needs in (("scale", not spec.local), ("global_scale", spec.global_scale)) if needs]
+        for name in needed:
+            if name not in found:
+                raise ModelError(f"no {prefix}_{name} for {spec}")
+        for name, tensor in found.items():
+            expected = _STORED[spec.scale_dtype] if name == "scale" else _PARTS[name]
+            if tensor.dtype != expected:
+                raise ModelError(f"{prefix}_{name} is {tensor.dtype}, not {expected}")
+        if spec.local:
+            found["scale"] = torch.empty(0, device=found["global_scale"].device)
+        elif spec.scale_dtype == "e8m0":
+            exponent = found["scale"].to(torch.int32) - _E8M0_BIAS
+            found["scale"] = torch.ldexp(torch.ones(exponent.shape, device=exponent.device), exponent)
+        else:
+            found["scale"] = found["scale"].float()
+        return cls(spec, **found)
+
+    def digest(self) -> str:
+        """SHA-256, in hex, over the spec's short form and the name, shape and bytes of each tensor."""
+        digest = hashlib.sha256(str(self.spec).encode())
+        for name, tensor in self._parts().items():
+            digest.update(f"\n{name}{tuple(tensor.shape)}:".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def _parts(self) -> dict[str, Tensor]:
+        return {name: tensor for name in _PARTS if (tensor := getattr(self, name)) is not None}
+
+    def _per_column(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scale in use and zero point of each column, [N, K]."""
+        if self.permutation is None or x.shape[-1] != self.permutation.numel():
+            raise SpecError(f"{self.spec}: an activation order for another width than {x.shape[-1]}")
+        group = self.permutation // (self.spec.group_size or 1)
+        zero_point = None if self.zero_point is None else self.zero_point[..., group]
+        return self.effective_scale[..., group], zero_point

@@ -1,0 +1,284 @@
+"""How one tensor is quantized, and the short form in which that is written everywhere.
+
+The short form is `dtype:granularity[:sym|asym][:scale=DTYPE][:global][:dyn|local][:observer]`, for example
+`int4:g128:sym`, `int8:token:dyn`, `uint8:tensor:asym:percentile(percentile=99.9)`, `int8:channel@1`,
+`fp8_e4m3:b128x128`, `int8:head`. In place of the dtype it may start with one of `ALIASES`, which stands for several
+parts: `mxfp4` and `mxfp4:dyn`. Parsing what was printed gives the same spec.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+from wrapq.errors import SpecError, nearest
+from wrapq.quant.dtypes import DTYPES, SCALE_BITS, DType, ScaleDType, dtype_named
+
+Granularity = Literal["tensor", "channel", "group", "block", "token", "head"]
+GRANULARITIES: tuple[str, ...] = get_args(Granularity)
+FLOAT = "float"
+"""The word that stands for "not quantized" wherever a spec may be written."""
+
+Option = str | int | float | bool
+ALIASES: dict[str, str] = {
+    "mxfp8": "fp8_e4m3:g32:scale=e8m0",
+    "mxfp8_e5m2": "fp8_e5m2:g32:scale=e8m0",
+    "mxfp6": "fp6_e2m3:g32:scale=e8m0",
+    "mxfp6_e3m2": "fp6_e3m2:g32:scale=e8m0",
+    "mxfp4": "fp4_e2m1:g32:scale=e8m0",
+    "mxint8": "int8:g32:scale=e8m0",
+    "nvfp4": "fp4_e2m1:g16:scale=fp8_e4m3:global",
+}
+"""Names of whole formats, with what they stand for.
+
+mx...: OCP Microscaling Formats (MX) Specification 1.0, table 1; of its two variants of 8 and of 6 bits the one with
+more mantissa has the plain name. nvfp4: NVIDIA's, as compressed-tensors stores it.
+"""
+
+_OBSERVER = re.compile(r"(?P<name>[a-z][a-z0-9_]*)(\((?P<options>[^()]*)\))?")
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How one tensor is quantized.
+
+    Attributes:
+        dtype: the grid.
+        granularity: which elements share a scale: the whole `tensor`; each index of `axis` (`channel`); `group_size`
+            consecutive elements of the last axis (`group`); a tile of the last two axes (`block`); each vector along
+            the last axis (`token`, only dynamic); each attention head of a tensor [..., H, T, D] (`head`).
+        axis: the channel axis, for granularity `channel`; 0, a weight's output channel, unless said otherwise.
+        group_size: elements per group, for granularity `group`.
+        block_size: rows and columns of a tile, for granularity `block`; tiles at the edges may be smaller.
+        symmetric: the grid is centred on zero, which needs no stored zero point; only integers can be asymmetric.
+        dynamic: scales are computed from each tensor as it comes, not from calibration.
+        local: group scales are computed from each tensor as it comes, but the global scale comes from calibration.
+        scale_dtype: what scales are rounded to; `e8m0` makes them powers of two as the MX specification says.
+        global_scale: group scales are relative to one more float32 scale of the tensor, so that fp8_e4m3 holds them.
+        observer: which observer chooses the range of a static spec.
+        observer_options: its options, as sorted pairs.
+
+    Raises:
+        SpecError: on a combination that contradicts itself; the message names the keys.
+    """
+
+    dtype: DType
+    granularity: Granularity = "tensor"
+    axis: int | None = None
+    group_size: int | None = None
+    symmetric: bool = True
+    dynamic: bool = False
+    observer: str = "minmax"
+    observer_options: tuple[tuple[str, Option], ...] = ()
+    block_size: tuple[int, int] | None = None
+    local: bool = False
+    scale_dtype: ScaleDType = "float32"
+    global_scale: bool = False
+
+    def __post_init__(self) -> None:
+        if self.granularity not in GRANULARITIES:
+            raise SpecError(f"unknown granularity {self.granularity!r}; one of: {', '.join(GRANULARITIES)}")
+        if self.granularity == "channel" and self.axis is None:
+            object.__setattr__(self, "axis", 0)
+        if self.granularity != "channel" and self.axis is not None:
+            raise SpecError(f"axis: {self.axis} is for granularity channel, not {self.granularity}; {_WHOLE}")
+        if self.granularity == "group" and not _is_positive(self.group_size):
+            raise SpecError(f"granularity group needs a group_size of at least 1, not {self.group_size!r}")
+        if self.granularity != "group" and self.group_size is not None:
+            raise SpecError(f"group_size: {self.group_size} is for granularity group, not {self.granularity}; {_WHOLE}")
+        if self.granularity != "block" and self.block_size is not None:
+            raise SpecError(f"block_size: {self.block_size} is for granularity block, not {self.granularity}; {_WHOLE}")
+        if self.granularity == "block":
+            object.__setattr__(self, "block_size", _tile(self.block_size))
+        if self.granularity == "token" and not self.dynamic:
+            raise SpecError("granularity token has no fixed scales: add dynamic: true (dyn), or use tensor or channel")
+        if self.dynamic and (self.observer != "minmax" or self.observer_options):
+            raise SpecError(
+                f"observer: {self.observer} is for static specs; a dynamic one takes each tensor's own range"
+            )
+        self._check_scales()
+
+    def _check_scales(self) -> None:
+        if not self.symmetric and self.dtype.kind != "int":
+            raise SpecError(f"{self.dtype} is symmetric: symmetric: false (asym) is for integers")
+        if self.scale_dtype not in SCALE_BITS:
+            raise SpecError(f"unknown scale_dtype {self.scale_dtype!r}; one of: {', '.join(SCALE_BITS)}")
+        if self.scale_dtype == "e8m0" and not self.symmetric:
+            raise SpecError("scale_dtype e8m0 is for symmetric specs: MX formats have no zero point")
+        if self.global_scale and (self.granularity != "group" or self.scale_dtype != "fp8_e4m3" or not self.symmetric):
+            raise SpecError("global_scale is for symmetric groups with scale_dtype fp8_e4m3, as nvfp4 has them")
+        if self.local and (self.dynamic or not self.global_scale):
+            raise SpecError(
+                "local keeps a global scale and makes the group scales dynamic: it needs global_scale: true"
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> QuantSpec:
+        """The spec that the short form `text` says; raises `SpecError` naming the part that is wrong."""
+        return cls.from_fields(parse_fields(text))
+
+    @classmethod
+    def from_fields(cls, values: Mapping[str, Any]) -> QuantSpec:
+        """The spec that the mapping form says; `dtype` is required, `symmetric` follows its sign unless given."""
+        unknown = [key for key in values if key not in FIELDS]
+        if unknown:
+            raise SpecError(f"unknown key {unknown[0]!r}; did you mean: {', '.join(nearest(unknown[0], FIELDS))}")
+        values = dict(values)
+        if values.get("dtype") is None:
+            raise SpecError(f"no dtype in {values}")
+        dtype = values["dtype"]
+        values["dtype"] = dtype if isinstance(dtype, DType) else dtype_named(dtype)
+        if values.get("symmetric") is None:
+            values["symmetric"] = values["dtype"].signed
+        values["observer"], values["observer_options"] = _observer(values.get("observer"))
+        if values.get("granularity") is None:
+            values["granularity"] = "tensor"
+        return cls(**{key: value for key, value in values.items() if value is not None})
+
+    def fields(self) -> dict[str, Any]:
+        """The mapping form: what `from_fields` takes, only the keys that mean something for this spec."""
+        out: dict[str, Any] = {"dtype": self.dtype.name, "granularity": self.granularity}
+        if self.granularity == "channel":
+            out["axis"] = self.axis
+        if self.granularity == "group":
+            out["group_size"] = self.group_size
+        if self.granularity == "block":
+            out["block_size"] = list(self.block_size or ())
+        out |= {"symmetric": self.symmetric, "dynamic": self.dynamic}
+        if self.scale_dtype != "float32":
+            out["scale_dtype"] = self.scale_dtype
+        out |= {key: True for key in ("global_scale", "local") if getattr(self, key)}
+        if not self.dynamic:
+            out["observer"] = {"name": self.observer, **dict(self.observer_options)}
+        return out
+
+    def __str__(self) -> str:
+        granularity = {
+            "group": f"g{self.group_size}",
+            "block": "b{}x{}".format(*(self.block_size or ())) if self.block_size else "",
+            "channel": "channel" if self.axis == 0 else f"channel@{self.axis}",
+        }.get(self.granularity, self.granularity)
+        parts = [self.dtype.name, granularity, "sym" if self.symmetric else "asym"]
+        if self.scale_dtype != "float32":
+            parts.append(f"scale={self.scale_dtype}")
+        words = {"global": self.global_scale, "local": self.local, "dyn": self.dynamic}
+        parts += [word for word, said in words.items() if said]
+        options = ",".join(f"{key}={_print_option(value)}" for key, value in self.observer_options)
+        if self.observer != "minmax" or options:
+            parts.append(f"{self.observer}({options})" if options else self.observer)
+        return ":".join(parts)
+
+
+FIELDS: tuple[str, ...] = tuple(f.name for f in fields(QuantSpec) if f.name != "observer_options")
+_WHOLE = "to change a scheme's granularity replace the whole spec, e.g. int8:channel:sym"
+
+
+def parse_fields(text: str) -> dict[str, Any]:
+    """The short form as the mapping form, before any default is filled in."""
+    head, *rest = _split(text.strip())
+    implied = parse_fields(ALIASES[head]) if head in ALIASES else {"dtype": _dtype_or_alias(head)}
+    values: dict[str, Any] = {}
+    for part in rest:
+        key, value = _parse_part(part, text)
+        shared = key == "granularity" or key in _SIZES
+        if shared and head in ALIASES:
+            raise SpecError(f"{part!r} in {text!r}: {head} says the granularity itself, {ALIASES[head]}")
+        if key in values or (shared and values.keys() & {"granularity", *_SIZES}):
+            raise SpecError(f"{text!r} says {'the granularity' if shared else key} twice")
+        values[key] = value
+    values = implied | values
+    for key, granularity in _SIZES.items():
+        if key in values:
+            values["granularity"] = granularity
+    return values
+
+
+_SIZES = {"group_size": "group", "axis": "channel", "block_size": "block"}
+
+
+def _dtype_or_alias(name: str) -> DType:
+    try:
+        return dtype_named(name)
+    except SpecError:
+        close = nearest(name, (*ALIASES, *DTYPES))
+        raise SpecError(f"unknown dtype {name!r}; did you mean: {', '.join(close)}") from None
+
+
+def _parse_part(part: str, text: str) -> tuple[str, Any]:
+    if part in ("sym", "asym"):
+        return "symmetric", part == "sym"
+    if part in _FLAGS:
+        return _FLAGS[part], True
+    if part.startswith("scale="):
+        return "scale_dtype", part.removeprefix("scale=")
+    if match := re.fullmatch(r"b(\d+)x(\d+)", part):
+        return "block_size", [int(match[1]), int(match[2])]
+    if re.fullmatch(r"g\d+", part):
+        return "group_size", int(part[1:])
+    if part in ("tensor", "channel", "token", "head"):
+        return "granularity", part
+    if match := re.fullmatch(r"channel@(-?\d+)", part):
+        return "axis", int(match[1])
+    if (match := _OBSERVER.fullmatch(part)) and part not in GRANULARITIES:
+        options = [item.partition("=") for item in (match["options"] or "").split(",") if item]
+        return "observer", {"name": match["name"], **{k.strip(): _parse_option(v.strip()) for k, _, v in options}}
+    raise SpecError(
+        f"{part!r} in {text!r} is none of tensor, channel, channel@AXIS, gSIZE, bROWSxCOLUMNS, token, head, sym, asym, "
+        f"scale=DTYPE, global, local, dyn, OBSERVER"
+    )
+
+
+_FLAGS = {"dyn": "dynamic", "local": "local", "global": "global_scale"}
+
+
+def _split(text: str) -> list[str]:
+    # a colon inside an observer's parentheses does not end the part
+    return re.split(r":(?![^()]*\))", text)
+
+
+def _observer(value: Any) -> tuple[str, tuple[tuple[str, Option], ...]]:
+    if value is None:
+        return "minmax", ()
+    if isinstance(value, str):
+        return value, ()
+    if isinstance(value, Mapping) and "compare" in value:
+        return _comparison(value)
+    if not isinstance(value, Mapping) or "name" not in value:
+        raise SpecError(f"observer must be a name or a mapping with a name, not {value!r}")
+    return value["name"], tuple(sorted((k, v) for k, v in value.items() if k != "name"))
+
+
+def _comparison(value: Mapping[str, Any]) -> tuple[str, tuple[tuple[str, Option], ...]]:
+    """`{compare: [minmax, mse], choose: best}` as the observer `compare` with the names joined by +."""
+    names = value["compare"]
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise SpecError(f"compare is a list of observers' names, not {names!r}")
+    rest = {key: option for key, option in value.items() if key != "compare"}
+    return "compare", tuple(sorted({"of": "+".join(names), **rest}.items()))
+
+
+def _parse_option(text: str) -> Option:
+    if text in ("true", "false"):
+        return text == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _print_option(value: Option) -> str:
+    return str(value).lower() if isinstance(value, bool) else repr(value) if isinstance(value, float) else str(value)
+
+
+def _tile(value: Any) -> tuple[int, int]:
+    if not isinstance(value, list | tuple) or len(value) != 2 or not all(map(_is_positive, value)):
+        raise SpecError(f"granularity block needs a block_size of rows and columns, such as [128, 128], not {value!r}")
+    return value[0], value[1]
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
