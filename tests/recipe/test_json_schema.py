@@ -1,0 +1,83 @@
+from typing import Literal
+
+import pytest
+import yaml
+from pydantic import BaseModel, ConfigDict
+
+from wrapq.recipe.json_schema import recipe_schema
+from wrapq.recipe.presets import list_presets
+
+jsonschema = pytest.importorskip("jsonschema")
+
+
+class Inner(BaseModel):
+    depth: int = 1
+
+
+class Gptq(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    damp: float = 0.01
+    order: Literal["act", "none"] = "none"
+    inner: Inner = Inner()
+
+
+class Text(BaseModel):
+    path: str
+    split: str = "calib"
+
+
+class Empty(BaseModel):
+    pass
+
+
+SCHEMA = recipe_schema({"gptq": Gptq, "rtn": Empty, "ranges": Empty}, {"text": Text, "demo": Text})
+
+
+def mistakes(text: str) -> list[str]:
+    validator = jsonschema.Draft202012Validator(SCHEMA)
+    return sorted(error.json_path for error in validator.iter_errors(yaml.safe_load(text)))
+
+
+def test_it_is_a_schema():
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+
+
+@pytest.mark.parametrize("preset", [p for p in list_presets() if p.kind == "recipe"], ids=lambda p: p.name)
+def test_shipped_recipes_are_valid(preset):
+    assert mistakes(preset.path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "stack: {round: {algorithm: gptq, damp: 0.1, order: act, inner: {depth: 2}}}",
+        "stack: {round: {damp: 0.1}}",
+        "rules: {a: {weight: {group_size: 64, observer: {name: mse, grid: 10}}, input: float}}",
+        "calibration: {samples: 3, split: x}",
+        "defaults: [override /model: hf, _self_]",
+    ],
+)
+def test_what_is_right_passes(text):
+    assert mistakes(text) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("stack: {round: {algorithm: rtn, damp: 0.1}}", "$.stack.round"),
+        ("stack: {round: {algorithm: gptq, order: up}}", "$.stack.round.order"),
+        ("stack: {round: {dmap: 0.1}}", "$.stack.round"),
+        ("rules: {a: {weigth: int8}}", "$.rules.a"),
+        ("rules: {a: {weight: {weight_bit: 8}}}", "$.rules.a.weight"),
+        ("calibration: {source: demo, pth: x}", "$.calibration"),
+        ("paths: {outputs: x}", "$"),
+    ],
+)
+def test_what_is_wrong_is_underlined(text, place):
+    assert place in mistakes(text)
+
+
+def test_every_key_is_described():
+    for name in ("Rule", "Match", "Stage", "Calibration", "Evaluation", "ModelConfig", "SpecFields"):
+        for key, value in SCHEMA["$defs"][name]["properties"].items():
+            assert "description" in value or key in ("damp", "order", "inner", "path", "split"), f"{name}.{key}"

@@ -1,0 +1,46 @@
+"""Writing a composed recipe as one file that composes to the same recipe."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from wrapq.recipe.documents import plain_value
+from wrapq.recipe.schema import Recipe
+
+_GROUPS = ("model", "calibration", "evaluation", "export")
+_HEADER = """\
+# wrapq run recipe=THIS_FILE
+# @package _global_
+defaults: # everything is written below; nothing is taken from the presets
+{lines}
+  - _self_
+
+"""
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The recipe as the text of a recipe file, complete, so that later changes of presets do not change it."""
+    header = _HEADER.format(lines="\n".join(f"  - override /{group}: null" for group in _GROUPS))
+    return header + yaml.dump(_data(recipe), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+def _data(recipe: Recipe) -> dict[str, Any]:
+    data = recipe.model_dump()
+    data["rules"] = {name: rule.model_dump(exclude_defaults=True) for name, rule in recipe.rules.items()}
+    return data
+
+
+class _Dumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    # quoted where the reader would take it for a number, a boolean or null
+    style = None if plain_value(text) == text and isinstance(plain_value(text), str) else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)

@@ -1,0 +1,152 @@
+"""Merging the files of a recipe and its overrides, remembering for every key who wrote it last.
+
+Mappings merge key by key, everything else is replaced. Two things are particular to recipes:
+
+* a spec may be written as a word (`int4:g128:sym`). A mapping merged onto it patches it, so it is taken apart first; a
+  word written over a mapping replaces the whole spec and leaves nothing behind;
+* rules and stages are ordered, and an entry which a defaults list created (`/scheme@rules.linear`) takes its place in
+  the order where the text of a file first names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from wrapq.errors import SpecError
+from wrapq.quant.spec import FLOAT, QuantSpec, parse_fields
+from wrapq.recipe.documents import Document, KeyPath
+from wrapq.recipe.provenance import Source
+
+ORDERED = ("rules", "stack")
+SPEC_KEYS = ("weight", "input", "output", "activations")
+
+
+class Layers:
+    """A tree of plain data with the source of every key."""
+
+    def __init__(self) -> None:
+        self.data: dict[str, Any] = {}
+        self.sources: dict[KeyPath, Source] = {}
+        self.problems: list[tuple[KeyPath, str]] = []
+        self._unplaced: set[KeyPath] = set()
+        self._patched_words: set[KeyPath] = set()
+
+    def add_file(self, document: Document, package: KeyPath, choice: str) -> None:
+        """Merge a file's content under `package`; `choice` is the override that chose the file, or empty."""
+        body = {key: value for key, value in document.data.items() if key != "defaults"}
+        entry = package[:2]
+        if len(entry) == 2 and entry[0] in ORDERED and self.get(entry) is None:
+            self._unplaced.add(entry)
+        self.merge(package, body, lambda path: Source(document.where(path[len(package) :]), choice))
+
+    def merge(self, path: KeyPath, value: Any, source: Callable[[KeyPath], Source]) -> None:
+        """Merge `value` into the tree at `path`, making the mappings on the way."""
+        parent = self.data
+        for depth, key in enumerate(path[:-1], 1):
+            if not isinstance(parent.get(key), dict):
+                self._make_mapping(parent, key, path[:depth], source)
+            parent = parent[key]
+        if path:
+            self._merge(parent, path[-1], path, value, source)
+        else:
+            for key, item in value.items():
+                self._merge(parent, key, (key,), item, source)
+
+    def get(self, path: KeyPath) -> Any:
+        """The value at `path`, None when there is none."""
+        value: Any = self.data
+        for key in path:
+            value = value.get(key) if isinstance(value, dict) else None
+        return value
+
+    def has(self, path: KeyPath) -> bool:
+        """Whether `path` is written anywhere, be it with null."""
+        parent = self.get(path[:-1])
+        return isinstance(parent, dict) and path[-1] in parent
+
+    def delete(self, path: KeyPath) -> None:
+        """Remove the key at `path` and all below it."""
+        del self.get(path[:-1])[path[-1]]
+        self._forget(path)
+        self.sources.pop(path, None)
+
+    def source(self, path: KeyPath) -> Source | None:
+        """Who wrote the key at `path`, or its nearest parent."""
+        while path and path not in self.sources:
+            path = path[:-1]
+        return self.sources.get(path)
+
+    def leaves(self) -> dict[str, Source]:
+        """The source of every key that holds a value or, within a spec, patches one; by dotted path."""
+        return {
+            ".".join(path): source
+            for path, source in self.sources.items()
+            if not isinstance(value := self.get(path), dict) or not value
+        }
+
+    def fold_specs(self) -> None:
+        """Write the specs that were taken apart as words again; those that make no sense are left for the schema."""
+        for path in sorted(self._patched_words):
+            fields = self.get(path)
+            if not isinstance(fields, dict):
+                continue
+            try:
+                word = str(QuantSpec.from_fields(fields))
+            except (SpecError, TypeError, AttributeError) as error:
+                self.problems.append((path, str(error)))
+                continue
+            self._parent(path)[path[-1]] = word
+
+    def _parent(self, path: KeyPath) -> dict[str, Any]:
+        parent = self.get(path[:-1])
+        return parent if isinstance(parent, dict) else {}
+
+    def _merge(self, parent: dict[str, Any], key: str, path: KeyPath, value: Any, source: Callable) -> None:
+        if not isinstance(value, dict):
+            self._forget(path)
+            parent[key] = value
+            self.sources[path] = source(path)
+            return
+        if not isinstance(parent.get(key), dict):
+            self._make_mapping(parent, key, path, source)
+        self.sources[path] = source(path)
+        for name, item in value.items():
+            below = (*path, name)
+            if below in self._unplaced and path[0] in ORDERED and len(path) == 1:
+                parent[key][name] = parent[key].pop(name)
+                self._unplaced.discard(below)
+            self._merge(parent[key], name, below, item, source)
+
+    def _make_mapping(self, parent: dict[str, Any], key: str, path: KeyPath, source: Callable) -> None:
+        before = parent.get(key)
+        self._forget(path)
+        parent[key] = {}
+        if isinstance(before, str) and before != FLOAT and is_spec(path):
+            self._take_apart(parent, key, path, before)
+        self.sources[path] = source(path)
+
+    def _take_apart(self, parent: dict[str, Any], key: str, path: KeyPath, word: str) -> None:
+        origin = self.sources[path]
+        try:
+            fields = parse_fields(word)
+        except SpecError as error:
+            self.problems.append((path, str(error)))
+            return
+        parent[key] = {name: str(value) if name == "dtype" else value for name, value in fields.items()}
+        self.sources |= {(*path, name): origin for name in parent[key]}
+        self._patched_words.add(path)
+
+    def _forget(self, path: KeyPath) -> None:
+        """Drop the sources of everything below `path`, whose content is about to be replaced."""
+        depth = len(path)
+        for other in [p for p in self.sources if len(p) > depth and p[:depth] == path]:
+            del self.sources[other]
+        self._patched_words = {p for p in self._patched_words if p[:depth] != path}
+
+
+def is_spec(path: KeyPath) -> bool:
+    """Whether the key at `path` holds a spec: `rules.NAME.weight` and the like, or `rules.NAME.points.POINT`."""
+    if len(path) < 3 or path[0] != "rules":
+        return False
+    return (len(path) == 3 and path[2] in SPEC_KEYS) or (len(path) == 4 and path[2] == "points")

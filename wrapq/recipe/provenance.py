@@ -1,0 +1,27 @@
+"""Where a value comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Source:
+    """What set a key: a line of a file, an override, or both when an override chose the file.
+
+    Attributes:
+        place: `recipes/w4a16_rtn.yaml:12`; empty when an override set the key itself.
+        override: the override as the user wrote it; empty when none was involved.
+    """
+
+    place: str = ""
+    override: str = ""
+
+    def __str__(self) -> str:
+        if not self.place:
+            return f"override {self.override}"
+        return f"{self.place} (override {self.override})" if self.override else self.place
+
+
+DEFAULT = Source("default")
+"""The source of a key that no file and no override names: the default of the schema."""

@@ -1,0 +1,247 @@
+"""What a recipe may say: the pydantic models behind every key, strict and closed.
+
+Nothing is coerced (`"3"` is no number, `true` is no 1) and unknown keys are refused. The options of a registered thing,
+an algorithm or a data source, stand beside its name; they are kept as they are and checked against the `Options` of the
+thing itself when the recipe is resolved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WrapValidator, model_validator
+
+from wrapq.recipe.spec_patch import SpecPatch
+
+Positive = Annotated[int, Field(ge=1)]
+_ORDERED = ("rules", "stack")
+_LAYERS = re.compile(r"-?\d+|(-?\d+)?:(-?\d+)?")
+
+
+def _folder_name(text: str) -> str:
+    if ".." in text or text.startswith("."):
+        raise ValueError("must not start with a dot or contain two dots: it becomes the name of a folder")
+    return text
+
+
+def _texts(value: Any, _: Any) -> str | list[str] | None:
+    items = value if isinstance(value, list) else [value]
+    if value is not None and not (items and all(isinstance(item, str) and item for item in items)):
+        raise ValueError(f"{value!r} should be a text or a list of texts")
+    return value
+
+
+def _layers(value: Any, _: Any) -> int | str | None:
+    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+        return value
+    if isinstance(value, str) and _LAYERS.fullmatch(value):
+        return value
+    raise ValueError(f"{value!r} should be a block's index such as 3 or -1, or a range such as 0:8")
+
+
+Texts = Annotated[str | list[str] | None, WrapValidator(_texts)]
+"""One text or several."""
+Name = Annotated[
+    str,
+    Field(pattern=r"^[A-Za-z0-9_.-]+$", min_length=1, max_length=100),
+    AfterValidator(_folder_name),
+]
+"""The name of a recipe, which becomes the name of a folder."""
+EntryName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", min_length=1, max_length=100)]
+"""The name of a rule or a stage; no dot, since it is one step of a dotted path."""
+
+
+class _Closed(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+class _Open(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True, use_attribute_docstrings=True)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keys beside the name, which belong to the thing it names."""
+        return dict(self.model_extra or {})
+
+
+class ModelConfig(_Closed):
+    """Which model is quantized."""
+
+    path: Annotated[str, Field(min_length=1)]
+    """A folder in Hugging Face layout, a name on the Hugging Face hub, or `wrapq://demo`."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """The type in which the float model is loaded and the quantized one computes."""
+    tokenizer: str | None = None
+    """Where the tokenizer lies, when not beside the model."""
+    revision: str | None = None
+    """A commit, tag or branch on the hub."""
+
+
+class Match(_Closed):
+    """Which modules a rule is for; all the keys that are given must fit."""
+
+    name: Texts = None
+    """The module's dotted name: a glob (`*.mlp.*`) or a regular expression (`re:.*_proj`), or a list of such."""
+    type: Texts = None
+    """The name of the module's class or of one it derives from, a glob (`*Norm`) or a list of such."""
+    layers: Annotated[int | str | None, WrapValidator(_layers)] = None
+    """The index of the repeated block: `3`, `-1` for the last, or a range `0:8` without its end."""
+
+    @model_validator(mode="after")
+    def _selects(self) -> Match:
+        if self.name is None and self.type is None and self.layers is None:
+            raise ValueError("selects nothing: give name, type or layers; name: '*' means every module")
+        return self
+
+
+class Rule(_Closed):
+    """What one selection of modules gets. Rules apply in order and a later one changes only the keys it names."""
+
+    match: Match
+    """Which modules the rule is for."""
+    quantize: bool = True
+    """False leaves the modules float."""
+    replace: bool = False
+    """True forgets what earlier rules said of these modules, instead of patching it."""
+    optional: bool = False
+    """True allows the rule to match no module."""
+    weight: SpecPatch | None = None
+    """The spec of the weights."""
+    input: SpecPatch | None = None
+    """The spec of the module's input."""
+    output: SpecPatch | None = None
+    """The spec of the module's output."""
+    activations: SpecPatch | None = None
+    """The spec of every activation point of the module, the inner ones included."""
+    points: dict[str, SpecPatch] = {}
+    """The specs of single points by name, such as `mul`, `query`, `probs`."""
+
+
+class Stage(_Open):
+    """One algorithm of the stack, with its options beside it."""
+
+    algorithm: Annotated[str, Field(min_length=1)]
+    """The algorithm's registered name: rtn, ranges, ..."""
+    rules: list[str] | None = None
+    """The rules whose modules the stage handles; all of them when not given."""
+
+
+class Calibration(_Open):
+    """The text that activations are observed on, and the order of work; the source's options stand beside it."""
+
+    source: Annotated[str, Field(min_length=1)]
+    """The data source's registered name: demo, text, jsonl, parquet, datasets, tokens."""
+    samples: Positive = 64
+    """How many sequences."""
+    seq_len: Positive = 256
+    """Tokens per sequence."""
+    batch_size: Positive = 8
+    """Sequences per forward pass."""
+    seed: int = 0
+    """Which sequences are drawn."""
+    schedule: Literal["sequential", "parallel"] = "sequential"
+    """`sequential`: each block sees what the quantized blocks before it give; `parallel`: the float model's values."""
+    pack: bool = True
+    """True joins documents and cuts them into full sequences; False takes one document per sequence, padded."""
+
+
+class Evaluation(_Open):
+    """The text that quality is measured on; the source's options stand beside it."""
+
+    source: Annotated[str, Field(min_length=1)]
+    """The data source's registered name: demo, text, jsonl, parquet, datasets, tokens."""
+    tokens: Positive = 32768
+    """How many tokens."""
+    seq_len: Positive = 256
+    """Tokens per sequence."""
+    batch_size: Positive = 8
+    """Sequences per forward pass."""
+
+
+class Export(_Open):
+    """A copy of the result in another project's format, checked before the run ends; its options stand beside it."""
+
+    format: Annotated[str, Field(min_length=1)] = "none"
+    """The exporter's registered name, compressed_tensors or a plug-in's; `none` writes no copy."""
+
+
+class Recipe(_Closed):
+    """Everything that decides the result of a run, and nothing about the machine it runs on."""
+
+    name: Name
+    """The recipe's name; the folder under `outputs/` and the runs are called by it."""
+    description: str = ""
+    """What the recipe is for, in a sentence."""
+    model: ModelConfig
+    """Which model is quantized."""
+    rules: dict[EntryName, Rule] = {}
+    """What is quantized and how: named rules in order, later ones win."""
+    stack: dict[EntryName, Stage] = {}
+    """The algorithms, by name; their phases decide the order unless `stack_order` does."""
+    stack_order: list[str] | None = None
+    """The names of all stages in the order in which they shall run."""
+    calibration: Calibration
+    """What activations are observed on."""
+    evaluation: Evaluation
+    """What quality is measured on."""
+    export: Export = Export()
+    """Whether the result is also written in another project's format."""
+    seed: int = 0
+    """The seed of everything random outside calibration."""
+
+    def digest(self) -> str:
+        """SHA-256, in hex, of what decides the result: all but `name` and `description`, which are labels.
+
+        Key order counts only where it has a meaning: among rules and among stages. Keys left out and keys written with
+        their default are the same.
+        """
+        data = self.model_dump(mode="json", exclude={"name", "description"})
+        for key in _ORDERED:
+            data[key] = list(data[key].items())
+        text = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Tracking(_Closed):
+    """Where the record of runs goes."""
+
+    enabled: bool = True
+    """False records nothing in MLflow."""
+    uri: str | None = None
+    """A tracking server; the local database under the outputs folder when not given."""
+    experiment: Annotated[str, Field(min_length=1)] = "wrapq"
+    """The MLflow experiment."""
+
+
+class Runtime(_Closed):
+    """How the machine is used."""
+
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    """`auto` takes a GPU when there is one; else cpu, mps, cuda or cuda:N."""
+    threads: Positive | None = None
+    """CPU threads; torch decides when not given."""
+    kernels: Annotated[str, Field(min_length=1)] = "auto"
+    """`auto` measures, once a model is saved, which kernels are faster; `reference` measures nothing; or a kernel."""
+    trust_remote_code: bool = False
+    """Whether code that comes with a model may run. Only the command line can say so."""
+
+
+class Paths(_Closed):
+    """Where files go."""
+
+    outputs: Annotated[str, Field(min_length=1)] = "outputs"
+    """The folder for what runs leave, relative to the working directory."""
+
+
+class Settings(_Closed):
+    """The machine: not part of a recipe, nor of its digest."""
+
+    tracking: Tracking = Tracking()
+    """Where the record of runs goes."""
+    runtime: Runtime = Runtime()
+    """How the machine is used."""
+    paths: Paths = Paths()
+    """Where files go."""
