@@ -1,0 +1,173 @@
+"""The leaves, each against the contract of all wrappers."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.activations import NewGELUActivation
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
+from transformers.pytorch_utils import Conv1D as HFConv1D
+
+from tests.contracts.wrapper import WrapperContract
+from wrapq import PTQConfig, convert, prepare
+from wrapq.errors import PlanError
+from wrapq.wrappers import leaf
+
+LEAF = ("weight", "input", "output")
+
+
+def filled(module: nn.Module) -> nn.Module:
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return module.requires_grad_(False)
+
+
+class TestLinear(WrapperContract):
+    wrapper, points = leaf.Linear, LEAF
+
+    def module(self) -> nn.Module:
+        return filled(nn.Linear(16, 12))
+
+
+class TestLinearWithoutBias(TestLinear):
+    def module(self) -> nn.Module:
+        return filled(nn.Linear(16, 12, bias=False))
+
+
+class ScaledLinear(nn.Linear):
+    """A subclass with a forward of its own, which takes more than a tensor."""
+
+    def forward(self, x: Tensor, factor: float = 1.0) -> Tensor:
+        return super().forward(x) * factor + 1
+
+
+class TestSubclassOfLinear(TestLinear):
+    def module(self) -> nn.Module:
+        return filled(ScaledLinear(16, 12))
+
+    def test_further_arguments_reach_the_own_forward(self):
+        module, (x,) = self.module(), self.inputs()
+        expected = module(x, factor=3.0)
+        prepared = prepare(module, PTQConfig(weight="int16:channel:sym", activation="int16:tensor:asym"))
+        assert torch.equal(prepared(x, factor=3.0), expected)
+        torch.testing.assert_close(convert(prepared)(x, 3.0), expected, rtol=1e-2, atol=1e-2)
+
+
+class TestConv1D(WrapperContract):
+    wrapper, points = leaf.Conv1D, LEAF
+
+    def module(self) -> nn.Module:
+        return filled(HFConv1D(12, 16))
+
+    def test_channels_are_outputs_although_the_weight_is_stored_turned(self):
+        prepared = prepare(self.module(), PTQConfig(weight="int8:channel:sym", activation=None))
+        converted = convert(prepared)
+        assert tuple(converted.weight_scale.shape) == (12, 1)
+        assert converted.weight.shape == (16, 12)
+
+
+class TestConv2d(WrapperContract):
+    wrapper, points = leaf.Conv, LEAF
+
+    def module(self) -> nn.Module:
+        return filled(nn.Conv2d(3, 4, 3, stride=2, padding=1, groups=1))
+
+    def inputs(self, tokens: int = 7, batch: int = 2) -> tuple[Tensor, ...]:
+        return (torch.randn(batch, 3, 8 + tokens, 8, generator=torch.Generator().manual_seed(tokens)),)
+
+
+class TestConv1d(TestConv2d):
+    def module(self) -> nn.Module:
+        return filled(nn.Conv1d(6, 4, 3, groups=2, padding_mode="circular", padding=1))
+
+    def inputs(self, tokens: int = 7, batch: int = 2) -> tuple[Tensor, ...]:
+        return (torch.randn(batch, 6, 4 + tokens, generator=torch.Generator().manual_seed(tokens)),)
+
+
+class TestEmbedding(WrapperContract):
+    wrapper, points = leaf.Embedding, ("weight", "output")
+
+    def module(self) -> nn.Module:
+        return filled(nn.Embedding(20, 16, padding_idx=0))
+
+    def inputs(self, tokens: int = 7, batch: int = 2) -> tuple[Tensor, ...]:
+        return (torch.randint(0, 20, (batch, tokens), generator=torch.Generator().manual_seed(tokens)),)
+
+
+class TestEmbeddingThatMakesItsOwnIds(TestEmbedding):
+    """OPT's positions take an attention mask, and two more arguments."""
+
+    def module(self) -> nn.Module:
+        return filled(OPTLearnedPositionalEmbedding(20, 16))
+
+    def inputs(self, tokens: int = 7, batch: int = 2) -> tuple[Tensor, ...]:
+        return (torch.ones(batch, tokens, dtype=torch.long), 0)
+
+    @staticmethod
+    def cast(inputs: tuple, dtype: torch.dtype) -> tuple:
+        return inputs
+
+
+class TestLayerNorm(WrapperContract):
+    wrapper, points = leaf.LayerNorm, LEAF
+
+    def module(self) -> nn.Module:
+        return filled(nn.LayerNorm(16))
+
+
+class TestRMSNorm(WrapperContract):
+    wrapper, points = leaf.RMSNorm, LEAF
+
+    def module(self) -> nn.Module:
+        return filled(nn.RMSNorm(16))
+
+
+class TestLlamaRMSNorm(TestRMSNorm):
+    def module(self) -> nn.Module:
+        return filled(LlamaRMSNorm(16))
+
+
+class TestGemmaRMSNorm(TestRMSNorm):
+    """It multiplies with 1 + w: the quantized weight goes through the family's own forward."""
+
+    def module(self) -> nn.Module:
+        return filled(Gemma2RMSNorm(16))
+
+
+@pytest.mark.parametrize("kind", [nn.SiLU, nn.GELU, nn.ReLU, nn.Sigmoid, nn.Tanh, NewGELUActivation])
+def test_activations_are_found(kind: type[nn.Module]):
+    assert leaf.Activation is prepare(kind(), PTQConfig(weight=None)).wrapper
+
+
+class TestSiLU(WrapperContract):
+    wrapper, points = leaf.Activation, ("input", "output")
+
+    def module(self) -> nn.Module:
+        return nn.SiLU()
+
+
+class TestSoftmax(TestSiLU):
+    def module(self) -> nn.Module:
+        return nn.Softmax(dim=-1)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: nn.LayerNorm(16, elementwise_affine=False), lambda: nn.RMSNorm(16, elementwise_affine=False)],
+    ids=["LayerNorm", "RMSNorm"],
+)
+def test_a_norm_without_weight_keeps_its_other_points(make):
+    model = nn.Sequential(filled(nn.Linear(16, 16)), make())
+    prepared = prepare(model)
+    assert tuple(prepared[1].quantizers) == ("input", "output")
+    prepared(torch.randn(2, 3, 16))
+    convert(prepared)
+
+
+def test_a_weight_named_for_modules_without_one_is_refused():
+    model = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16, elementwise_affine=False))
+    with pytest.raises(PlanError, match="'weight'"):
+        prepare(model, PTQConfig(overrides={"1": {"weight": "int8:channel"}}))

@@ -1,0 +1,92 @@
+"""GPTQ: rounding column by column, each column's error made good by those still open.
+
+Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", arXiv:2210.17323,
+algorithm 1. With `H = X^T X` and `H^-1 = U^T U`, column i is rounded, and `(w_i - q_i) / U_ii * U_i,j` is taken from
+every column j > i.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from wrapq.algorithms.seqmse import search_ranges
+from wrapq.calibration.algorithm import ALGORITHMS, Rounded, Rounder
+from wrapq.calibration.hessian import Factor, Hessian
+from wrapq.observers.base import observe_tensor
+from wrapq.quant.affine import storage_dtype
+from wrapq.quant.qparams import QParams
+from wrapq.quant.spec import QuantSpec
+
+
+class GPTQOptions(BaseModel):
+    """Options of GPTQ."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    damp: float = Field(0.01, gt=0, description="Added to the Hessian's diagonal, relative to its mean.")
+    act_order: bool = Field(True, description="Round the columns with the largest inputs first.")
+    ranges: Literal["observer", "hessian"] = Field(
+        "observer", description="Ranges by the spec's observer, or by their error in the layer's output as seqmse does."
+    )
+    block_size: int = Field(128, ge=1, description="Columns between two updates of all that are still open.")
+
+
+@ALGORITHMS.register("gptq")
+class GPTQ(Rounder):
+    """GPTQ with ranges fixed beforehand (static groups), so that any column order keeps its groups."""
+
+    Options = GPTQOptions
+    options: GPTQOptions
+    needs = ("hessian",)
+
+    def round(self, weight: Tensor, spec: QuantSpec, where: str, hessian: Hessian | None = None) -> Rounded:
+        """See `Rounder.round`."""
+        hessian = hessian or Hessian()
+        factor = hessian.factor(self.options.damp, self.options.act_order, where)
+        if self.options.ranges == "hessian":
+            qparams = search_ranges(weight, spec, hessian.check(where), where)
+        else:
+            qparams = observe_tensor(weight, spec, where)
+        report = {"damp": factor.damp, "dead_columns": float(factor.dead.sum())}
+        return Rounded(gptq(weight, qparams, factor, self.options.block_size), qparams, report)
+
+
+def gptq(weight: Tensor, qparams: QParams, factor: Factor, block_size: int = 128) -> Tensor:
+    """The integers [N, K] for `weight` [N, K] in the grid of `qparams`.
+
+    Columns that no data reached are rounded to nearest. The work is done on the transposed weight, whose rows are the
+    columns that the algorithm goes through, so that each step reads memory in order.
+    """
+    rows, columns = weight.shape
+    order = torch.arange(columns, device=weight.device) if factor.order is None else factor.order
+    zero_point = torch.zeros_like(qparams.scale) if qparams.zero_point is None else qparams.zero_point
+    scale, zero = (per_column(t, rows, columns, qparams.spec)[order] for t in (qparams.scale, zero_point))
+    low, high = qparams.spec.dtype.qmin, qparams.spec.dtype.qmax
+    open_weight = weight.float().t()[order].contiguous()  # [K, N]
+    integers = torch.empty(columns, rows, dtype=storage_dtype(qparams.spec.dtype), device=weight.device)
+    upper, step = factor.upper, 1 / factor.upper.diagonal()
+    for start in range(0, columns, block_size):
+        stop = min(start + block_size, columns)
+        errors = torch.empty(stop - start, rows, device=weight.device)  # (w - q) / U_ii
+        for i in range(start, stop):
+            done = errors[: i - start]
+            column = torch.addmv(open_weight[i], done.t(), upper[start:i, i], alpha=-1)
+            chosen = (column / scale[i]).round_().add_(zero[i]).clamp_(low, high)
+            integers[i] = chosen
+            torch.mul(column.sub_(chosen.sub_(zero[i]).mul_(scale[i])), step[i], out=errors[i - start])
+        if stop < columns:
+            open_weight[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1)
+    result = torch.empty_like(integers)
+    result[order] = integers
+    return result.t().contiguous()
+
+
+def per_column(value: Tensor, rows: int, columns: int, spec: QuantSpec) -> Tensor:
+    """A scale or zero point of a weight [N, K] as float32 [K, N]."""
+    if spec.granularity == "group":
+        value = value.repeat_interleave(spec.group_size or 1, dim=-1)
+    return value.float().expand(rows, columns).t()

@@ -1,0 +1,16 @@
+"""Ranges of static activations."""
+
+from __future__ import annotations
+
+from wrapq.calibration.algorithm import ALGORITHMS, RangeSetter
+from wrapq.observers.base import Observer
+from wrapq.quant.qparams import QParams
+
+
+@ALGORITHMS.register("ranges")
+class Ranges(RangeSetter):
+    """Each static activation point takes the range that its spec's observer found over the calibration data."""
+
+    def choose(self, observer: Observer, where: str) -> QParams:
+        """See `RangeSetter.choose`."""
+        return observer.qparams(where)

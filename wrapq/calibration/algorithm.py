@@ -1,0 +1,81 @@
+"""What an algorithm declares, so that the plan can order and check a stack without knowing any algorithm by name."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from wrapq.calibration.hessian import Hessian
+from wrapq.observers.base import Observer
+from wrapq.quant.qparams import QParams
+from wrapq.quant.spec import QuantSpec
+from wrapq.registry import Registry
+
+Phase = Literal["transform", "range", "round", "correct"]
+PHASES: tuple[Phase, ...] = ("transform", "range", "round", "correct")
+
+
+class NoOptions(BaseModel):
+    """Options of an algorithm that has none."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Algorithm(ABC):
+    """One stage of the stack. It never runs the model: it is given tensors and gives tensors back.
+
+    Attributes:
+        phase: where in the stack it belongs; transforms come before ranges, ranges before rounding, corrections last.
+        handles: the role of the points it decides.
+        needs: the statistics it must be given; observers of activations are said by the specs.
+        Options: the pydantic model of its options in a recipe.
+    """
+
+    phase: ClassVar[Phase]
+    handles: ClassVar[Literal["weight", "activation"]]
+    needs: ClassVar[tuple[str, ...]] = ()
+    Options: ClassVar[type[BaseModel]] = NoOptions
+
+    def __init__(self, options: Any = None) -> None:
+        self.options = options if options is not None else self.Options()
+
+
+class Rounded(NamedTuple):
+    """A weight's integers [N, K] in the grid of `qparams`, and figures worth keeping, such as the damping it took."""
+
+    integers: Tensor
+    qparams: QParams
+    report: Mapping[str, float] = MappingProxyType({})
+
+
+class Rounder(Algorithm):
+    """Chooses the integers of a weight; each weight has exactly one."""
+
+    phase = "round"
+    handles = "weight"
+
+    @abstractmethod
+    def round(self, weight: Tensor, spec: QuantSpec, where: str, hessian: Hessian | None = None) -> Rounded:
+        """The integers for `weight` [N, K], float; `where` names the point in errors.
+
+        `hessian`, of what the weight is multiplied with, is there when `needs` says so.
+        """
+
+
+class RangeSetter(Algorithm):
+    """Chooses the parameters of a static activation point from what its observer saw."""
+
+    phase = "range"
+    handles = "activation"
+
+    @abstractmethod
+    def choose(self, observer: Observer, where: str) -> QParams:
+        """The parameters for the point `where`; raises `CalibrationError` when the data cannot be used."""
+
+
+ALGORITHMS: Registry[type[Algorithm]] = Registry("algorithm", "wrapq.algorithms")

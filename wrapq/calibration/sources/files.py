@@ -1,0 +1,82 @@
+"""Finding and opening local data files, with errors that name the file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from wrapq.errors import CalibrationError, nearest
+
+PROBE = 1 << 16  # bytes looked at by a check: enough to tell a blank file from text
+
+
+def find_files(path: str, suffixes: tuple[str, ...]) -> list[Path]:
+    """`path` itself, or when it is a folder its files with one of `suffixes`, sorted by name.
+
+    Relative paths start at the working directory, `~` is the home folder.
+
+    Raises:
+        CalibrationError: nothing is there (with the nearest names of the folder), or the folder has no such file.
+    """
+    where = Path(path).expanduser()
+    if not where.exists():
+        raise CalibrationError(f"data file {path!r} does not exist{_neighbours(where)}")
+    if where.is_file():
+        return [where]
+    found = sorted(p for p in where.iterdir() if p.suffix in suffixes and p.is_file())
+    if not found:
+        raise CalibrationError(f"data folder {path!r} holds no file ending in {' or '.join(suffixes)}")
+    return found
+
+
+def check_readable(files: list[Path]) -> None:
+    """Refuse files that cannot be opened, and a set of files that are all empty; raises `CalibrationError`."""
+    for file in files:
+        read_start(file)
+    if not any(file.stat().st_size for file in files):
+        raise CalibrationError(f"data file '{files[0]}' is empty")
+
+
+def check_text(files: list[Path]) -> None:
+    """As `check_readable`, and refuse a file of nothing but white space; raises `CalibrationError`."""
+    check_readable(files)
+    for file in files:
+        if file.stat().st_size > PROBE or read_start(file).removeprefix(b"\xef\xbb\xbf").strip():
+            return
+    raise CalibrationError(f"data file '{files[0]}' holds no text, only white space")
+
+
+def read_start(file: Path) -> bytes:
+    """The first `PROBE` bytes of `file`; raises `CalibrationError` when it cannot be read."""
+    try:
+        with file.open("rb") as stream:
+            return stream.read(PROBE)
+    except OSError as error:
+        raise CalibrationError(f"data file '{file}' cannot be read: {error.strerror}") from error
+
+
+def read_lines(file: Path) -> Iterator[tuple[int, str]]:
+    """The lines of `file`, numbered from 1, decoded strictly from UTF-8 (a byte order mark is dropped).
+
+    Raises:
+        CalibrationError: the file cannot be read, or a line is not UTF-8.
+    """
+    try:
+        with file.open("rb") as stream:
+            for number, line in enumerate(stream, start=1):
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except OSError as error:
+        raise CalibrationError(f"data file '{file}' cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise CalibrationError(
+            f"data file '{file}', line {number}: not valid UTF-8 (byte 0x{error.object[error.start]:02x} "
+            f"at position {error.start} of the line)"
+        ) from None
+
+
+def _neighbours(missing: Path) -> str:
+    parent = missing.parent
+    if not parent.is_dir():
+        return f": the folder '{parent}' does not exist"
+    names = nearest(missing.name, sorted(p.name for p in parent.iterdir()))
+    return f"; in '{parent}' there is: {', '.join(names)}" if names else f": the folder '{parent}' is empty"

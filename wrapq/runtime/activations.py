@@ -1,0 +1,124 @@
+"""Activations as int8, for kernels that multiply integers."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from wrapq.quant.affine import LARGEST, TINY
+from wrapq.quant.qparams import QParams
+from wrapq.quant.spec import QuantSpec
+
+if TYPE_CHECKING:
+    from wrapq.runtime.module import QuantizedWeight
+
+_MIDDLE = 128
+"""A uint8 grid is held as int8, 128 lower."""
+
+
+@dataclass(frozen=True)
+class IntActivation:
+    """`x ~ (q - zero) * scale`: q int8 [M, K], scale float32 [M, 1] or [1], zero a plain integer."""
+
+    q: Tensor
+    scale: Tensor
+    zero: int
+
+
+class ActivationQuantizer:
+    """The integers that a point's fake quantization rounds to, bit for bit, as int8.
+
+    Projections that read the same tensor one after the other (query, key, value) share its integers.
+
+    Args:
+        spec: a grid of at most 8 bits: dynamic and symmetric per token or tensor, or static per tensor.
+        qparams: the fixed parameters; None for a dynamic spec.
+    """
+
+    def __init__(self, spec: QuantSpec, qparams: QParams | None) -> None:
+        self.dtype, self.per_token = spec.dtype, spec.granularity == "token"
+        shift = 0 if spec.dtype.signed else _MIDDLE
+        self.low, self.high = spec.dtype.qmin - shift, spec.dtype.qmax - shift
+        self.half_steps = (spec.dtype.qmax - spec.dtype.qmin) / 2
+        self.largest = LARGEST / ((spec.dtype.qmax - spec.dtype.qmin + 1) / 2)
+        self.scale, self.zero = None, 0
+        if qparams is not None:
+            self.scale = qparams.scale.detach()
+            zero = 0 if qparams.zero_point is None else int(qparams.zero_point)
+            self.zero = zero - shift
+        self.key = (self.dtype, self.per_token, None if qparams is None else (float(qparams.scale), self.zero))
+
+    @classmethod
+    def of(cls, module: QuantizedWeight) -> ActivationQuantizer | None:
+        """The one of `module`'s input point; None where the input is not quantized."""
+        spec = module.specs.get("input")
+        return None if spec is None else cls(spec, None if spec.dynamic else module.qparams("input"))
+
+    @staticmethod
+    def unsupported(spec: QuantSpec | None) -> str | None:
+        """Why activations of `spec` cannot be held as int8 with one scale per row, or None when they can."""
+        if spec is None:
+            return "the input is not quantized"
+        if getattr(spec.dtype, "kind", "int") != "int" or spec.dtype.bits > 8:
+            return f"input {spec.dtype} is no integer of at most 8 bits"
+        if getattr(spec, "scale_dtype", "float32") != "float32" or getattr(spec, "global_scale", False):
+            return f"input {spec}: scales are not plain float32"
+        if spec.granularity not in ("tensor", "token"):
+            return f"input {spec}: one scale per {spec.granularity}, not per tensor or token"
+        if spec.dynamic and not spec.symmetric:
+            return f"input {spec}: dynamic zero points"
+        return None
+
+    def __call__(self, x: Tensor) -> IntActivation:
+        """`x` [..., K] as integers [M, K]."""
+        last = _LAST
+        if last is not None and last.fits(x, self.key):
+            return last.result
+        result = self._quantize(x.reshape(-1, x.shape[-1]))
+        _remember(x, self.key, result)
+        return result
+
+    def _quantize(self, x: Tensor) -> IntActivation:
+        x = x if x.dtype == torch.float32 else x.float()
+        scale = self._dynamic_scale(x) if self.scale is None else self.scale
+        steps = torch.div(x, scale).round_()
+        if self.zero:
+            steps.add_(self.zero)
+        return IntActivation(steps.clamp_(self.low, self.high).to(torch.int8), scale, self.zero)
+
+    def _dynamic_scale(self, x: Tensor) -> Tensor:
+        bound = x.abs().amax(-1, keepdim=True) if self.per_token else x.abs().amax().reshape(1)
+        return bound.div_(self.half_steps).clamp_(TINY, self.largest)
+
+
+@dataclass(frozen=True)
+class _Last:
+    """The integers of one tensor, as long as it lives and nobody writes to it."""
+
+    x: weakref.ref[Tensor]
+    version: int
+    key: tuple[object, ...]
+    result: IntActivation
+
+    def fits(self, x: Tensor, key: tuple[object, ...]) -> bool:
+        return self.x() is x and not x.is_inference() and x._version == self.version and self.key == key
+
+
+_LAST: _Last | None = None  # replaced as a whole and compared by identity, so that threads cannot mix entries
+
+
+def _remember(x: Tensor, key: tuple[object, ...], result: IntActivation) -> None:
+    global _LAST
+    # tensors of inference mode do not count their changes; tracing must not see state that outlives it
+    if not x.is_inference() and not torch.compiler.is_compiling():
+        _LAST = _Last(weakref.ref(x, _forget), x._version, key, result)
+
+
+def _forget(dead: weakref.ref[Tensor]) -> None:
+    global _LAST
+    if _LAST is not None and _LAST.x is dead:
+        _LAST = None

@@ -1,0 +1,257 @@
+"""Which kernel computes which module: by measuring each distinct shape once."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from wrapq.runtime.kernel import KERNELS, REFERENCE, Kernel
+from wrapq.runtime.module import QuantizedWeight
+
+AUTO = "auto"
+ROWS = (1, 128)
+"""Rows of the input at which kernels are timed: one token, and a prompt."""
+_REPEATS = 5
+_SECONDS = 0.05
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class KernelChoice:
+    """How one module is computed.
+
+    Attributes:
+        module: its name in the model.
+        kernel: the kernel's name, or `reference`.
+        bytes: what the module's tensors and the kernel's layout take in memory.
+        speedups: for each number of rows how many times faster than the reference; empty where nothing was timed.
+        float_speedups: the same against the float operation on the dequantized weight.
+        reason: why it is the reference, where it is.
+    """
+
+    module: str
+    kernel: str
+    bytes: int
+    speedups: Mapping[int, float] = field(default_factory=dict)
+    float_speedups: Mapping[int, float] = field(default_factory=dict)
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class KernelReport:
+    """The choices for all modules with a quantized weight, in the model's order."""
+
+    choices: tuple[KernelChoice, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all these modules in memory; tensors that several hold count with each."""
+        return sum(choice.bytes for choice in self.choices)
+
+    def counts(self) -> dict[str, int]:
+        """For each kernel the number of modules that it computes."""
+        counts: dict[str, int] = {}
+        for choice in self.choices:
+            counts[choice.kernel] = counts.get(choice.kernel, 0) + 1
+        return counts
+
+    def summary(self) -> str:
+        """One line: `int8_mm 14 modules (9.1x at 1, 6.0x at 128 rows over the reference), reference 1 modules`."""
+        return ", ".join(f"{name} {count} modules{self._speed(name)}" for name, count in self.counts().items())
+
+    def speedup(self, rows: int, kernel: str | None = None) -> float | None:
+        """The geometric mean over the timed modules (of `kernel`) at `rows` rows; None where none was timed."""
+        chosen = (c for c in self.choices if kernel in (None, c.kernel))
+        speeds = [c.speedups[rows] for c in chosen if rows in c.speedups]
+        return _mean(speeds) if speeds else None
+
+    def table(self) -> str:
+        """A line for each module: name, kernel, bytes, speed over the reference and over float, reason."""
+        rows = [("module", "kernel", "bytes", *(f"x{m}" for m in ROWS), *(f"float x{m}" for m in ROWS), "reason")]
+        for c in self.choices:
+            speeds = [f"{t[m]:.2f}" if m in t else "" for t in (c.speedups, c.float_speedups) for m in ROWS]
+            rows.append((c.module, c.kernel, str(c.bytes), *speeds, c.reason))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        return (
+            "\n".join("  ".join(t.ljust(w) for t, w in zip(row, widths, strict=True)).rstrip() for row in rows) + "\n"
+        )
+
+    def _speed(self, name: str) -> str:
+        speeds = {rows: self.speedup(rows, name) for rows in ROWS}
+        known = [f"{speed:.1f}x at {rows}" for rows, speed in speeds.items() if speed is not None and name != REFERENCE]
+        return f" ({', '.join(known)} rows over the reference)" if known else ""
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """What one distinct shape and spec gets."""
+
+    kernel: type[Kernel] | None
+    bytes: int
+    speedups: Mapping[int, float] = field(default_factory=dict)
+    float_speedups: Mapping[int, float] = field(default_factory=dict)
+    reason: str = ""
+
+
+@torch.no_grad()
+def choose_kernels(model: nn.Module, policy: str = AUTO) -> KernelReport:
+    """Let the converted modules of `model` run on kernels; the model is changed in place.
+
+    Outputs are then those of the kernels' arithmetic, which is near that of the reference but not the same to the bit.
+    A layout is made at a module's first forward and takes the place of its packed weight; nothing float is kept.
+
+    Args:
+        model: a converted model.
+        policy: `auto` times, for each distinct shape and specs, the reference and every kernel that supports it, with 1
+            and 128 rows, and takes the fastest (geometric mean) of those that are faster in both; `reference` leaves
+            kernels; the name of a kernel takes it wherever it is supported.
+
+    Raises:
+        UnknownNameError: no kernel has the name `policy`.
+    """
+    named = [] if policy in (AUTO, REFERENCE) else [KERNELS.get(policy)]
+    modules = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedWeight)}
+    _mark_shared(modules.values())
+    verdicts: dict[tuple[object, ...], _Verdict] = {}
+    choices = []
+    for name, module in modules.items():
+        module.use_kernel(None)
+        if (key := _key(module)) not in verdicts:
+            candidates = [KERNELS.get(k) for k in KERNELS] if policy == AUTO else named
+            verdicts[key] = _judge(module, candidates, policy)
+        verdict = verdicts[key]
+        module.use_kernel(verdict.kernel)
+        kernel = REFERENCE if verdict.kernel is None else verdict.kernel.name
+        speeds = (verdict.speedups, verdict.float_speedups)
+        choices.append(KernelChoice(name, kernel, verdict.bytes, *speeds, verdict.reason))
+    report = KernelReport(tuple(choices))
+    _log.info("kernels: %s", report.summary() or "no module has a quantized weight")
+    return report
+
+
+def _judge(module: QuantizedWeight, candidates: list[type[Kernel]], policy: str) -> _Verdict:
+    reasons = {kernel.name: reason for kernel in candidates if (reason := kernel.unsupported(module)) is not None}
+    usable = [kernel for kernel in candidates if kernel.name not in reasons]
+    if not usable:
+        return _Verdict(None, _bytes(module, None), reason=_reason(reasons, policy))
+    inputs = {rows: x for rows in ROWS if (x := _input(module, rows)) is not None}
+    reference = {rows: _seconds(module, x) for rows, x in inputs.items()}
+    floats = _float_seconds(module, inputs)
+    best, best_times = None, reference
+    for kernel in usable:
+        prepared = kernel(module)
+        times = {rows: _seconds(prepared.run, x) for rows, x in inputs.items()}
+        faster = all(times[rows] < reference[rows] for rows in times)
+        if policy != AUTO or (faster and _mean(times.values()) < _mean(best_times.values())):
+            best, best_times = prepared, times
+    if best is None:
+        slow = f"not faster: {', '.join(kernel.name for kernel in usable)}"
+        return _Verdict(None, _bytes(module, None), dict.fromkeys(ROWS, 1.0), _ratios(floats, reference), slow)
+    kind, size = type(best), _bytes(module, best)
+    return _Verdict(kind, size, _ratios(reference, best_times), _ratios(floats, best_times))
+
+
+def _reason(reasons: Mapping[str, str], policy: str) -> str:
+    """What stands against each kernel that is for this kind of module and device at all."""
+    if policy == REFERENCE:
+        return "as asked"
+    elsewhere = ("not for ", "is not Linear", "is not Embedding")
+    near = {name: why for name, why in reasons.items() if not any(text in why for text in elsewhere)} or reasons
+    return "; ".join(dict.fromkeys(f"{name}: {why}" for name, why in near.items()))
+
+
+def _key(module: QuantizedWeight) -> tuple[object, ...]:
+    """What decides which kernels support a module and how fast they are."""
+    specs = tuple((point, str(spec)) for point, spec in module.specs.items())
+    ordered = "weight_permutation" in module._buffers
+    layout = (module.weight_layout, module.weight_dtype, module.weight_device, module.keeps_packed, ordered)
+    return (type(module), specs, *layout, getattr(module, "bias", None) is None)
+
+
+def _mark_shared(modules: Iterable[QuantizedWeight]) -> None:
+    """Tied weights stay one tensor: a kernel must not take it away from one of the modules."""
+    modules = list(modules)
+    for module in modules:
+        module.forget_kernel()
+    holders: dict[int, list[QuantizedWeight]] = {}
+    for module in modules:
+        holders.setdefault(module.weight_packed.data_ptr(), []).append(module)
+    for group in holders.values():
+        for module in group:
+            module.keeps_packed = len(group) > 1
+
+
+def _input(module: QuantizedWeight, rows: int) -> Tensor | None:
+    generator = torch.Generator().manual_seed(rows)
+    if module.wrapper.kind == "Embedding":
+        return torch.randint(0, module.weight_layout[0], (rows,), generator=generator).to(module.weight_device)
+    if module.wrapper.kind != "Linear":
+        return None
+    x = torch.randn(rows, module.weight_columns, generator=generator)
+    return x.to(module.weight_device, module.weight_dtype)
+
+
+def _float_seconds(module: QuantizedWeight, inputs: Mapping[int, Tensor]) -> dict[int, float]:
+    weight = module.weight
+    if module.wrapper.kind == "Embedding":
+        return {rows: _seconds(lambda ids: nn.functional.embedding(ids, weight), x) for rows, x in inputs.items()}
+    matrix = module.wrapper.to_matrix(weight)
+    return {rows: _seconds(lambda x: nn.functional.linear(x, matrix), x) for rows, x in inputs.items()}
+
+
+def _seconds(function: Callable[[Tensor], object], x: Tensor) -> float:
+    """The shortest of some calls, each on a tensor of its own, as in a model."""
+    times: list[float] = []
+    function(x.clone())
+    while len(times) < _REPEATS or (sum(times) < _SECONDS and len(times) < 10 * _REPEATS):
+        own = x.clone()
+        _wait(x)
+        start = time.perf_counter()
+        function(own)
+        _wait(x)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _wait(x: Tensor) -> None:
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
+
+
+def _bytes(module: QuantizedWeight, kernel: Kernel | None) -> int:
+    own = {**module._buffers, **module._parameters}
+    if kernel is not None and kernel.holds_weight and not module.keeps_packed:
+        own.pop("weight_packed")
+    tensors = [tensor for tensor in own.values() if tensor is not None]
+    return tensor_bytes([*tensors, *(() if kernel is None else kernel.tensors())])
+
+
+def resident_bytes(model: nn.Module) -> int:
+    """Bytes of all tensors that `model` and the kernels made so far hold, shared ones once."""
+    kernels = (m._kernel for m in model.modules() if isinstance(m, QuantizedWeight))
+    held = [tensor for kernel in kernels if kernel is not None for tensor in kernel.tensors()]
+    return tensor_bytes([*model.parameters(), *model.buffers(), *held])
+
+
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of `tensors`, those at the same place counted once; an opaque layout counts as its elements."""
+    sizes: dict[object, int] = {}
+    for tensor in tensors:
+        place = tensor.data_ptr() if tensor.layout == torch.strided else id(tensor)
+        sizes[place] = max(sizes.get(place, 0), tensor.numel() * tensor.element_size())
+    return sum(sizes.values())
+
+
+def _ratios(slow: Mapping[int, float], fast: Mapping[int, float]) -> dict[int, float]:
+    return {rows: slow[rows] / fast[rows] for rows in slow}
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return math.exp(sum(map(math.log, values)) / len(values))

@@ -1,0 +1,224 @@
+"""Kernels for 4 bit weights in groups with bfloat16 activations: W4A16, and W4A8, whose integers bfloat16 holds."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from wrapq.quant.affine import storage_dtype
+from wrapq.runtime.activations import ActivationQuantizer
+from wrapq.runtime.kernel import KERNELS, Kernel, fast_half, is_integer, is_not
+
+if TYPE_CHECKING:
+    from wrapq.runtime.module import QuantizedWeight
+
+GROUPS = (32, 64, 128, 256)
+FEW_ROWS = 16
+"""Up to so many rows the kernel is used; above, the weight is dequantized in parts and multiplied."""
+_BITS, _MIDDLE = 4, 8
+_PART = 2**18
+"""Elements dequantized at a time: the part stays in the processor's cache."""
+_CUDA_TILES = (8, 4, 2)
+
+
+class _Int4(Kernel):
+    """What both have in common: how integers, scales and zero points become the kernel's operands."""
+
+    device: ClassVar[str]
+    rows_multiple: ClassVar[int]
+
+    @classmethod
+    def unsupported(cls, module: QuantizedWeight) -> str | None:
+        """See `Kernel.unsupported`."""
+        if reason := is_not("Linear", module):
+            return reason
+        spec, rows = module.specs["weight"], module.matrix_shape[0]
+        if module.weight_device.type != cls.device:
+            return f"not for {module.weight_device.type}"
+        if not is_integer(spec, _BITS):
+            return f"weight {spec} is not a 4 bit integer with float32 scales"
+        if spec.granularity != "group" or spec.group_size not in GROUPS:
+            return f"weight {spec}: not in groups of {', '.join(map(str, GROUPS))}"
+        if "input" in module.specs and (reason := ActivationQuantizer.unsupported(module.specs["input"])):
+            return reason
+        return f"{rows} rows are no multiple of {cls.rows_multiple}" if rows % cls.rows_multiple else None
+
+    def __init__(self, module: QuantizedWeight) -> None:
+        spec, qparams = module.specs["weight"], module.qparams("weight")
+        self.dtype, self.shape, self.group = spec.dtype, module.matrix_shape, spec.group_size or 1
+        self.bias, self.activation = module.bias, ActivationQuantizer.of(module)
+        self.order = None if qparams.permutation is None else torch.argsort(qparams.permutation)
+        codes = module.codes()
+        ordered = codes if self.order is None else codes[:, self.order]
+        self.packed = self._pack(ordered.to(torch.int32).sub_(spec.dtype.qmin))
+        scale = qparams.scale.detach().expand(self.shape[0], -1)
+        self.symmetric = qparams.zero_point is None
+        zero = torch.zeros_like(scale)
+        if qparams.zero_point is not None:
+            zero = scale * (_MIDDLE + spec.dtype.qmin - qparams.zero_point)
+        # [K / g, N, 2]: w = (u - 8) * scale + zero, u from 0 to 15
+        self.scales_and_zeros = torch.stack([scale, zero], -1).transpose(0, 1).contiguous().bfloat16()
+
+    def _pack(self, unsigned: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _unpack(self) -> Tensor:
+        raise NotImplementedError
+
+    def codes(self) -> Tensor:
+        """See `Kernel.codes`."""
+        codes = self._unpack().add_(self.dtype.qmin).to(storage_dtype(self.dtype))
+        return codes if self.order is None else codes[:, torch.argsort(self.order)]
+
+    def run(self, x: Tensor) -> Tensor:
+        """See `Kernel.run`. Integers of the activation, exact in bfloat16, are multiplied before they are scaled."""
+        if self.activation is None:
+            return self._finish(self._multiply(self._rows(x)), x)
+        a = self.activation(x)
+        integers = self._rows(a.q).to(torch.bfloat16)
+        y = self._multiply(integers.sub_(a.zero) if a.zero else integers)
+        return self._finish(y.float().mul_(a.scale), x)
+
+    def _multiply(self, rows: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _finish(self, y: Tensor, x: Tensor) -> Tensor:
+        """`y` [M, N] with the bias, in the shape and dtype that the float operation on `x` gives."""
+        y = y.to(x.dtype)
+        if self.bias is not None:
+            y = y + self.bias
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+
+    def _rows(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        return rows if self.order is None else rows.index_select(1, self.order)
+
+
+@KERNELS.register("int4_cpu")
+class Int4CPU(_Int4):
+    """`_weight_int4pack_mm_for_cpu` for few rows; for many, the same layout dequantized part by part."""
+
+    name = "int4_cpu"
+    arithmetic = "bfloat16 scales, zero points and, where the kernel itself runs, activations; summed in float32"
+    device, rows_multiple = "cpu", 16
+
+    @classmethod
+    def unsupported(cls, module: QuantizedWeight) -> str | None:
+        """See `Kernel.unsupported`."""
+        if not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
+            return "this torch has no 4 bit kernel for CPUs"
+        return super().unsupported(module)
+
+    def __init__(self, module: QuantizedWeight) -> None:
+        super().__init__(module)
+        block = _block()
+        self.block = block if block is not None and self.shape[0] % block == 0 else None
+        # where the processor multiplies bfloat16 the kernel is the faster one for any number of rows
+        self.most_rows = None if self.block is None or fast_half(module.weight_device) else FEW_ROWS
+
+    def _multiply(self, rows: Tensor) -> Tensor:
+        few = self.most_rows is None or len(rows) <= self.most_rows
+        return self._few(rows) if few else self._many(rows)
+
+    def _few(self, rows: Tensor) -> Tensor:
+        multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
+        return multiply(rows.to(torch.bfloat16), self.packed, self.group, self.scales_and_zeros)
+
+    def _many(self, rows: Tensor) -> Tensor:
+        """Dequantize some blocks of the weight to float32, multiply, and forget them."""
+        (n, k), x, half = self.shape, rows.float(), self._half_block()
+        nibbles = self.packed.view(torch.int8).view(-1, k, half)
+        y = torch.empty(len(rows), n)
+        blocks = max(1, _PART // (2 * half * k))
+        scratch = torch.empty(min(blocks, len(nibbles)), 2, k, half)
+        parameters = self.scales_and_zeros.float().view(k // self.group, -1, 2, half, 2).permute(4, 1, 2, 0, 3)
+        for start in range(0, len(nibbles), blocks):
+            part = slice(start, start + blocks)
+            weight = self._dequantize(nibbles[part], parameters[:, part], scratch)
+            y.view(len(rows), -1, 2, half)[:, part] = torch.matmul(x, weight).permute(2, 0, 1, 3)
+        return y
+
+    def _half_block(self) -> int:
+        return (self.block or self.shape[0]) // 2
+
+    def _dequantize(self, nibbles: Tensor, parameters: Tensor, scratch: Tensor) -> Tensor:
+        """The weight of some blocks [blocks, 2, K, block / 2]: lower and upper nibbles are halves of a block.
+
+        Lower nibbles become u - 8 and upper ones 16 (u - 8): shifts of bytes are slow, masks are not.
+        """
+        weight = scratch[: len(nibbles)]
+        weight[:, 0] = nibbles.bitwise_and(15).sub_(_MIDDLE)
+        weight[:, 1] = nibbles.bitwise_xor(-128).bitwise_and_(-16)
+        scale = torch.stack([parameters[0, :, 0], parameters[0, :, 1] / 16], 1).unsqueeze(3)
+        grouped = weight.view(*weight.shape[:2], -1, self.group, weight.shape[3])  # [blocks, 2, K / g, g, block / 2]
+        grouped.mul_(scale)
+        if not self.symmetric:
+            grouped.add_(parameters[1].unsqueeze(3))
+        return weight
+
+    def _pack(self, unsigned: Tensor) -> Tensor:
+        return torch.ops.aten._convert_weight_to_int4pack_for_cpu(unsigned.contiguous(), 1)
+
+    def _unpack(self) -> Tensor:
+        if self.block is None:
+            return self._read_off()
+        return _unpack_blocks(self.packed, *self.shape, self.block)
+
+    def _read_off(self) -> Tensor:
+        """The integers of a layout of which only the kernel knows the order: what it multiplies the identity with."""
+        (n, k) = self.shape
+        plain = torch.tensor([1.0, 0.0]).expand(k // self.group, n, 2).bfloat16().contiguous()
+        multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
+        eye = torch.eye(k, dtype=torch.bfloat16)
+        return multiply(eye, self.packed, self.group, plain).t().to(torch.int32).add_(_MIDDLE)
+
+
+@KERNELS.register("int4_cuda")
+class Int4CUDA(_Int4):
+    """`_weight_int4pack_mm`, the tensor core kernel of torch for CUDA."""
+
+    name = "int4_cuda"
+    arithmetic = "bfloat16 activations, scales, zero points and output"
+    device, rows_multiple = "cuda", 8
+    holds_weight = False  # its order of nibbles is not undone here: the module keeps the packed weight
+
+    @classmethod
+    def unsupported(cls, module: QuantizedWeight) -> str | None:
+        """See `Kernel.unsupported`."""
+        if reason := super().unsupported(module):
+            return reason
+        if torch.cuda.get_device_capability(module.weight_device) < (8, 0):
+            return "the kernel needs compute capability 8.0"
+        columns = module.matrix_shape[1]
+        return None if _tiles(columns) else f"{columns} columns are no multiple of {_CUDA_TILES[-1] * 16}"
+
+    def _pack(self, unsigned: Tensor) -> Tensor:
+        pairs = unsigned[:, ::2].bitwise_left_shift(4).bitwise_or_(unsigned[:, 1::2]).to(torch.uint8)
+        return torch.ops.aten._convert_weight_to_int4pack(pairs.contiguous(), _tiles(self.shape[1]))
+
+    def _multiply(self, rows: Tensor) -> Tensor:
+        multiply = torch.ops.aten._weight_int4pack_mm
+        return multiply(rows.to(torch.bfloat16), self.packed, self.group, self.scales_and_zeros)
+
+
+def _tiles(columns: int) -> int:
+    """The largest number of inner tiles, of 16 columns each, that divides `columns`; 0 when none does."""
+    return next((tiles for tiles in _CUDA_TILES if columns % (tiles * 16) == 0), 0)
+
+
+@cache
+def _block() -> int | None:
+    """Rows per block of the CPU's layout, which depends on its vector width; None when the layout is another one."""
+    unsigned = torch.randint(0, 16, (64, 32), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unsigned, 1)
+    return next((b for b in (64, 32, 16) if torch.equal(_unpack_blocks(packed, 64, 32, b), unsigned)), None)
+
+
+def _unpack_blocks(packed: Tensor, n: int, k: int, block: int) -> Tensor:
+    """int32 [N, K] of blocks [N / block, K, block / 2] whose lower nibbles are the first half of the rows."""
+    nibbles = packed.view(n // block, k, block // 2)
+    rows = torch.cat([nibbles & 15, nibbles >> 4], -1)
+    return rows.transpose(1, 2).reshape(n, k).to(torch.int32)

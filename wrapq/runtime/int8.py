@@ -1,0 +1,192 @@
+"""Kernels for int8 weights: with int8 activations (W8A8), and with float ones (W8A16)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, cast
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from wrapq.runtime.activations import ActivationQuantizer, IntActivation
+from wrapq.runtime.kernel import KERNELS, Kernel, is_integer, is_not
+
+if TYPE_CHECKING:
+    from wrapq.quant.spec import QuantSpec
+    from wrapq.runtime.module import QuantizedWeight
+
+_CUDA_ROWS = 32
+"""torch._int_mm on CUDA wants more than 16 rows; fewer are padded to this many."""
+_CUDA_MULTIPLE = 8
+
+_PART = 2**18
+"""Weights made float32 at a time: the part stays in the processor's cache."""
+
+
+class _Int8(Kernel):
+    """What they have in common: int8 weights per output row or per tensor, no weight zero point."""
+
+    devices: ClassVar[tuple[str, ...]]
+    weight: Tensor
+
+    @classmethod
+    def unsupported(cls, module: QuantizedWeight) -> str | None:
+        """See `Kernel.unsupported`."""
+        if reason := is_not("Linear", module):
+            return reason
+        spec, device = module.specs["weight"], module.weight_device.type
+        if device not in cls.devices:
+            return f"not for {device}"
+        if not is_integer(spec, 8) or not spec.dtype.signed or not spec.symmetric:
+            return f"weight {spec} is not symmetric int8"
+        if spec.granularity == "channel" and spec.axis not in (0, -2):
+            return f"weight {spec}: scales run along the inputs"
+        if spec.granularity not in ("tensor", "channel"):
+            return f"weight {spec}: a scale per {spec.granularity}, not per channel or tensor"
+        return cls._unsupported_input(module.specs.get("input"))
+
+    @classmethod
+    def _unsupported_input(cls, spec: QuantSpec | None) -> str | None:
+        return ActivationQuantizer.unsupported(spec)
+
+    def __init__(self, module: QuantizedWeight) -> None:
+        codes = module.codes()
+        rows = codes.shape[0]
+        self.scale = module.qparams("weight").scale.detach().reshape(-1).expand(rows).contiguous()
+        self.bias = module.bias
+        self.weight = codes.contiguous()
+
+    def codes(self) -> Tensor:
+        """See `Kernel.codes`."""
+        return self.weight
+
+    def _finish(self, y: Tensor, x: Tensor) -> Tensor:
+        """`y` float32 [M, N] with the bias, in the shape and dtype that the float operation on `x` gives."""
+        if self.bias is not None:
+            y = y.add_(self.bias)
+        y = y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+        return y if x.dtype == torch.float32 else y.to(x.dtype)
+
+
+class _Int8Activation(_Int8):
+    """Integers times integers."""
+
+    arithmetic: ClassVar[str] = "int8 x int8 into int32, then scaled in float32; NaN in a static input is lost"
+
+    def __init__(self, module: QuantizedWeight) -> None:
+        super().__init__(module)
+        self.activation = cast(ActivationQuantizer, ActivationQuantizer.of(module))
+
+
+@KERNELS.register("int8_mm")
+class Int8MM(_Int8Activation):
+    """`torch._int_mm` on the plain int8 matrix [N, K]: the faster one for a single row."""
+
+    name = "int8_mm"
+    devices = ("cpu", "cuda")
+
+    @classmethod
+    def unsupported(cls, module: QuantizedWeight) -> str | None:
+        """See `Kernel.unsupported`."""
+        reason = super().unsupported(module)
+        rows, columns = module.matrix_shape
+        if (
+            reason is None
+            and module.weight_device.type == "cuda"
+            and (rows % _CUDA_MULTIPLE or columns % _CUDA_MULTIPLE)
+        ):
+            return f"{rows} x {columns} are not multiples of {_CUDA_MULTIPLE}"
+        return reason
+
+    def __init__(self, module: QuantizedWeight) -> None:
+        super().__init__(module)
+        self.offset: Tensor | None = None
+        if self.activation.zero:
+            self.offset = self.weight.sum(1, dtype=torch.int32).mul_(-self.activation.zero)
+
+    def run(self, x: Tensor) -> Tensor:
+        """See `Kernel.run`."""
+        a = self.activation(x)
+        sums = self._multiply(a)
+        if self.offset is not None:
+            sums.add_(self.offset)
+        y = sums.view(torch.float32).copy_(sums)  # in the same memory: fresh pages cost more than the arithmetic
+        return self._finish(y.mul_(self.scale).mul_(a.scale), x)
+
+    def _multiply(self, a: IntActivation) -> Tensor:
+        rows = a.q.shape[0]
+        if a.q.is_cuda and rows < _CUDA_ROWS:
+            return torch._int_mm(pad(a.q, (0, 0, 0, _CUDA_ROWS - rows)), self.weight.t())[:rows].contiguous()
+        return torch._int_mm(a.q, self.weight.t())
+
+
+@KERNELS.register("int8_onednn")
+class Int8OneDNN(_Int8Activation):
+    """oneDNN's uint8 x int8 linear on a weight packed for the CPU: the faster one for many rows."""
+
+    name = "int8_onednn"
+    devices = ("cpu",)
+
+    @classmethod
+    def unsupported(cls, module: QuantizedWeight) -> str | None:
+        """See `Kernel.unsupported`."""
+        if not hasattr(torch.ops.onednn, "qlinear_pointwise"):
+            return "this torch has no oneDNN linear for integers"
+        if not torch.cpu._is_vnni_supported():
+            return "without VNNI the CPU's 16 bit sums saturate"
+        return super().unsupported(module)
+
+    def __init__(self, module: QuantizedWeight) -> None:
+        super().__init__(module)
+        self.weight = torch.ops.onednn.qlinear_prepack(self.weight, None)  # [K, N], opaque
+        self.no_zeros = torch.zeros(module.matrix_shape[0], dtype=torch.int32)
+
+    def run(self, x: Tensor) -> Tensor:
+        """See `Kernel.run`."""
+        a = self.activation(x)
+        unsigned = (a.q ^ -128).view(torch.uint8)  # 128 higher
+        operands = (unsigned, 1.0, a.zero + 128, self.weight, self.scale, self.no_zeros, None, 1.0, 0)
+        y = torch.ops.onednn.qlinear_pointwise(*operands, torch.float32, "none", [], "")
+        return self._finish(y.mul_(a.scale), x)
+
+    def codes(self) -> Tensor:
+        """See `Kernel.codes`."""
+        return self.weight.to_dense().t()
+
+
+@KERNELS.register("int8_weight")
+class Int8Weight(_Int8):
+    """int8 weights that are small rather than fast: `torch._weight_int8pack_mm` in a model that computes in bfloat16.
+
+    In other models bfloat16 would cost more than int8 weights do; there the weight becomes float32 part by part.
+    """
+
+    name = "int8_weight"
+    arithmetic = "that of the model's dtype, bfloat16 or else float32, with scales applied to the sums"
+    devices = ("cpu", "cuda")
+
+    @classmethod
+    def _unsupported_input(cls, spec: QuantSpec | None) -> str | None:
+        return None if spec is None else f"input {spec} is quantized"
+
+    def __init__(self, module: QuantizedWeight) -> None:
+        super().__init__(module)
+        self.half = module.weight_dtype == torch.bfloat16
+        if self.half:
+            self.scale = self.scale.bfloat16()
+
+    def run(self, x: Tensor) -> Tensor:
+        """See `Kernel.run`."""
+        rows = x.reshape(-1, x.shape[-1])
+        if self.half:
+            return self._finish(torch._weight_int8pack_mm(rows.to(torch.bfloat16), self.weight, self.scale).float(), x)
+        return self._finish(self._multiply(rows.float()), x)
+
+    def _multiply(self, rows: Tensor) -> Tensor:
+        count, columns = self.weight.shape
+        y, step = rows.new_empty(len(rows), count), max(1, _PART // columns)
+        scratch = rows.new_empty(min(step, count), columns)
+        for start in range(0, count, step):
+            part = self.weight[start : start + step]
+            y[:, start : start + step] = rows @ scratch[: len(part)].copy_(part).t()
+        return y.mul_(self.scale)

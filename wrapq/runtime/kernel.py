@@ -1,0 +1,91 @@
+"""What a kernel is: one way to compute a converted module faster than by dequantizing its weight at every call."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from wrapq.registry import Registry
+
+if TYPE_CHECKING:
+    from wrapq.quant.spec import QuantSpec
+    from wrapq.runtime.module import QuantizedWeight
+
+
+class Kernel(ABC):
+    """A converted module's weight in the layout of one kernel, and the call of it.
+
+    Making an instance prepares the layout. The module makes it at its first forward and then gives up its own packed
+    weight, which `codes` gives back: the weight is in memory once. An instance is never saved, copied or moved.
+
+        @KERNELS.register("my_kernel")
+        class MyKernel(Kernel):
+            arithmetic = "int8 x int8 into int32"
+    """
+
+    name: ClassVar[str]
+    """What it is registered as."""
+    holds_weight: ClassVar[bool] = True
+    """Whether the layout contains the weight, so that the module need not keep it too."""
+    arithmetic: ClassVar[str]
+    """What is computed, in which precision, where it differs from dequantizing and multiplying in float32."""
+
+    @classmethod
+    @abstractmethod
+    def unsupported(cls, module: QuantizedWeight) -> str | None:
+        """Why the kernel cannot compute `module`, in words for a report; None when it can."""
+
+    @abstractmethod
+    def __init__(self, module: QuantizedWeight) -> None: ...
+
+    @abstractmethod
+    def run(self, x: Tensor) -> Tensor:
+        """The module's output for `x` as it came, before the output's own quantization."""
+
+    @abstractmethod
+    def codes(self) -> Tensor:
+        """The integers [N, K] of the weight, as the module's `set_weight` took them."""
+
+    def tensors(self) -> Iterator[Tensor]:
+        """The tensors that the kernel keeps, those that it shares with its module included."""
+        return (value for value in vars(self).values() if isinstance(value, Tensor))
+
+
+KERNELS: Registry[type[Kernel]] = Registry("kernel", "wrapq.runtime")
+REFERENCE = "reference"
+"""The name of computing without a kernel: dequantize, then the float operation."""
+
+
+_FORWARDS = {
+    "torch.nn.modules.linear.Linear": "Linear",
+    "transformers.pytorch_utils.Conv1D": "Linear",
+    "torch.nn.modules.sparse.Embedding": "Embedding",
+}
+
+
+def is_not(kind: str, module: QuantizedWeight) -> str | None:
+    """Why `module` does not compute what a plain module of `kind` does, or None when it does."""
+    if module.wrapper.kind != kind:
+        return f"{module.wrapper.__name__} is not {kind}"
+    own = next(cls for cls in type(module).__bases__[-1].__mro__ if "forward" in vars(cls))
+    if _FORWARDS.get(f"{own.__module__}.{own.__qualname__}") != kind:
+        return f"{own.__qualname__} has a forward of its own"
+    return None
+
+
+def is_integer(spec: QuantSpec, bits: int) -> bool:
+    """Whether the grid of `spec` is that of integers with `bits` bits and plain float32 scales."""
+    plain = getattr(spec, "scale_dtype", "float32") == "float32" and not getattr(spec, "global_scale", False)
+    return plain and getattr(spec.dtype, "kind", "int") == "int" and spec.dtype.bits == bits
+
+
+def fast_half(device: torch.device) -> bool:
+    """Whether `device` multiplies bfloat16 matrices faster than float32 ones."""
+    if device.type != "cpu":
+        return True
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(check() for name in checks if (check := getattr(torch.cpu, name, None)) is not None)

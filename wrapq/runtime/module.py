@@ -1,0 +1,235 @@
+"""The module that remains after `convert`, and the shallow copy by which modules change their class.
+
+A quantized stand-in is a shallow copy of the module it stands for: another object with the same children, parameters
+and attributes, whose class puts a forward of ours in front of the original class. Names in the model do not change,
+`isinstance` still holds, and the original is left as it was, so that undoing is putting it back.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from wrapq.quant.affine import dynamic_fake_quantize
+from wrapq.quant.packing import pack, unpack
+from wrapq.quant.qparams import QParams
+from wrapq.quant.spec import QuantSpec
+from wrapq.runtime.kernel import Kernel
+
+_log = logging.getLogger(__name__)
+
+_CONTAINERS = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
+
+
+_CLASSES: dict[tuple[str, tuple[type, ...]], type] = {}
+
+
+def combined_class(prefix: str, *bases: type) -> type:
+    """The class `prefix + name of the last base`, deriving from `bases` in that order; one for each combination."""
+    key = (prefix, bases)
+    if key not in _CLASSES:
+        _CLASSES[key] = type(f"{prefix}{bases[-1].__name__}", bases, {"__module__": bases[0].__module__})
+    return _CLASSES[key]
+
+
+def original_class(module: nn.Module) -> type:
+    """The class that `module` has, or had before one of ours was put in front of it."""
+    cls = type(module)
+    return cls.__bases__[-1] if cls in _CLASSES.values() else cls
+
+
+def shadow(module: nn.Module, cls: type) -> Any:
+    """A shallow copy of `module` with class `cls`: shares tensors and children, has its own tables of them."""
+    copy: Any = object.__new__(cls)
+    copy.__dict__ = dict(module.__dict__)
+    for name in _CONTAINERS:
+        copy.__dict__[name] = module.__dict__[name].copy()
+    return copy
+
+
+class QuantizedModule(nn.Module):
+    """Base of converted modules: plain tensors under compressed-tensors' names, no observers.
+
+    It holds, for each point with fixed parameters, `<point>_scale` and, where it has one, `<point>_zero_point`. Dynamic
+    points need no tensor.
+    """
+
+    specs: dict[str, QuantSpec]
+    wrapper: Any
+
+    def q(self, point: str, x: Tensor, token_dim: int = 1) -> Tensor:
+        """`x` [..., K] as the point's grid holds it, or `x` itself where the point is not quantized."""
+        spec = self.specs.get(point)
+        if spec is None:
+            return x
+        if spec.dynamic:
+            return dynamic_fake_quantize(x, spec)
+        return self.qparams(point).fake_quantize(x)
+
+    def meet(self, raw: Tensor, x: Tensor) -> Tensor:
+        """Nothing is gathered any more: `x`."""
+        return x
+
+    def qparams(self, point: str) -> QParams:
+        """The fixed parameters of `point`."""
+        tensors = {**self._buffers, **self._parameters}
+        return QParams.from_tensors(point, cast(dict[str, Tensor], tensors), self.specs[point])
+
+    def set_qparams(self, point: str, qparams: QParams) -> None:
+        """Hold the fixed parameters of `point`."""
+        for name, tensor in qparams.tensors(point).items():
+            if tensor.is_floating_point():
+                # transformers asks a model's parameters for its device: one without a single parameter cannot generate
+                self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+            else:
+                self.register_buffer(name, tensor)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{point}={spec}" for point, spec in self.specs.items())
+
+
+class QuantizedWeight(QuantizedModule):
+    """A converted module whose weight is quantized: packed integers instead of the float weight.
+
+    It holds `weight_packed` int32 [N, ceil(K * bits / 32)] and `weight_shape` int64 [2] = (N, K). Without a kernel the
+    weight is dequantized at each forward. With one (`use_kernel`), the kernel's layout is made at the first forward and
+    takes the place of `weight_packed` in memory; state dicts, copies and pickles hold `weight_packed` all the same, and
+    moving or loading the module forgets the layout until the next forward.
+    """
+
+    weight_packed: Tensor
+    weight_layout: torch.Size
+    weight_dtype: torch.dtype
+    weight_columns: int
+    kernel_type: type[Kernel] | None = None
+    """The kernel that runs; None for the reference."""
+    keeps_packed: bool = False
+    """Other modules hold the same `weight_packed`: it stays although the kernel has its own layout."""
+    _kernel: Kernel | None = None
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        return self.weight_layout.numel() // self.weight_columns, self.weight_columns
+
+    @property
+    def weight_device(self) -> torch.device:
+        """Where the weight lies."""
+        return cast(Tensor, self.weight_scale).device
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight in the original module's layout and dtype, dequantized anew at each call."""
+        matrix = self.qparams("weight").dequantize(self.codes(), self.weight_dtype)
+        return self.wrapper.from_matrix(matrix, self.weight_layout)
+
+    def codes(self) -> Tensor:
+        """The integers [N, K] of the weight."""
+        packed = self._buffers.get("weight_packed")
+        if packed is None and self._kernel is not None:
+            return self._kernel.codes()
+        return unpack(cast(Tensor, packed), self.specs["weight"].dtype, self.weight_columns)
+
+    def set_weight(self, integers: Tensor, qparams: QParams) -> None:
+        """Hold `integers` [N, K] and their parameters as the weight."""
+        self.register_buffer("weight_packed", pack(integers, qparams.spec.dtype))
+        self.register_buffer("weight_shape", torch.tensor(integers.shape))
+        self.set_qparams("weight", qparams)
+
+    def share_weight(self, other: QuantizedModule) -> None:
+        """Hold the very tensors of `other`, so that tied weights stay tied."""
+        tables: Any = ((self._buffers, other._buffers), (self._parameters, other._parameters))
+        for table, theirs in tables:
+            table.update({name: tensor for name, tensor in theirs.items() if name.startswith("weight_")})
+
+    def use_kernel(self, kernel: type[Kernel] | None) -> None:
+        """Compute with `kernel` from the next forward on, or with the reference for None."""
+        self.forget_kernel()
+        self.kernel_type = kernel
+
+    def forget_kernel(self) -> None:
+        """Give up the kernel's layout and hold `weight_packed` again; the next forward makes the layout anew."""
+        if self._kernel is not None:
+            self._buffers["weight_packed"], self._kernel = self._packed(), None
+
+    def kernel(self) -> Kernel | None:
+        """The kernel, ready to run; None for the reference.
+
+        A kernel that does not run where the module was moved to is left for the reference, and the log says so.
+        """
+        if self._kernel is None and self.kernel_type is not None:
+            if reason := self.kernel_type.unsupported(self):
+                _log.warning("kernel %s left for the reference: %s", self.kernel_type.name, reason)
+                self.kernel_type = None
+                return None
+            self._kernel = self.kernel_type(self)
+            if self._kernel.holds_weight and not self.keeps_packed:
+                self._buffers["weight_packed"] = None
+        return self._kernel
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the wrapper computes, by the kernel where there is one; kernels have no gradient."""
+        if self.kernel_type is None or len(args) != 1 or kwargs or not _is_inference(args[0]):
+            return super().forward(*args, **kwargs)
+        kernel = self.kernel()
+        return super().forward(*args) if kernel is None else self.q("output", kernel.run(args[0]))
+
+    def _packed(self) -> Tensor | None:
+        packed = self._buffers.get("weight_packed")
+        if packed is None and self._kernel is not None:
+            return pack(self._kernel.codes(), self.specs["weight"].dtype)
+        return packed
+
+    def __getattr__(self, name: str) -> Any:
+        taken = name == "weight_packed" and self.__dict__.get("_kernel") is not None
+        return self._packed() if taken else super().__getattr__(name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._kernel is None:
+            return self.__dict__.copy()
+        return {**self.__dict__, "_kernel": None, "_buffers": {**self._buffers, "weight_packed": self._packed()}}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedWeight:
+        self.forget_kernel()
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        kept = self._buffers
+        if self._kernel is not None:
+            self._buffers = {**kept, "weight_packed": self._packed()}
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        self._buffers = kept
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.forget_kernel()
+        super()._load_from_state_dict(*args)
+
+    def extra_repr(self) -> str:
+        kernel = "" if self.kernel_type is None else f", kernel={self.kernel_type.name}"
+        return super().extra_repr() + kernel
+
+
+def _is_inference(x: Tensor) -> bool:
+    return bool(x.numel()) and not (x.requires_grad and torch.is_grad_enabled())
+
+
+def new_quantized(module: nn.Module, wrapper: Any, specs: Mapping[str, QuantSpec]) -> Any:
+    """A converted stand-in for the float `module`, without integers or parameters yet.
+
+    Args:
+        module: the float module; it is not changed.
+        wrapper: the wrapper class whose forward runs.
+        specs: the spec of every quantized point.
+    """
+    base = QuantizedWeight if "weight" in specs else QuantizedModule
+    new = shadow(module, combined_class("Quantized", base, wrapper, type(module)))
+    new.__dict__["specs"], new.__dict__["wrapper"] = dict(specs), wrapper
+    if "weight" in specs:
+        weight = new._parameters.pop("weight")
+        new.weight_layout, new.weight_dtype = weight.shape, weight.dtype
+        new.weight_columns = wrapper.to_matrix(weight).shape[1]
+    return new

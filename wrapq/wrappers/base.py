@@ -1,0 +1,168 @@
+"""The base of all wrappers: what a wrapper declares, and the module it becomes while it is calibrated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from wrapq.errors import LifecycleError
+from wrapq.quant.spec import QuantSpec
+from wrapq.runtime.module import QuantizedModule, combined_class, new_quantized, shadow
+from wrapq.wrappers.quantizer import MEET, Quantizer, State, WeightQuantizer
+
+
+@dataclass(frozen=True)
+class Point:
+    """A quantization point that a wrapper declares: a named tensor, a `weight` or an `activation`."""
+
+    name: str
+    role: Literal["weight", "activation"] = "activation"
+
+
+WEIGHT = Point("weight", "weight")
+INPUT, OUTPUT = Point("input"), Point("output")
+
+
+class Wrapper(nn.Module):
+    """How one kind of module looks with quantization points: subclass it to support a new one.
+
+        @WRAPPERS.register("torch.nn.modules.linear.Linear")
+        class Linear(Wrapper):
+            points = (WEIGHT, INPUT, OUTPUT)
+
+            def forward(self, x):
+                return self.q("output", super().forward(self.q("input", x)))
+
+    A wrapper's class is put in front of the original module's: `super().forward` is the original's forward, which reads
+    the quantized weight as `self.weight`. The same forward runs while calibrating, when fake-quantized and after
+    conversion; only what `q` does differs. Without any spec it must compute exactly what the module computed.
+    """
+
+    points: ClassVar[tuple[Point, ...]] = ()
+    forward: Callable[..., Any]
+    kind: ClassVar[str] = ""
+    """The name that a rule's `type` may use for every class this wrapper stands in for."""
+    replaces_forward: ClassVar[bool] = False
+    """The wrapper computes the module's function itself instead of calling `super().forward`."""
+    multiplies: ClassVar[bool] = False
+    """The weight is multiplied with a matrix, `input_matrix(x)`, so that it has a Hessian."""
+    matches: ClassVar[Callable[[nn.Module], bool] | None] = None
+    """Whether an unregistered module is of this kind, by looking at it."""
+
+    def q(self, point: str, x: Tensor, token_dim: int = 1) -> Tensor:
+        """`x` [..., K] as the point called `point` lets it through; tokens lie along `token_dim`."""
+        raise NotImplementedError
+
+    def meet(self, raw: Tensor, x: Tensor) -> Tensor:
+        """Announce that the weight is about to multiply `x`, which is `raw` after quantization; returns `x`."""
+        return x
+
+    @staticmethod
+    def to_matrix(weight: Tensor) -> Tensor:
+        """The weight as the matrix [N, K] that specs and algorithms speak of: N outputs, K inputs."""
+        return weight.flatten(1) if weight.dim() > 1 else weight[None]
+
+    @staticmethod
+    def from_matrix(matrix: Tensor, layout: torch.Size) -> Tensor:
+        """The inverse of `to_matrix`, for a weight of shape `layout`."""
+        return matrix.reshape(layout)
+
+
+class QuantModuleBase(nn.Module):
+    """A wrapped module: the wrapper's forward over the module's own parameters, with a `Quantizer` at each point.
+
+    Its points go from float to observing to quantized, and each step checks that the one before was done. The float
+    weight stays what it was until `converted()` builds the module that holds integers only.
+    """
+
+    wrapper: type[Wrapper]
+    original: nn.Module
+    quantizers: nn.ModuleDict
+    input_matrix: Callable[[Tensor], Tensor]
+
+    @classmethod
+    def wrap(cls, module: nn.Module, wrapper: type[Wrapper], specs: Mapping[str, QuantSpec], name: str) -> Any:
+        """A stand-in for `module` with a quantizer for each entry of `specs`; the module itself is not changed."""
+        names = [point.name for point in wrapper.points]
+        if unknown := sorted(set(specs) - set(names)):
+            raise LifecycleError(
+                f"{name} ({type(module).__name__}) has no point {unknown[0]!r}; it has: {', '.join(names)}"
+            )
+        new = shadow(module, combined_class("Quant", cls, wrapper, type(module)))
+        # not in the table of children, where it would appear in the state dict a second time
+        new.__dict__["original"], new.__dict__["wrapper"] = module, wrapper
+        make = {"weight": WeightQuantizer, "activation": Quantizer}
+        new.quantizers = nn.ModuleDict(
+            {p.name: make[p.role](specs[p.name], f"{name}.{p.name}") for p in wrapper.points if p.name in specs}
+        )
+        return new
+
+    @property
+    def state(self) -> State | None:
+        """The state of the points, or None while they differ."""
+        states = {quantizer.state for quantizer in self.point_quantizers().values()}
+        return states.pop() if len(states) == 1 else None
+
+    def point_quantizers(self) -> dict[str, Quantizer]:
+        """The quantizer of each point that has one, by the point's name."""
+        return cast(dict[str, Quantizer], dict(self.quantizers.items()))
+
+    def activation_quantizers(self) -> Iterator[Quantizer]:
+        """The points that are not the weight."""
+        return (q for q in self.point_quantizers().values() if not isinstance(q, WeightQuantizer))
+
+    @property
+    def weight_quantizer(self) -> WeightQuantizer | None:
+        """The weight's point, or None where the weight is left alone."""
+        return cast("WeightQuantizer | None", self.point_quantizers().get("weight"))
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight to compute with: dequantized once it is rounded, the float one until then."""
+        weight = cast(Tensor, super().__getattr__("weight"))
+        quantizer = self.weight_quantizer
+        if quantizer is None or quantizer.state is not State.QUANTIZED or not quantizer.enabled:
+            return weight
+        return self.wrapper.from_matrix(quantizer.matrix(weight.dtype), weight.shape)
+
+    def float_matrix(self) -> Tensor:
+        """The float weight as a matrix [N, K]."""
+        return self.wrapper.to_matrix(self.float_weight().detach())
+
+    def float_weight(self) -> nn.Parameter:
+        """The float weight itself, in the module's own layout."""
+        return cast(nn.Parameter, self._parameters["weight"])
+
+    def q(self, point: str, x: Tensor, token_dim: int = 1) -> Tensor:
+        """`x` as the point lets it through; a point without a spec lets it through unchanged."""
+        return self.quantizers[point](x, token_dim) if point in self.quantizers else x
+
+    def meet(self, raw: Tensor, x: Tensor) -> Tensor:
+        """See `Wrapper.meet`."""
+        quantizer = self.weight_quantizer
+        if quantizer is not None and quantizer.state is State.OBSERVING and (meet := MEET.get()) is not None:
+            meet(self, raw, x)
+        return x
+
+    def converted(self) -> QuantizedModule:
+        """The module that holds integers and parameters instead of float weights, with the same outputs.
+
+        Raises:
+            LifecycleError: for a point that is not quantized, by name.
+        """
+        quantizers, specs = self.point_quantizers(), {}
+        for name, quantizer in quantizers.items():
+            quantizer.freeze()
+            specs[name] = quantizer.spec
+        new = new_quantized(self.original, self.wrapper, specs)
+        new.__dict__["_modules"] = {k: v for k, v in self._modules.items() if k != "quantizers"}
+        for name, quantizer in quantizers.items():
+            if isinstance(quantizer, WeightQuantizer):
+                new.set_weight(quantizer.integers, quantizer.qparams)
+            elif not quantizer.spec.dynamic:
+                new.set_qparams(name, quantizer.qparams)
+        return new

@@ -1,0 +1,119 @@
+"""Modules whose forward is one operation: the original forward between a quantized input, weight and output."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from wrapq.wrappers.base import INPUT, OUTPUT, WEIGHT, Point, Wrapper
+from wrapq.wrappers.registry import WRAPPERS
+
+
+class Leaf(Wrapper):
+    """One tensor in, one out; the bias, where there is one, stays in float."""
+
+    points: ClassVar[tuple[Point, ...]] = (WEIGHT, INPUT, OUTPUT)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The module's own forward on the quantized input; what a subclass takes besides goes to it as it is."""
+        quantized = self.q("input", x)
+        met = self.meet(x, quantized) if self.multiplies else quantized
+        return self.q("output", super().forward(met, *args, **kwargs))
+
+
+@WRAPPERS.register("torch.nn.modules.linear.Linear")
+class Linear(Leaf):
+    """`y = x W^T + b`, W [N, K]."""
+
+    kind = "Linear"
+    multiplies = True
+
+    def input_matrix(self, x: Tensor) -> Tensor:
+        """`x` [..., K] as [M, K]."""
+        return x.reshape(-1, x.shape[-1])
+
+
+@WRAPPERS.register("transformers.pytorch_utils.Conv1D")
+class Conv1D(Linear):
+    """transformers' linear layer of GPT-2, whose weight is stored as [K, N]; a rule's `type: Linear` means it too."""
+
+    @staticmethod
+    def to_matrix(weight: Tensor) -> Tensor:
+        """[K, N] to [N, K]."""
+        return weight.t().contiguous()
+
+    @staticmethod
+    def from_matrix(matrix: Tensor, layout: torch.Size) -> Tensor:
+        """[N, K] to [K, N]."""
+        return matrix.t()
+
+
+@WRAPPERS.register("torch.nn.modules.conv.Conv1d", "torch.nn.modules.conv.Conv2d", "torch.nn.modules.conv.Conv3d")
+class Conv(Leaf):
+    """Convolutions; as a matrix the weight is [output channels, input channels x kernel]."""
+
+    kind = "Conv"
+
+
+@WRAPPERS.register("torch.nn.modules.sparse.Embedding")
+class Embedding(Wrapper):
+    """A table [V, D] looked up by token; its input is an index and has no point."""
+
+    kind = "Embedding"
+    points = (WEIGHT, OUTPUT)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The quantized rows [B, T, D] of ids [B, T], or of whatever a subclass makes its ids from."""
+        return self.q("output", super().forward(*args, **kwargs))
+
+
+@WRAPPERS.register("torch.nn.modules.normalization.LayerNorm")
+class LayerNorm(Leaf):
+    """Layer normalization as one operation."""
+
+    kind = "LayerNorm"
+
+
+@WRAPPERS.register("torch.nn.modules.normalization.RMSNorm")
+class RMSNorm(Leaf):
+    """Root mean square normalization as one operation, under whatever class a family defines it."""
+
+    kind = "RMSNorm"
+
+    @staticmethod
+    def matches(module: nn.Module) -> bool:  # type: ignore[override]
+        """A class called ...RMSNorm with one vector as its only parameter and no children."""
+        parameters = dict(module.named_parameters())
+        return (
+            type(module).__name__.endswith("RMSNorm")
+            and list(parameters) == ["weight"]
+            and parameters["weight"].dim() == 1
+            and not any(module.children())
+        )
+
+
+@WRAPPERS.register(
+    *(
+        f"torch.nn.modules.activation.{name}"
+        for name in ("SiLU", "GELU", "ReLU", "ReLU6", "Sigmoid", "Tanh", "Softmax")
+    ),
+    *(
+        f"transformers.activations.{name}"
+        for name in (
+            "SiLUActivation",
+            "GELUActivation",
+            "GELUTanh",
+            "NewGELUActivation",
+            "FastGELUActivation",
+            "QuickGELUActivation",
+            "ReLUSquaredActivation",
+        )
+    ),
+)
+class Activation(Leaf):
+    """Elementwise functions and softmax, without parameters."""
+
+    kind = "Activation"
+    points = (INPUT, OUTPUT)

@@ -1,0 +1,120 @@
+"""Wrapping a whole model, undoing it, and converting it: each all or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from wrapq.errors import LifecycleError, ModelError
+from wrapq.quant.spec import QuantSpec
+from wrapq.runtime.module import QuantizedModule
+from wrapq.wrappers.attention import Attention, use_attention_points
+from wrapq.wrappers.base import QuantModuleBase
+from wrapq.wrappers.quantizer import Quantizer
+from wrapq.wrappers.registry import WRAPPERS
+
+Specs = Mapping[str, Mapping[str, QuantSpec]]
+"""For each module, by name, the spec of each of its points."""
+
+
+def wrap_model(model: nn.Module, specs: Specs) -> nn.Module:
+    """Replace the modules named in `specs` by wrapped ones that observe; returns the model, or its stand-in.
+
+    Every wrapper is made before the first is put in place, so a failure leaves the model as it was.
+
+    Raises:
+        LifecycleError: when the model is wrapped already, or a name in `specs` is no module or no point.
+        ModelError: when a module has no wrapper.
+    """
+    if next(iter_wrapped(model), None) is not None:
+        raise LifecycleError("the model is prepared already: restore() or convert() it first")
+    if any(isinstance(module, QuantizedModule) for module in model.modules()):
+        raise LifecycleError("the model is converted already: prepare the float model it comes from")
+    modules = dict(model.named_modules())
+    wrapped = {}
+    for name, points in specs.items():
+        if name not in modules:
+            raise LifecycleError(f"the model has no module {name!r}")
+        if (wrapper := WRAPPERS.find(modules[name])) is None:
+            raise ModelError(f"no wrapper for {name} ({type(modules[name]).__name__})")
+        wrapped[name] = QuantModuleBase.wrap(modules[name], wrapper, points, name)
+    for module in wrapped.values():
+        for quantizer in module.point_quantizers().values():
+            quantizer.observe()
+    model = _place(model, wrapped)
+    _switch_attention(wrapped.values())
+    return model
+
+
+def unwrap_model(model: nn.Module) -> nn.Module:
+    """Put the float modules back, exactly as they were before `wrap_model`."""
+    wrapped = dict(iter_wrapped(model))
+    model = _place(model, {name: module.original for name, module in wrapped.items()})
+    for module in wrapped.values():
+        if isinstance(module, Attention):
+            module.config._attn_implementation = module.original_implementation
+    return model
+
+
+def convert_model(model: nn.Module) -> nn.Module:
+    """Replace every wrapped module by the one that holds integers, with the same outputs.
+
+    Raises:
+        LifecycleError: naming every point that is not quantized and saw no data; the model is left as it was.
+    """
+    wrapped = dict(iter_wrapped(model))
+    if not wrapped:
+        raise LifecycleError("the model is not prepared: nothing to convert")
+    failures = [str(error) for q in iter_quantizers(model) if (error := _failure(q)) is not None]
+    if failures:
+        more = f"\n  and {len(failures) - 10} more" if len(failures) > 10 else ""
+        raise LifecycleError("cannot convert:\n  " + "\n  ".join(failures[:10]) + more)
+    shared: dict[int, QuantizedModule] = {}
+    converted: dict[str, Any] = {name: module.converted() for name, module in wrapped.items()}
+    for name, module in wrapped.items():
+        if module.weight_quantizer is not None:
+            twin = shared.setdefault(id(module._parameters["weight"]), converted[name])
+            converted[name].share_weight(twin)
+    return _place(model, converted)
+
+
+def iter_wrapped(model: nn.Module) -> Iterator[tuple[str, QuantModuleBase]]:
+    """The wrapped modules of `model` by name, outer before inner."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, QuantModuleBase))
+
+
+def iter_quantizers(model: nn.Module) -> Iterator[Quantizer]:
+    """All quantization points of `model`."""
+    return (quantizer for _, module in iter_wrapped(model) for quantizer in module.point_quantizers().values())
+
+
+def _place(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
+    new = {id(model.get_submodule(name)): module for name, module in modules.items()}
+    # a module may stand at several places, and each of them gets the new one
+    places = {name: new[id(old)] for name, old in model.named_modules(remove_duplicate=False) if id(old) in new}
+    # outer before inner: an inner one then lands in the table of the new outer one, not of the old
+    for name in sorted(places, key=lambda n: (n.count("."), n != "")):
+        if not name:
+            model = places[name]
+            continue
+        parent, _, child = name.rpartition(".")
+        model.get_submodule(parent)._modules[child] = places[name]
+    return model
+
+
+def _switch_attention(modules: Iterable[QuantModuleBase]) -> None:
+    attentions = [module for module in modules if isinstance(module, Attention)]
+    for module in attentions:
+        module.__dict__["original_implementation"] = module.config._attn_implementation
+    for module in attentions:
+        use_attention_points(module.config)
+
+
+def _failure(quantizer: Quantizer) -> LifecycleError | None:
+    try:
+        quantizer.check()
+    except LifecycleError as error:
+        return error
+    return None

@@ -1,0 +1,208 @@
+"""One quantization point of one module, and its lifecycle."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from wrapq.errors import LifecycleError, SpecError
+from wrapq.observers.base import Observer, make_observer
+from wrapq.quant.affine import dynamic_fake_quantize
+from wrapq.quant.qparams import QParams
+from wrapq.quant.spec import QuantSpec
+
+
+class State(enum.Enum):
+    """Where a quantization point stands: it passes tensors on, it also observes them, or it quantizes them."""
+
+    FLOAT = "float"
+    OBSERVING = "observing"
+    QUANTIZED = "quantized"
+
+
+PADDING: ContextVar[Tensor | None] = ContextVar("padding", default=None)
+"""Mask [B, T] of the real tokens of the batch being run, or None where every token is real."""
+
+SUSPEND: ContextVar[Callable[[Quantizer], None] | None] = ContextVar("suspend", default=None)
+"""Called when a point has observed a tensor; returns once it may quantize. Set by the walker."""
+
+MEET: ContextVar[Callable[[nn.Module, Tensor, Tensor], None] | None] = ContextVar("meet", default=None)
+"""Called with a wrapped module, its input as it came, and the quantized input that its weight is about to multiply;
+returns once the weight may be used. Set by the walker."""
+
+
+_BUFFERS = ("scale", "zero_point", "permutation", "global_scale", "dynamic")
+"""The parameters; `dynamic` is true in a dynamic point that quantizes, which a state dict could not tell otherwise."""
+
+
+class Quantizer(nn.Module):
+    """A quantization point: a spec, an observer while it observes, parameters once it is quantized.
+
+    The parameters are persistent buffers: a state dict saved and loaded gives the same outputs to the bit.
+
+    Attributes:
+        spec: how the point is quantized.
+        where: the point's full name in the model, for messages: `model.layers.0.mlp.down_proj.input`.
+        enabled: False lets a quantized point pass its tensor on unchanged, to measure what it costs.
+        report: what the observer had to say of its choice, by name; the error of each observer where several compete.
+    """
+
+    scale: Tensor | None
+    zero_point: Tensor | None
+    permutation: Tensor | None
+    global_scale: Tensor | None
+    dynamic: Tensor | None
+
+    def __init__(self, spec: QuantSpec, where: str) -> None:
+        super().__init__()
+        self.spec, self.where, self.enabled = spec, where, True
+        self.state = State.FLOAT
+        self.observer: Observer | None = None
+        self.report: dict[str, dict[str, float]] = {}
+        for name in _BUFFERS:
+            self.register_buffer(name, None)
+
+    @property
+    def qparams(self) -> QParams:
+        """The parameters; raises `LifecycleError` naming the point where there are none yet."""
+        if self.scale is None:
+            raise LifecycleError(f"{self.where} has no quantization parameters: it is {self.state.value}")
+        return QParams(self.spec, self.scale, self.zero_point, self.permutation, self.global_scale)
+
+    def observe(self) -> None:
+        """Start anew: forget parameters and observations, and observe from here on."""
+        for name in _BUFFERS:
+            setattr(self, name, None)
+        self.observer = None if self.spec.dynamic else make_observer(self.spec)
+        self.state = State.OBSERVING
+
+    def set_qparams(self, qparams: QParams) -> None:
+        """Fix the parameters and quantize from here on."""
+        self.scale, self.zero_point, self.permutation = qparams.scale, qparams.zero_point, qparams.permutation
+        self.global_scale = qparams.global_scale
+        if self.observer is not None and not self.observer.empty:
+            self.report = self.observer.report()
+        self.observer, self.state = None, State.QUANTIZED
+
+    def check(self) -> None:
+        """Raise `LifecycleError`, naming the point, unless `freeze` has what it needs."""
+        if self.state is State.FLOAT:
+            raise LifecycleError(f"{self.where} has not been observing: prepare the model first")
+        if self.state is State.OBSERVING and self.observer is not None and self.observer.empty:
+            raise LifecycleError(
+                f"{self.where} ({self.spec}) saw no data: run calibration batches through the model before "
+                f"converting it, or leave the point out"
+            )
+
+    def freeze(self) -> None:
+        """Turn what was observed into parameters and quantize from here on.
+
+        Raises:
+            LifecycleError: when the point never observed, or no tensor ever reached it.
+            CalibrationError: when what it saw holds NaN or infinity.
+        """
+        self.check()
+        if self.state is State.OBSERVING and self.spec.dynamic:
+            self.dynamic, self.state = torch.tensor(True), State.QUANTIZED
+        elif self.state is State.OBSERVING:
+            self.set_qparams(cast(Observer, self.observer).qparams(self.where))
+
+    def forward(self, x: Tensor, token_dim: int = 1) -> Tensor:
+        """`x` [..., K] observed or quantized, as the state says; tokens lie along `token_dim`.
+
+        Raises:
+            SpecError: granularity head for a tensor whose heads do not lie before its tokens, [B, H, T, D].
+        """
+        if self.spec.granularity == "head" and (x.dim() != 4 or token_dim != 2):
+            raise SpecError(f"{self.where}: {self.spec} is for query, key, value, scores and probs of an attention")
+        if self.state is State.OBSERVING and not self.spec.dynamic:
+            cast(Observer, self.observer).update(real_tokens(x.detach(), token_dim))
+            if (suspend := SUSPEND.get()) is not None:
+                suspend(self)
+        if self.state is not State.QUANTIZED or not self.enabled:
+            return x
+        return dynamic_fake_quantize(x, self.spec) if self.spec.dynamic else self.qparams.fake_quantize(x)
+
+    def extra_repr(self) -> str:
+        return f"{self.spec}, {self.state.value}"
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
+        # buffers that are still None would be reported as unexpected keys
+        for name in _BUFFERS:
+            if (saved := state_dict.get(prefix + name)) is not None and getattr(self, name) is None:
+                setattr(self, name, torch.empty_like(saved))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.scale is not None or self.dynamic is not None:
+            self.observer, self.state = None, State.QUANTIZED
+
+
+class WeightQuantizer(Quantizer):
+    """The weight point: holds the integers that a rounding algorithm chose, beside the float weight it leaves alone."""
+
+    integers: Tensor | None
+
+    def __init__(self, spec: QuantSpec, where: str) -> None:
+        super().__init__(spec, where)
+        self.register_buffer("integers", None)
+        self._dequantized: Tensor | None = None
+
+    def observe(self) -> None:
+        super().observe()
+        self.observer = self.integers = self._dequantized = None
+
+    def freeze(self) -> None:
+        self.check()
+
+    def set_rounded(self, integers: Tensor, qparams: QParams) -> None:
+        """Take `integers` [N, K] in the grid of `qparams` as the quantized weight."""
+        self.integers, self._dequantized = integers, None
+        self.set_qparams(qparams)
+
+    def check(self) -> None:
+        if self.integers is None:
+            raise LifecycleError(
+                f"{self.where} ({self.spec}) has not been rounded: the stack needs a rounding algorithm"
+            )
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """The dequantized weight [N, K], kept until the integers change."""
+        if self._dequantized is None or self._dequantized.dtype != dtype:
+            self._dequantized = self.qparams.dequantize(cast(Tensor, self.integers), dtype)
+        return self._dequantized
+
+    def release(self) -> None:
+        """Forget the dequantized weight until it is asked for again."""
+        self._dequantized = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WeightQuantizer:
+        self._dequantized = None
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
+        if (saved := state_dict.get(prefix + "integers")) is not None:
+            self.integers, self._dequantized = torch.empty_like(saved), None
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def real_tokens(x: Tensor, token_dim: int) -> Tensor:
+    """The part of `x` that belongs to real tokens: padding never enters a statistic.
+
+    Batch is dimension 0 and tokens are `token_dim`, or both are one in a matrix [B * T, K]. A tensor that all of the
+    batch share, as they share positions, has a real token where any of them has. One of any other shape is left whole.
+    Batch and tokens become one dimension, where the tokens were: of [B, H, T, D] what is left is [H, tokens, D].
+    """
+    mask = PADDING.get()
+    if mask is None:
+        return x
+    if x.dim() == 2 and x.shape[0] == mask.numel():
+        return x[mask.flatten()]
+    if x.shape[:1] == (1,):
+        mask = mask.any(0, keepdim=True)
+    if x.dim() <= token_dim or (x.shape[0], x.shape[token_dim]) != tuple(mask.shape):
+        return x
+    return x.movedim(token_dim, 1)[mask].movedim(0, token_dim - 1)
