@@ -1,0 +1,180 @@
+"""How fast and how large a small Llama is, float and converted, as ratios measured in one run.
+
+python -m tests.bench.bench_runtime                            prints the table
+pytest -m bench -n 0 tests/bench/bench_runtime.py              prints it and checks the targets
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import wrapq
+from wrapq.runtime import choose_kernels, resident_bytes
+
+PROMPT, ROUNDS, DECODED = 128, 5, 8
+SCHEMES = {"W8A8": ("int8:channel", "int8:token:dyn"), "W8A8 static": ("int8:channel", "int8:tensor")}
+SCHEMES |= {"W8A16": ("int8:channel", None), "W4A8": ("int4:g128", "int8:token:dyn")}
+SCHEMES |= {"W4A16": ("int4:g128", None), "W4A16 asym": ("uint4:g128:asym", None)}
+FLOAT = {"lm_head": None, "*embed_tokens": None, "*norm": None}
+KERNELS = {"W8A8": ("int8_mm", "int8_onednn", "auto"), "W8A16": ("int8_weight",)}
+
+
+@dataclass
+class Row:
+    """One model: seconds, bytes, and how far its logits are from the float model's, in dB."""
+
+    name: str
+    model: nn.Module
+    file: int
+    ideal: int
+    sqnr: float
+    prefill: float = float("inf")
+    decode: float = float("inf")
+    resident: int = 0
+
+
+def llama() -> nn.Module:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=6,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        vocab_size=4096,
+    )
+    return LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+def quantized(weight: str, activation: str | None, ids: Tensor) -> tuple[nn.Module, nn.Module]:
+    """The fake-quantized and the converted model; only the layers' projections are quantized."""
+    points = {"weight": weight} | ({"input": activation} if activation else {})
+    prepared = prepare(points, ids)
+    return fake(points, ids), wrapq.convert(prepared)
+
+
+def prepare(points: dict[str, str], ids: Tensor) -> nn.Module:
+    model = wrapq.prepare(llama(), wrapq.PTQConfig(points["weight"], None, {**FLOAT, "*_proj": points}))
+    model(ids)
+    return model
+
+
+def fake(points: dict[str, str], ids: Tensor) -> nn.Module:
+    """The model as it is just before conversion: float tensors, rounded at each forward."""
+    from wrapq.calibration.algorithm import ALGORITHMS
+    from wrapq.calibration.walker import Walker
+    from wrapq.wrappers.model import iter_quantizers
+    from wrapq.wrappers.quantizer import WeightQuantizer
+
+    model = prepare(points, ids)
+    rounders = {q.where: ALGORITHMS.get("rtn")() for q in iter_quantizers(model) if isinstance(q, WeightQuantizer)}
+    ranges = {q.where: ALGORITHMS.get("ranges")() for q in iter_quantizers(model) if q.where not in rounders}
+    Walker(model, rounders, ranges).run([], "parallel")
+    return model
+
+
+@torch.no_grad()
+def measure(threads: int = 1) -> list[Row]:
+    torch.set_num_threads(threads)
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 4096, (1, PROMPT), generator=generator)
+    rows = []
+    base = llama()
+    logits = base(ids).logits
+
+    def add(name: str, model: nn.Module) -> None:
+        rows.append(Row(name, model, file_bytes(model), ideal_bytes(model), sqnr(logits, model(ids).logits)))
+
+    add("float32", base)
+    add("bfloat16", llama().bfloat16())
+    for scheme, (weight, activation) in SCHEMES.items():
+        fake_quantized, converted = quantized(weight, activation, ids)
+        if scheme in ("W8A8", "W8A8 static", "W4A16"):
+            add(f"{scheme} fake-quantized", fake_quantized)
+        add(f"{scheme} reference", converted)
+        for kernel in KERNELS.get(scheme.split()[0], ("int4_cpu",)):
+            model = copy.deepcopy(converted)
+            choose_kernels(model, kernel)
+            add(f"{scheme} {kernel}", model)
+    for _ in range(ROUNDS):  # every model in every round, so that what else the machine does meets them all
+        for row in rows:
+            row.prefill = min(row.prefill, seconds(lambda model=row.model: model(ids)))
+            row.decode = min(row.decode, decode_seconds(row.model, ids))
+    for row in rows:
+        row.resident = resident_bytes(row.model)
+    return rows
+
+
+def decode_seconds(model: nn.Module, ids: Tensor) -> float:
+    """The shortest forward of a single token behind the prompt."""
+    cache = model(ids[:, :32], use_cache=True).past_key_values
+    return min(seconds(lambda i=i: model(ids[:, i : i + 1], past_key_values=cache)) for i in range(32, 32 + DECODED))
+
+
+def seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def sqnr(y: Tensor, other: Tensor) -> float:
+    noise = (y - other.float()).norm()
+    return float("inf") if noise == 0 else (20 * torch.log10(y.norm() / noise)).item()
+
+
+def file_bytes(model: nn.Module) -> int:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        save_file({name: t.clone().contiguous() for name, t in model.state_dict().items()}, path)
+        return path.stat().st_size
+
+
+def ideal_bytes(model: nn.Module) -> int:
+    """Float tensors as they are, quantized weights at their bits, scales and zero points at theirs."""
+    state = model.state_dict()
+    return sum(t.nbytes for name, t in state.items() if not name.endswith("weight_shape"))
+
+
+def table(rows: list[Row]) -> str:
+    base = rows[0]
+    lines = [f"{'':28}{'prefill':>9}{'decode':>9}{'resident':>10}{'/ideal':>8}{'file':>8}{'/ideal':>8}{'dB':>8}"]
+    for row in rows:
+        speed = f"{base.prefill / row.prefill:8.2f}x{base.decode / row.decode:8.2f}x"
+        resident = f"{row.resident / base.resident:10.3f}{row.resident / row.ideal:8.3f}"
+        file = f"{row.file / base.file:8.3f}{row.file / row.ideal:8.3f}"
+        lines.append(f"{row.name:28}{speed}{resident}{file}{row.sqnr:8.2f}")
+    times = f"float32: prefill {base.prefill * 1e3:.1f} ms, decode {base.decode * 1e3:.1f} ms, {base.file / 1e6:.1f} MB"
+    return "\n".join([times, *lines])
+
+
+@pytest.mark.bench
+def test_targets() -> None:
+    rows = {row.name: row for row in measure()}
+    sys.stdout.write(table(list(rows.values())) + "\n")
+    base = rows["float32"]
+
+    def speed(name: str) -> tuple[float, float]:
+        return base.prefill / rows[name].prefill, base.decode / rows[name].decode
+
+    prefill, decode = speed("W8A8 auto")
+    assert prefill >= 2.5 and decode >= 1.8
+    prefill, decode = speed("W4A16 int4_cpu")
+    assert prefill >= 0.9 and decode >= 2.5
+    for scheme, kernel in (("W8A8", "auto"), ("W8A8 static", "auto"), ("W4A16", "int4_cpu")):
+        assert rows[f"{scheme} {kernel}"].sqnr == pytest.approx(rows[f"{scheme} fake-quantized"].sqnr, abs=0.1)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(table(measure(int(sys.argv[1]) if len(sys.argv) > 1 else 1)) + "\n")

@@ -1,0 +1,112 @@
+"""What all tests share: no network, a seed, tiny models of many families, and the folder of shared models."""
+
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+VOCABULARY, HIDDEN, LAYERS = 96, 64, 2
+LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = (*LLAMA_LIKE, "gemma2", "phi3", "gpt2", "opt", "bert")
+
+_COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 96,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_FORMS = {
+    "llama": ("LlamaConfig", "LlamaForCausalLM", {}),
+    "mistral": ("MistralConfig", "MistralForCausalLM", {"sliding_window": 8}),
+    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", {}),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {}),
+    "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", {"sliding_window": 8, "query_pre_attn_scalar": 16}),
+    "phi3": ("Phi3Config", "Phi3ForCausalLM", {}),
+    "gpt2": ("GPT2Config", "GPT2LMHeadModel", {"n_embd": HIDDEN, "n_layer": LAYERS, "n_head": 4, "n_positions": 64}),
+    "opt": ("OPTConfig", "OPTForCausalLM", {"ffn_dim": 96, "word_embed_proj_dim": HIDDEN}),
+    "bert": ("BertConfig", "BertForMaskedLM", {}),
+}
+
+
+@pytest.fixture(autouse=True)
+def offline(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refuse every connection to another machine, so that no test depends on the network without saying so."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    if request.node.get_closest_marker("slow"):
+        return  # building a wheel may need its build tools
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address: object) -> None:
+        if self.family in (socket.AF_INET, socket.AF_INET6) and str(address[0]) not in (
+            "127.0.0.1",
+            "::1",
+            "localhost",
+        ):
+            raise OSError(f"tests run offline: refused a connection to {address}")
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Every test starts from the same random state."""
+    torch.manual_seed(1234)
+
+
+@pytest.fixture(scope="session")
+def shared_models() -> Path:
+    """The folder `shared/models` beside the repository; tests that need it are skipped where it is absent."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "models"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there")
+    return folder
+
+
+def build_model(family: str, **changes: object) -> nn.Module:
+    """A randomly initialized model of `family` in evaluation mode; `changes` are keys of its configuration."""
+    import transformers
+
+    config_name, model_name, own = _FORMS[family]
+    torch.manual_seed(7)
+    config = getattr(transformers, config_name)(**{**_COMMON, **own, **changes})
+    model = getattr(transformers, model_name)(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        # initialization is so small that everything would be linear: larger weights make attention and norms count
+        if parameter.dim() > 1:
+            parameter.mul_(3)
+        else:
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+@pytest.fixture
+def make_model() -> Callable[..., nn.Module]:
+    """`build_model`, as a fixture."""
+    return build_model
+
+
+@pytest.fixture
+def token_batches() -> list[Tensor]:
+    """Three batches of token ids [2, T] of different lengths."""
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(3, VOCABULARY, (2, length), generator=generator) for length in (12, 9, 16)]
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """One thread, for what is compared to the bit over runs of different shape."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,140 @@
+"""What transformers reads from an export is the model that was measured."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tests.export.conftest import CASES, PARAMETERS, Runner
+from wrapq.calibration.data import build_samples
+from wrapq.calibration.sources.base import make_source
+from wrapq.engine.measure import measure
+from wrapq.engine.run import RunResult
+from wrapq.quant.affine import scale_shape
+from wrapq.resolve.plan import Plan
+
+WITHIN = 0.001
+SIZE_WITHIN = 0.02
+
+
+def plan_of(run: RunResult) -> Plan:
+    return Plan.model_validate_json((run.folder / "plan.json").read_text())
+
+
+def read(folder: Path, asymmetric: bool = False) -> nn.Module:
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+    options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if asymmetric else {}
+    return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+
+
+def perplexity(model: nn.Module, run: RunResult) -> float:
+    from transformers import AutoTokenizer
+
+    config = plan_of(run).recipe.evaluation
+    source = make_source(config.source, config.options)
+    tokenizer = AutoTokenizer.from_pretrained(run.exported.path)  # the export's own
+    samples = build_samples(source, tokenizer, config.tokens // config.seq_len, config.seq_len, seed=None)
+    return measure(model, samples, config.batch_size, lambda: None)["perplexity"]
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_perplexity_through_the_export_is_ours(name: str, exported: Runner) -> None:
+    run = exported(name)
+    ours = run.metrics["quantized"]["perplexity"]
+    theirs = perplexity(read(run.exported.path, asymmetric=name.endswith("asym")), run)
+    assert math.isclose(theirs, ours, rel_tol=WITHIN), f"{theirs} through the export, {ours} in the run"
+    assert run.metrics["quantized"]["perplexity"] != run.metrics["float"]["perplexity"]
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_logits_were_compared_before_the_run_ended(name: str, exported: Runner) -> None:
+    run = exported(name)
+    record = json.loads((run.folder / "run.json").read_text())
+    assert record["status"] == "FINISHED"
+    assert record["exported"] == {"path": str(run.exported.path), "error": run.exported.error}
+    assert run.exported.error < (1e-5 if CASES[name].exact else 1e-2)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_configuration(name: str, exported: Runner) -> None:
+    from compressed_tensors.quantization import QuantizationConfig
+
+    run = exported(name)
+    config = json.loads((run.exported.path / "config.json").read_text())
+    said = config["quantization_config"]
+    assert said["quant_method"] == "compressed-tensors" and said["quantization_status"] == "compressed"
+    assert said["format"] == CASES[name].format
+    assert said["ignore"] == ["lm_head"]
+    assert (said["kv_cache_scheme"] is not None) == (name == "kv8")
+    assert config["dtype"] == plan_of(run).recipe.model.dtype
+    assert str(run.folder) not in json.dumps(config) and "_name_or_path" not in config
+    QuantizationConfig.model_validate(said)
+
+
+def test_one_scheme_is_said_of_the_type_and_several_of_names(exported: Runner) -> None:
+    one = json.loads((exported("w4a16").exported.path / "config.json").read_text())["quantization_config"]
+    assert one["config_groups"] == {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {
+                "num_bits": 4,
+                "type": "int",
+                "symmetric": True,
+                "strategy": "group",
+                "dynamic": False,
+                "group_size": 128,
+            },
+            "input_activations": None,
+            "output_activations": None,
+            "format": "pack-quantized",
+        }
+    }
+    two = json.loads((exported("mixed").exported.path / "config.json").read_text())["quantization_config"]
+    groups = {group["format"]: group["targets"] for group in two["config_groups"].values()}
+    assert [len(targets) for targets in groups.values()] == [16, 12]
+    assert groups["int-quantized"][0] == "model.layers.0.mlp.gate_proj"
+
+
+def test_an_asymmetric_export_says_how_to_load_it(exported: Runner) -> None:
+    notes = exported("w4a16_asym").notes
+    assert notes == (
+        "export: this transformers loads it with quantization_config=CompressedTensorsConfig(dequantize=True) only",
+    )
+
+
+def test_it_generates_with_its_own_tokenizer(exported: Runner) -> None:
+    from transformers import AutoTokenizer
+
+    folder = exported("w8a8_static").exported.path
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), read(folder)
+    ids = tokenizer("The quick", return_tensors="pt").input_ids
+    assert model.generate(ids, max_new_tokens=5, do_sample=False).shape[1] > ids.shape[1]
+
+
+def ideal_bytes(run: RunResult) -> float:
+    """Bits of the quantized weights, their scales and zero points, and everything else in its own dtype."""
+    plan, dtype = plan_of(run), getattr(torch, plan_of(run).recipe.model.dtype)
+    total = plan.model.parameters * dtype.itemsize
+    scales = {"float32": dtype.itemsize, "fp8_e4m3": 1, "e8m0": 1}
+    for module in plan.modules:
+        spec = next((point.quant_spec for point in module.points if point.role == "weight"), None)
+        if spec is None:
+            continue
+        weights, groups = math.prod(module.weight_shape), math.prod(scale_shape(module.weight_shape, spec))
+        zero_points = 0 if spec.symmetric else spec.dtype.bits / 8
+        total += weights * (spec.dtype.bits / 8 - dtype.itemsize) + groups * (scales[spec.scale_dtype] + zero_points)
+    return total
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_sizes_are_what_the_bits_cost(name: str, exported: Runner) -> None:
+    run = exported(name)
+    ours, theirs = (folder / "model.safetensors" for folder in (run.folder, run.exported.path))
+    sizes = {"ideal": ideal_bytes(run), "ours": ours.stat().st_size, "export": theirs.stat().st_size}
+    assert all(abs(size / sizes["ideal"] - 1) <= SIZE_WITHIN for size in sizes.values()), sizes

@@ -1,0 +1,95 @@
+"""The stack: its order, and that every point is decided exactly once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.resolve.conftest import BOTH, MakePlan
+
+LINEAR = "linear: {match: {type: Linear}, weight: int8:channel, input: int8:tensor:asym:percentile}\n"
+
+
+def test_phases_order_the_stages(make_plan: MakePlan) -> None:
+    plan = make_plan(LINEAR, "z: {algorithm: rtn}\na: {algorithm: ranges}")
+    assert [(s.name, s.phase) for s in plan.stages] == [("a", "range"), ("z", "round")]
+    plan = make_plan(LINEAR, "a: {algorithm: rtn}\nz: {algorithm: ranges}")
+    assert [(s.name, s.phase) for s in plan.stages] == [("z", "range"), ("a", "round")]
+
+
+def test_stack_order_overrides_phases(make_plan: MakePlan) -> None:
+    plan = make_plan(LINEAR, BOTH, more="stack_order: [round, ranges]\n")
+    assert [stage.name for stage in plan.stages] == ["round", "ranges"]
+
+
+@pytest.mark.parametrize("order", ["[round, rnages]", "[round]", "[round, ranges, round]"])
+def test_stack_order_names_each_stage_once(order: str, refusal: Callable[..., str]) -> None:
+    said = refusal(LINEAR, BOTH, more=f"stack_order: {order}\n")
+    assert "mine.yaml:3: stack_order: must name each stage once" in said
+
+
+def test_targets_and_needs_are_in_the_plan(make_plan: MakePlan) -> None:
+    ranges, rounding = make_plan(LINEAR, BOTH).stages
+    assert (ranges.needs, rounding.needs) == (("percentile",), ())
+    assert len(ranges.targets) == len(rounding.targets) == 29
+    assert ranges.targets[0] == "model.layers.0.self_attn.q_proj.input"
+    assert (rounding.targets[-1], rounding.source) == ("lm_head.weight", "mine.yaml:7")
+
+
+def test_stages_share_the_work_by_rules(make_plan: MakePlan) -> None:
+    rules = "up: {match: {name: up_proj}, weight: int8:channel}\ndown: {match: {name: down_proj}, weight: int4:channel}"
+    plan = make_plan(rules, "one: {algorithm: rtn, rules: [up]}\ntwo: {algorithm: gptq, rules: [down]}")
+    assert {stage.name: len(stage.targets) for stage in plan.stages} == {"one": 4, "two": 4}
+    assert plan.needs_calibration
+
+
+def test_dynamic_points_need_no_stage(make_plan: MakePlan) -> None:
+    plan = make_plan("linear: {match: {type: Linear}, weight: int8:channel, input: int8:token:dyn}")
+    assert [len(stage.targets) for stage in plan.stages] == [29]
+    assert not plan.needs_calibration
+    assert plan.estimate.calibration_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("stack", "message"),
+    [
+        (BOTH + "again: {algorithm: rtn}", "stack.again: again and round would decide the same points, such as model."),
+        ("round: {algorithm: rtn}", "stack: no stage decides 29 static activations, such as model."),
+        ("ranges: {algorithm: ranges}", "stack: no stage decides 29 weights, such as"),
+        (BOTH + "x: {algorithm: rtn, rules: [liner]}", "mine.yaml:9: stack.x.rules: no rule is called 'liner'\n"),
+        ("round: {algorithm: rtn, rules: []}\nranges: {algorithm: ranges}", "rtn has nothing to do"),
+    ],
+)  # fmt: skip
+def test_stacks_that_cannot_work(stack: str, message: str, refusal: Callable[..., str]) -> None:
+    assert message in refusal(LINEAR, stack)
+
+
+def test_a_stage_without_targets_is_refused(refusal: Callable[..., str]) -> None:
+    said = refusal("linear: {match: {type: Linear}, weight: int8:channel}", BOTH)
+    assert "stack.ranges: ranges has nothing to do: no rule gives it a static activation to decide" in said
+    assert "remove the stage with ~stack.ranges" in said
+
+
+def test_a_hessian_is_for_what_multiplies_a_matrix(refusal: Callable[..., str]) -> None:
+    said = refusal("all: {match: {name: '*'}, weight: int8:channel}", "round: {algorithm: gptq}")
+    assert (
+        "gptq rounds what multiplies a matrix; not so the weights of Embedding, LlamaRMSNorm (model.embed_tokens)"
+        in said
+    )
+
+
+def test_all_wrong_options_are_reported_at_once(refusal: Callable[..., str]) -> None:
+    said = refusal("l: {match: {type: Linear}, weight: int8:channel}", "r: {algorithm: gptq, damp: -1, actorder: true}")
+    assert said == (
+        "2 mistakes in the recipe:\n"
+        "  - mine.yaml:6: stack.r.damp: -1: input should be greater than 0\n"
+        "  - mine.yaml:6: stack.r.actorder: gptq has no option 'actorder'\n"
+        "    did you mean: act_order"
+    )
+
+
+def test_options_are_complete_in_the_plan(make_plan: MakePlan) -> None:
+    (stage,) = make_plan("l: {match: {type: Linear}, weight: int8:channel}", "r: {algorithm: gptq, damp: 0.5}").stages
+    assert stage.options["damp"] == 0.5
+    assert stage.options["act_order"] is True

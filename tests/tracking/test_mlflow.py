@@ -1,0 +1,341 @@
+"""The MLflow tracker on real stores: what is recorded reads back, nothing later than the start can stop a run."""
+
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from urllib.request import urlopen
+
+import pytest
+from mlflow import MlflowClient
+
+from wrapq.tracking import Tracker, TrackingError, make_tracker, store_uri, ui_command
+from wrapq.tracking.mlflow import MLflowTracker
+from wrapq.tracking.mlflow_store import entity_key
+from wrapq.tracking.null import NullTracker
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("out puts")  # with a space: addresses must stand it
+
+
+@pytest.fixture
+def tracker(outputs: Path) -> Iterator[MLflowTracker]:
+    made = make_tracker(settings(outputs))
+    assert isinstance(made, MLflowTracker)
+    yield made
+    made.finish()
+
+
+def settings(outputs: Path, enabled: bool = True, uri: str | None = None) -> SimpleNamespace:
+    return SimpleNamespace(
+        tracking=SimpleNamespace(enabled=enabled, uri=uri, experiment="wrapq"),
+        paths=SimpleNamespace(outputs=str(outputs)),
+    )
+
+
+def client(outputs: Path) -> MlflowClient:
+    return MlflowClient(tracking_uri=f"sqlite:///{outputs / 'mlflow.db'}")
+
+
+def test_a_whole_run_reads_back(tracker: MLflowTracker, outputs: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("name: demo\n")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.txt").write_text("a")
+    tracker.start("demo", {"recipe": "demo"}, {"model": {"dtype": "float32"}, "stack_order": ["a", "b"], "seed": 0})
+    tracker.params({f"many.{i}": i for i in range(250)})
+    tracker.tags({"data_digest": "d" * 64})
+    tracker.metrics({"float/perplexity": 12.5, "odd": math.nan})
+    tracker.metrics({"loss": 1.0}, step=3)
+    tracker.curves({"sqnr_db": [30.0, 20.0, 10.0], "long": [0.5] * 1500})
+    tracker.dataset("demo/calib", "d" * 64, "demo/calib", "calibration", {"samples": 64, "tokens": 4096})
+    tracker.artifact(tmp_path / "recipe.yaml")
+    tracker.artifact(tmp_path / "folder")
+    tracker.artifact(tmp_path / "recipe.yaml", "again")
+    tracker.text("report/notes.txt", "fine")
+    tracker.finish()
+    assert tracker.problems == []
+    seen = client(outputs)
+    run = seen.get_run(tracker.run_id)
+    assert tracker.run_url is None
+    assert (run.info.run_name, run.info.status) == ("demo", "FINISHED")
+    assert len(run.data.params) == 253
+    assert run.data.params["model.dtype"] == "float32"
+    assert run.data.params["stack_order"] == '["a", "b"]'
+    assert run.data.tags["recipe"] == "demo"
+    assert run.data.metrics["float/perplexity"] == 12.5
+    assert math.isnan(run.data.metrics["odd"])
+    assert [(m.step, m.value) for m in seen.get_metric_history(tracker.run_id, "loss")] == [(3, 1.0)]
+    curve = seen.get_metric_history(tracker.run_id, "sqnr_db")
+    assert [(m.step, m.value) for m in curve] == [(0, 30.0), (1, 20.0), (2, 10.0)]
+    assert len(seen.get_metric_history(tracker.run_id, "long")) == 1500
+    (data,) = run.inputs.dataset_inputs
+    assert {t.key: t.value for t in data.tags} == {"mlflow.data.context": "calibration", "digest": "d" * 64}
+    assert (data.dataset.name, data.dataset.digest) == ("demo/calib", "d" * 36)
+    assert '"tokens": 4096' in data.dataset.profile
+    assert {a.path for a in seen.list_artifacts(tracker.run_id)} == {"again", "folder", "recipe.yaml", "report"}
+    files = outputs / "mlartifacts" / tracker.run_id / "artifacts"
+    assert (files / "folder" / "a.txt").read_text() == "a"
+    assert (files / "report" / "notes.txt").read_text() == "fine"
+
+
+def test_no_secret_is_recorded(tracker: MLflowTracker, outputs: Path) -> None:
+    tracker.start("x", {"uri": "https://me:hunter22@host/"}, {"hub": {"token": "hunter22"}, "tokenizer": "demo"})
+    tracker.text("recipe.yaml", "hub: {token: hunter22}\ntracking: {uri: 'https://me:hunter22@host'}\n")
+    tracker.dataset("d", "0", "s3://me:hunter22@bucket", "calibration", {"password": "hunter22", "samples": 3})
+    tracker.finish("FAILED", "cannot reach https://me:hunter22@host")
+    assert tracker.problems == []
+    run = client(outputs).get_run(tracker.run_id)
+    assert run.data.params == {"hub.token": "[redacted]", "tokenizer": "demo"}
+    assert "hunter22" not in str(run.to_dictionary())
+    written = (outputs / "mlartifacts" / tracker.run_id / "artifacts" / "recipe.yaml").read_text()
+    assert "hunter22" not in written
+
+
+def test_long_values_are_cut_and_say_so(tracker: MLflowTracker, outputs: Path) -> None:
+    tracker.start("x", {"long": "t" * 9000}, {"long": "p" * 7000, "k" * 300: 1, "odd!key": 2, "../up": 3})
+    tracker.finish()
+    assert tracker.problems == []
+    run = client(outputs).get_run(tracker.run_id)
+    assert run.data.params["long"].endswith("p ... [cut, 7000 characters]")
+    assert run.data.tags["long"].endswith("t ... [cut, 9000 characters]")
+    assert {"odd_key", "up", entity_key("k" * 300)} < set(run.data.params)
+
+
+@pytest.mark.parametrize(
+    "error, status, reason",
+    [
+        (None, "FINISHED", None),
+        (ValueError("bad weights"), "FAILED", "ValueError: bad weights"),
+        (KeyboardInterrupt(), "KILLED", "interrupted"),
+    ],
+)
+def test_as_a_context_manager(tracker: MLflowTracker, outputs: Path, error, status, reason) -> None:
+    def body() -> None:
+        with tracker:
+            tracker.start("x", {}, {})
+            if error is not None:
+                raise error
+
+    if error is None:
+        body()
+    else:
+        with pytest.raises(type(error)):
+            body()
+    run = client(outputs).get_run(tracker.run_id)
+    assert run.info.status == status
+    assert run.data.tags.get("failure") == reason
+
+
+def test_trouble_after_the_start_is_remembered_not_raised(
+    tracker: MLflowTracker, outputs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker.start("x", {}, {"a": 1})
+    tracker.params({"a": 2})  # MLflow refuses to change a parameter
+    tracker.artifact(tmp_path / "nowhere.txt")
+    tracker.metrics({"late": 1.0})
+    tracker.finish()
+    tracker.metrics({"later": 1.0})
+    assert len(tracker.problems) == 3
+    assert "params: " in tracker.problems[0]
+    assert "nowhere.txt" in tracker.problems[1]
+    assert "metrics after the run was finished" in tracker.problems[2]
+    assert sum(record.name.startswith("wrapq") for record in caplog.records) == 1
+    run = client(outputs).get_run(tracker.run_id)
+    assert run.data.metrics == {"late": 1.0}
+    assert run.info.status == "FINISHED"
+
+
+def test_a_store_that_went_away_costs_seconds_not_minutes(tracker: MLflowTracker) -> None:
+    tracker.start("x", {}, {})
+    tracker.store.process.kill()
+    for i in range(50):
+        tracker.metrics({"m": 1.0}, step=i)
+    start = time.perf_counter()
+    tracker.finish()
+    assert time.perf_counter() - start < 10
+    assert "the tracking process ended early" in tracker.problems[0]
+    assert "47 later records were not sent" in tracker.problems[-1]
+
+
+def test_a_run_whose_process_dies_is_closed_as_killed(tmp_path: Path) -> None:
+    program = """
+import os, sys
+from pathlib import Path
+from wrapq.tracking.mlflow import MLflowTracker
+tracker = MLflowTracker(sys.argv[1], "wrapq", Path(sys.argv[2]))
+tracker.start("x", {}, {"a": 1})
+assert "mlflow" not in sys.modules
+print(tracker.run_id, tracker.store.process.pid, flush=True)
+os._exit(1)
+"""
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    died = subprocess.run([sys.executable, "-c", program, uri, str(tmp_path)], capture_output=True, text=True)
+    run_id = died.stdout.split()[0]
+    end = time.monotonic() + 30
+    while (run := client(tmp_path).get_run(run_id)).info.status == "RUNNING" and time.monotonic() < end:
+        time.sleep(0.2)
+    assert run.info.status == "KILLED"
+    assert run.data.tags["failure"] == "the process of the run ended without a word"
+
+
+def test_started_without_waiting(tracker: MLflowTracker, outputs: Path) -> None:
+    tracker.start("x", {}, {"a": 1}, wait=False)
+    tracker.metrics({"m": 1.0})
+    tracker.finish()
+    run = client(outputs).get_run(tracker.run_id)
+    assert (run.data.params, run.data.metrics, run.info.status) == ({"a": "1"}, {"m": 1.0}, "FINISHED")
+
+
+@pytest.mark.parametrize("uri", ["nonsense://x", "http://127.0.0.1:9", "sqlite:////proc/no/mlflow.db"])
+def test_a_broken_address_is_one_clear_error(tmp_path: Path, uri: str) -> None:
+    made = make_tracker(settings(tmp_path, uri=uri))
+    with pytest.raises(TrackingError, match=rf"cannot open the tracking store '{uri}': .+\n +check tracking.uri"):
+        made.start("x", {}, {})
+    made.finish("FAILED", "harmless")
+    background = make_tracker(settings(tmp_path, uri=uri))
+    background.start("x", {}, {}, wait=False)
+    with pytest.raises(TrackingError, match="cannot open"):
+        background.ready()
+
+
+def test_a_file_that_is_no_database(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_text("this is not a database, and long enough to have a header " * 10)
+    with pytest.raises(TrackingError, match=r"cannot open the tracking store .*not a database"):
+        make_tracker(settings(tmp_path)).start("x", {}, {})
+
+
+def test_a_password_in_the_address_is_not_shown(tmp_path: Path) -> None:
+    with pytest.raises(TrackingError) as error:
+        make_tracker(settings(tmp_path, uri="http://me:hunter22@127.0.0.1:9")).start("x", {}, {})
+    assert "hunter22" not in str(error.value)
+
+
+def test_a_deleted_experiment_says_how_to_restore_it(tmp_path: Path) -> None:
+    first = make_tracker(settings(tmp_path))
+    first.start("x", {}, {})
+    first.finish()
+    store = client(tmp_path)
+    store.delete_experiment(store.get_experiment_by_name("wrapq").experiment_id)
+    with pytest.raises(TrackingError, match=r"was deleted.*restore"):
+        make_tracker(settings(tmp_path)).start("x", {}, {})
+
+
+def test_a_run_starts_once(tracker: MLflowTracker) -> None:
+    with pytest.raises(TrackingError, match="has not been started"):
+        tracker.ready()
+    tracker.start("x", {}, {})
+    with pytest.raises(TrackingError, match="started before"):
+        tracker.start("x", {}, {})
+
+
+def test_two_processes_in_one_fresh_store(tmp_path: Path) -> None:
+    code = (
+        "import sys, pathlib; from wrapq.tracking.mlflow import MLflowTracker as T\n"
+        "out = pathlib.Path(sys.argv[1]); t = T(f'sqlite:///{out}/mlflow.db', 'wrapq', out)\n"
+        "t.start(sys.argv[2], {}, {'a': 1})\n"
+        "t.curves({'c': [1.0] * 100}); t.finish(); sys.exit(len(t.problems))"
+    )
+    jobs = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path), name], stderr=subprocess.PIPE, text=True)
+        for name in ("one", "two")
+    ]
+    for job in jobs:
+        _, trouble = job.communicate(timeout=120)
+        assert job.returncode == 0, trouble
+    store = client(tmp_path)
+    experiment = store.get_experiment_by_name("wrapq")
+    assert experiment.artifact_location == (tmp_path / "mlartifacts").as_uri()
+    runs = store.search_runs([experiment.experiment_id])
+    assert {run.info.run_name for run in runs} == {"one", "two"}
+    assert {run.info.status for run in runs} == {"FINISHED"}
+
+
+@pytest.mark.slow
+def test_against_the_server_that_the_ui_command_starts(tracker: MLflowTracker, outputs: Path, tmp_path: Path) -> None:
+    tracker.start("local", {}, {})
+    tracker.text("notes.txt", "from the local run")
+    tracker.finish()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = (tmp_path / "server.log").open("w")
+    server = subprocess.Popen(
+        ui_command(tracker.store.uri, outputs, port=port), stdout=log, stderr=log, start_new_session=True
+    )
+    try:
+        page = f"http://127.0.0.1:{port}"
+        wait_for(f"{page}/health")
+        shown = f"{page}/get-artifact?path=notes.txt&run_uuid={tracker.run_id}"
+        assert urlopen(shown).read() == b"from the local run"
+        remote = make_tracker(settings(tmp_path, uri=page))
+        remote.start("remote", {}, {"a": 1})
+        remote.curves({"c": [1.0, 2.0]})
+        remote.text("notes.txt", "from afar")
+        remote.finish()
+        assert remote.problems == []
+        assert remote.run_url.startswith(f"{page}/#/experiments/")
+        assert client(outputs).get_run(remote.run_id).data.metrics == {"c": 2.0}
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)
+
+
+def wait_for(address: str, seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            urlopen(address).read()
+            return
+        except OSError:
+            time.sleep(0.5)
+    raise TimeoutError(address)
+
+
+def test_off_means_nothing_is_written(tmp_path: Path) -> None:
+    made = make_tracker(settings(tmp_path, enabled=False))
+    assert isinstance(made, NullTracker)
+    with made:
+        made.start("x", {}, {})
+        made.metrics({"a": 1.0})
+        made.artifact(tmp_path / "nowhere")
+    assert (made.run_id, made.run_url, made.problems) == (None, None, [])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_written_before_the_start(tmp_path: Path) -> None:
+    make_tracker(settings(tmp_path / "new"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_interface_is_light() -> None:
+    code = (
+        "import sys, wrapq.tracking, wrapq.tracking.mlflow\n"
+        "sys.exit(any(m in sys.modules for m in ('mlflow', 'torch', 'sqlalchemy', 'numpy')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert issubclass(MLflowTracker, Tracker)
+
+
+def test_where_the_store_is(tmp_path: Path) -> None:
+    assert store_uri(settings(tmp_path)) == f"sqlite:///{tmp_path}/mlflow.db"
+    assert store_uri(settings(tmp_path, uri="http://team")) == "http://team"
+
+
+def test_ui_command(outputs: Path, tmp_path: Path) -> None:
+    uri = store_uri(settings(tmp_path))
+    with pytest.raises(TrackingError, match="nothing has been recorded yet"):
+        ui_command(uri, tmp_path)
+    with pytest.raises(TrackingError, match="already served: open http://team"):
+        ui_command("http://team", tmp_path)
+    (tmp_path / "mlflow.db").touch()
+    command = ui_command(uri, tmp_path, "127.0.0.1", 5123)
+    assert command[1:6] == ["-m", "mlflow", "ui", "--backend-store-uri", uri]
+    assert command[-4:] == ["--host", "127.0.0.1", "--port", "5123"]

@@ -1,0 +1,5 @@
+"""`python -m wrapq`."""
+
+from wrapq.cli import main
+
+main()

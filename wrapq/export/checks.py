@@ -1,0 +1,124 @@
+"""A plan in the words of compressed-tensors, with every refusal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from wrapq.errors import Problem, SpecError
+from wrapq.export.scheme import Args, Scheme, cache_args, linear_scheme
+from wrapq.export.vllm import cache_refusal, fusion_refusals, linear_refusal
+from wrapq.resolve.plan import ModulePlan, Plan
+
+VLLM = "vllm"
+_REMEDY = "quantize it otherwise, leave it float, or run with export=none"
+_READER_REMEDY = "quantize it otherwise, or give vLLM up with export.reader=transformers"
+_LINEAR, _ATTENTION = "Linear", "Attention"
+_CACHE_POINTS = {"key", "value"}
+
+
+@dataclass
+class Translation:
+    """A plan as compressed-tensors says it.
+
+    Attributes:
+        schemes: the scheme of every quantized linear layer, by name.
+        cache: the `kv_cache_scheme`, None where the cache stays float.
+        floats: the linear layers left float.
+        problems: what could not be said.
+    """
+
+    schemes: dict[str, Scheme] = field(default_factory=dict)
+    cache: Args | None = None
+    floats: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+
+def translate(plan: Plan, reader: str) -> Translation:
+    """What `plan` is in compressed-tensors, for `reader`: `transformers`, or `vllm` which runs less."""
+    said = Translation(floats=[row.name for row in plan.untouched if row.type == _LINEAR])
+    refused = _Refusals()
+    for module in plan.modules:
+        if module.wrapper == _LINEAR:
+            _linear(module, said, refused, reader, plan.recipe.model.dtype)
+        elif module.wrapper != _ATTENTION:
+            what = f"compressed-tensors quantizes linear layers and the cache, not {module.type}"
+            refused.add(module, what, _REMEDY)
+    _cache(plan, said, refused, reader)
+    said.problems += refused.problems()
+    said.problems += _loading(said)
+    if reader == VLLM:
+        layers = {**dict.fromkeys(said.floats), **said.schemes}
+        unequal = dict[str, list[str]]()
+        for where, what in fusion_refusals(layers):
+            unequal.setdefault(what, []).append(where)
+        said.problems += [Problem("", _several(names, what), (), _READER_REMEDY) for what, names in unequal.items()]
+    return said
+
+
+def _linear(module: ModulePlan, said: Translation, refused: _Refusals, reader: str, dtype: str) -> None:
+    try:
+        scheme = linear_scheme({point.name: point.quant_spec for point in module.points})
+    except SpecError as error:
+        refused.add(module, str(error), _REMEDY)
+        return
+    reason = linear_refusal(scheme, module.block is not None) if reader == VLLM else None
+    if scheme.half_only and dtype != "bfloat16":
+        what = f"compressed-tensors unpacks {scheme.format} to bfloat16, which a model in {dtype} cannot multiply"
+        refused.add(module, what, "run with model.dtype=bfloat16")
+    elif reason:
+        refused.add(module, reason, _READER_REMEDY)
+    else:
+        said.schemes[module.name] = scheme
+
+
+def _cache(plan: Plan, said: Translation, refused: _Refusals, reader: str) -> None:
+    attentions = [module for module in plan.modules if module.wrapper == _ATTENTION]
+    for module in attentions:
+        specs = {point.name: point.quant_spec for point in module.points}
+        if inner := sorted(set(specs) - _CACHE_POINTS):
+            refused.add(module, f"compressed-tensors has no word for the points {', '.join(inner)}", _REMEDY)
+            continue
+        try:
+            arguments = cache_args(specs.get("key"), specs.get("value"))
+        except SpecError as error:
+            refused.add(module, str(error), _REMEDY)
+            continue
+        if reader == VLLM and (reason := cache_refusal(arguments)):
+            refused.add(module, reason, _READER_REMEDY)
+        elif said.cache is not None and said.cache != arguments:
+            refused.add(module, "compressed-tensors has one scheme for the caches of all blocks", _REMEDY)
+        else:
+            said.cache = arguments
+    if attentions and len(attentions) != plan.model.block_count:
+        what = f"compressed-tensors quantizes the cache of every block or of none, here {len(attentions)} of"
+        refused.add(attentions[0], f"{what} {plan.model.block_count}", _REMEDY)
+
+
+def _loading(said: Translation) -> Iterator[Problem]:
+    """What transformers cannot load although the format says it."""
+    asymmetric = [name for name, scheme in said.schemes.items() if scheme.asymmetric_pack]
+    if asymmetric and (len({scheme.key for scheme in said.schemes.values()}) > 1 or said.cache is not None):
+        what = "transformers loads packed asymmetric weights only where all layers have one spec and a float cache"
+        yield Problem("", _several(asymmetric, what), (), "make them symmetric, or give every layer the same spec")
+
+
+class _Refusals:
+    """Refusals with one reason for many modules, told once."""
+
+    def __init__(self) -> None:
+        self._names: dict[tuple[str, str, str], list[str]] = {}
+
+    def add(self, module: ModulePlan, what: str, remedy: str) -> None:
+        """Refuse `module`, for the reason `what`."""
+        said = " + ".join(dict.fromkeys(point.sources[-1] for point in module.points if point.sources))
+        self._names.setdefault((said, what, remedy), []).append(module.name)
+
+    def problems(self) -> Iterator[Problem]:
+        """A problem for each reason and source."""
+        for (where, what, remedy), names in self._names.items():
+            yield Problem(where, _several(names, what), (), remedy)
+
+
+def _several(names: list[str], what: str) -> str:
+    return f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {what}"

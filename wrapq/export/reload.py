@@ -1,0 +1,73 @@
+"""Loading an export as its users will: in a fresh process, by transformers, with nothing of wrapq imported.
+
+As a script, `reload.py FOLDER IDS LOGITS DEVICE` reads the token ids [B, T] in the file IDS and leaves the logits
+[B, T, V] in the file LOGITS. Whatever is wrong ends it with a message on the last line of its standard error.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+PLAIN, DEQUANTIZED = "plain", "dequantized"
+"""Loaded as it is; only with every weight dequantized while it is loaded."""
+_FAULTS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+
+
+def read(folder: Path, ids: torch.Tensor, device: str) -> tuple[dict[str, torch.Tensor], str]:
+    """The logits that transformers computes from `folder` for `ids` [B, T].
+
+    Returns:
+        The logits under `plain` or `dequantized`, which says how the export had to be loaded; or nothing, and why.
+    """
+    threads = str(torch.get_num_threads())  # as many as here, since sums depend on how work is divided
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
+    with tempfile.TemporaryDirectory() as scratch:
+        asked, answered = Path(scratch, "ids.safetensors"), Path(scratch, "logits.safetensors")
+        save_file({"ids": ids.cpu().contiguous()}, asked)
+        # -P: this file's neighbours are no modules for it to import
+        command = [sys.executable, "-P", __file__, str(folder.resolve()), str(asked), str(answered), device]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=scratch, check=False)
+        if done.returncode == 0:
+            return load_file(answered), ""
+    lines = done.stderr.strip().splitlines()
+    return {}, lines[-1] if lines else f"exit status {done.returncode}"
+
+
+def main(folder: str, ids: str, logits: str, device: str) -> None:
+    """See the module."""
+    from transformers import CompressedTensorsConfig
+
+    try:
+        how, model = PLAIN, _load(folder)
+    except (RuntimeError, ValueError) as error:
+        first = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        try:
+            how, model = DEQUANTIZED, _load(folder, quantization_config=CompressedTensorsConfig(dequantize=True))
+        except (RuntimeError, ValueError):
+            sys.exit(first)
+    with torch.no_grad():
+        output = model.to(device)(input_ids=load_file(ids)["ids"].to(device), use_cache=False).logits
+    save_file({how: output.float().cpu().contiguous()}, logits)
+
+
+def _load(folder: str, **options: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    model, report = loaded
+    faults = [f"{fault}: {', '.join(sorted(map(str, report[fault]))[:5])}" for fault in _FAULTS if report.get(fault)]
+    if faults:
+        raise ValueError("; ".join(faults))
+    return model.eval()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

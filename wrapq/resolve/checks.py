@@ -1,0 +1,83 @@
+"""What cannot work for a module, found from shapes before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from torch import nn
+
+from wrapq.errors import Problem, SpecError, UnknownNameError
+from wrapq.observers.base import make_observer
+from wrapq.quant.affine import scale_shape
+from wrapq.quant.spec import QuantSpec
+from wrapq.resolve.rules import Draft
+from wrapq.resolve.selectors import Site
+from wrapq.wrappers.base import Point
+
+_ACTIVATION_RANK = 3  # [B, T, K]
+
+
+def build_spec(site: Site, point: Point, draft: Draft) -> QuantSpec:
+    """The spec that the draft of `point` says; raises `SpecError` when it contradicts itself or does not fit."""
+    try:
+        spec = QuantSpec.from_fields(draft.fields)
+        if not spec.dynamic:
+            make_observer(spec)
+    except UnknownNameError as error:
+        raise SpecError(str(error)) from None
+    if point.role == "weight":
+        _check_weight(site, spec)
+    else:
+        _check_activation(site, point, spec)
+    return spec
+
+
+def weight_shape(site: Site) -> tuple[int, int] | None:
+    """The shape of the site's weight as a matrix [N, K], or None where it has no weight."""
+    weight = site.module._parameters.get("weight")
+    if site.wrapper is None or weight is None:
+        return None
+    rows, columns = site.wrapper.to_matrix(weight).shape
+    return int(rows), int(columns)
+
+
+def tied_problems(model: nn.Module, specs: Mapping[str, Mapping[str, QuantSpec]]) -> Iterator[Problem]:
+    """Weights that several modules share must get one spec, or none: quantizing one of them would untie them."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        if (weight := module._parameters.get("weight")) is not None:
+            owners.setdefault(id(weight), []).append(name)
+    for names in owners.values():
+        said = {name: str(specs.get(name, {}).get("weight", "float")) for name in names}
+        if len(set(said.values())) > 1:
+            listed = ", ".join(f"{name}.weight is {spec}" for name, spec in said.items())
+            what = f"these are one tied tensor, but {listed}"
+            yield Problem("rules", what, (), "give them the same weight spec, or leave them all float")
+
+
+def _check_weight(site: Site, spec: QuantSpec) -> None:
+    if spec.dynamic:
+        raise SpecError(f"{spec}: a weight does not change, so it cannot be dynamic: use tensor, channel or group")
+    shape = weight_shape(site)
+    if shape is None:
+        raise SpecError(f"{spec}: {type(site.module).__name__} has no weight")
+    _check_groups(spec, shape)
+
+
+def _check_activation(site: Site, point: Point, spec: QuantSpec) -> None:
+    if spec.granularity == "channel" and (spec.axis or 0) >= 0:
+        raise SpecError(f"{spec}: an activation's channels are its last axis: write channel@-1 (axis: -1)")
+    if point.name == "input" and "Linear" in site.types:
+        _check_groups(spec, (1,) * (_ACTIVATION_RANK - 1) + (weight_shape(site) or (0, 0))[1:])
+
+
+def _check_groups(spec: QuantSpec, shape: Sequence[int]) -> None:
+    try:
+        scale_shape(shape, spec)
+    except SpecError as error:
+        width = shape[-1]
+        near = sorted((d for d in range(8, width + 1) if width % d == 0), key=lambda d: abs(d - (spec.group_size or 0)))
+        hint = (
+            f"; {width} is divided by {', '.join(map(str, near[:4]))}" if spec.granularity == "group" and near else ""
+        )
+        raise SpecError(f"{error}{hint}") from None

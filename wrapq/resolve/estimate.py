@@ -1,0 +1,64 @@
+"""Sizes and memory from shapes alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from wrapq.quant.affine import scale_shape
+from wrapq.quant.spec import QuantSpec
+from wrapq.recipe.schema import Recipe
+from wrapq.resolve.plan import Estimate, ModulePlan
+
+_WORD_BITS = 32
+_STREAM_COPIES = 4
+"""Tensors of hidden-state size that one suspended batch keeps alive: residual, normalized input, two of a branch."""
+
+
+def weight_bytes(shape: tuple[int, int], spec: QuantSpec) -> int:
+    """Bytes of a packed weight [N, K] with its float32 scales and, where it has them, int32 zero points."""
+    rows, columns = shape
+    packed = rows * math.ceil(columns * spec.dtype.bits / _WORD_BITS) * 4
+    scales = math.prod(scale_shape(shape, spec))
+    zero_points = 0 if spec.symmetric and spec.dtype.signed else scales
+    return packed + 4 * (scales + zero_points)
+
+
+def estimate(model: nn.Module, modules: Sequence[ModulePlan], recipe: Recipe, needs_data: bool) -> Estimate:
+    """What the run costs and leaves.
+
+    The peak is the float weights, the chosen integers (a byte each up to 8 bits, else two), the dequantized copies
+    that a fake-quantized forward multiplies with, and, in a sequential walk, the hidden states of all batches.
+    """
+    itemsize = getattr(torch, recipe.model.dtype).itemsize
+    float_bytes = itemsize * sum(p.numel() for p in model.parameters())
+    seen: set[int] = set()
+    replaced = packed = integers = dequantized = weights = 0
+    for module in modules:
+        spec = next((p.quant_spec for p in module.points if p.role == "weight"), None)
+        tensor = model.get_submodule(module.name)._parameters.get("weight")
+        if spec is None or tensor is None or module.weight_shape is None or id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        weights += tensor.numel()
+        replaced += itemsize * tensor.numel()
+        packed += weight_bytes(module.weight_shape, spec)
+        integers += tensor.numel() * (1 if spec.dtype.bits <= 8 else 2)
+        dequantized += itemsize * tensor.numel()
+    tokens = recipe.calibration.samples * recipe.calibration.seq_len if needs_data else 0
+    hidden = getattr(getattr(model, "config", None), "hidden_size", 0) or 0
+    in_flight = tokens if recipe.calibration.schedule == "sequential" else min(tokens, _batch_tokens(recipe))
+    return Estimate(
+        float_bytes=float_bytes,
+        quantized_bytes=float_bytes - replaced + packed,
+        bits_per_weight=8 * packed / weights if weights else None,
+        calibration_tokens=tokens,
+        peak_bytes=float_bytes + integers + dequantized + in_flight * hidden * itemsize * _STREAM_COPIES,
+    )
+
+
+def _batch_tokens(recipe: Recipe) -> int:
+    return recipe.calibration.batch_size * recipe.calibration.seq_len

@@ -1,0 +1,129 @@
+"""The plan: a recipe resolved against one model. It is what runs, what is shown before, and what is kept after."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from wrapq.quant.spec import QuantSpec
+from wrapq.recipe.schema import Recipe
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PointPlan(_Frozen):
+    """One quantization point of one module."""
+
+    name: str
+    role: Literal["weight", "activation"]
+    spec: str
+    """The spec in its short form."""
+    sources: tuple[str, ...]
+    """The files and overrides that said so, with the names of their rules, in the order of the rules."""
+
+    @property
+    def quant_spec(self) -> QuantSpec:
+        """The spec itself."""
+        return QuantSpec.parse(self.spec)
+
+
+class ModulePlan(_Frozen):
+    """One module that gets quantized."""
+
+    name: str
+    type: str
+    wrapper: str
+    block: int | None
+    multiplies: bool
+    """Whether the weight multiplies a matrix, as a linear layer's does and a norm's does not."""
+    weight_shape: tuple[int, int] | None
+    """Of the weight as a matrix [N, K]."""
+    points: tuple[PointPlan, ...]
+
+
+class Untouched(_Frozen):
+    """One module that stays float although it computes something, and why."""
+
+    name: str
+    type: str
+    parameters: int
+    reason: str
+
+
+class StagePlan(_Frozen):
+    """One stage of the stack."""
+
+    name: str
+    algorithm: str
+    phase: str
+    options: dict[str, Any]
+    targets: tuple[str, ...]
+    """Full names of the points that the stage decides."""
+    needs: tuple[str, ...]
+    """The statistics that are gathered for it."""
+    source: str
+
+
+class ModelFacts(_Frozen):
+    """What the plan knows of the model."""
+
+    path: str
+    type: str
+    parameters: int
+    blocks: str
+    block_count: int
+
+
+class Estimate(_Frozen):
+    """What the run will cost and what comes out; computed from shapes alone."""
+
+    float_bytes: int
+    quantized_bytes: int
+    """All tensors of the quantized model: packed integers, scales, zero points, and what stays float."""
+    bits_per_weight: float | None
+    """Over the quantized weights, scales and zero points included."""
+    calibration_tokens: int
+    peak_bytes: int
+
+
+class Plan(_Frozen):
+    """A recipe resolved against one model; immutable, and equal for equal recipes and models."""
+
+    recipe: Recipe
+    model: ModelFacts
+    modules: tuple[ModulePlan, ...]
+    untouched: tuple[Untouched, ...]
+    stages: tuple[StagePlan, ...]
+    estimate: Estimate
+    notes: tuple[str, ...] = ()
+
+    def specs(self) -> dict[str, dict[str, QuantSpec]]:
+        """For each module the spec of each of its points."""
+        return {m.name: {p.name: p.quant_spec for p in m.points} for m in self.modules}
+
+    def stage_of_points(self) -> dict[str, StagePlan]:
+        """The stage that decides each point, by the point's full name."""
+        return {target: stage for stage in self.stages for target in stage.targets}
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether any stage looks at data."""
+        return any(stage.needs for stage in self.stages)
+
+    def digest(self) -> str:
+        """SHA-256, in hex, of what will be done: the recipe's digest, every point's spec, every stage.
+
+        Where it was said does not count.
+        """
+        done: Mapping[str, Any] = {
+            "recipe": self.recipe.digest(),
+            "specs": [(m.name, m.wrapper, [(p.name, p.spec) for p in m.points]) for m in self.modules],
+            "stages": [(s.algorithm, s.options, s.targets) for s in self.stages],
+        }
+        return hashlib.sha256(json.dumps(done, sort_keys=True, default=str).encode()).hexdigest()

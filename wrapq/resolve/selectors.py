@@ -1,0 +1,122 @@
+"""Which modules a rule means."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from wrapq.calibration.blocks import Blocks
+from wrapq.errors import nearest
+from wrapq.recipe.schema import Match
+from wrapq.wrappers.base import Point, Wrapper
+from wrapq.wrappers.registry import WRAPPERS
+
+
+@dataclass(frozen=True)
+class Site:
+    """A module that rules may select.
+
+    Attributes:
+        name: the module's full name.
+        module: the module itself, on the meta device.
+        wrapper: the wrapper for it, or None.
+        block: the index of the repeated block it is in, or None.
+    """
+
+    name: str
+    module: nn.Module
+    wrapper: type[Wrapper] | None
+    block: int | None
+
+    @property
+    def points(self) -> tuple[Point, ...]:
+        """The points that the wrapper can put into this very module: none for a weight that it does not have."""
+        points = self.wrapper.points if self.wrapper else ()
+        return tuple(p for p in points if p.role != "weight" or self.module._parameters.get(p.name) is not None)
+
+    @property
+    def types(self) -> frozenset[str]:
+        """The names by which a rule's `type` may mean it: its class and that one's bases, its wrapper's kind."""
+        bases = {base.__name__ for base in type(self.module).__mro__ if base not in (nn.Module, object)}
+        return frozenset(bases | ({self.wrapper.kind} if self.wrapper else set()))
+
+
+def find_sites(model: nn.Module, blocks: Blocks) -> list[Site]:
+    """Every module of `model` in order, containers included."""
+    return [
+        Site(name, module, None if isinstance(module, nn.ModuleList) else WRAPPERS.find(module), blocks.index(name))
+        for name, module in model.named_modules()
+    ]
+
+
+def select(match: Match, sites: Sequence[Site], blocks: Blocks) -> list[Site]:
+    """The sites that fit everything `match` says; one that says nothing fits all."""
+    names, types = _listed(match.name), _listed(match.type)
+    layers = None if match.layers is None else layer_range(match.layers, blocks.count)
+    return [
+        site
+        for site in sites
+        if (not names or any(name_fits(pattern, site.name) for pattern in names))
+        and (not types or any(fnmatch.fnmatchcase(name, p) for p in types for name in site.types))
+        and (layers is None or site.block in layers)
+    ]
+
+
+def name_fits(pattern: str, name: str) -> bool:
+    """`re:` patterns match the whole name; the others are globs over the whole name, or over its last parts."""
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], name) is not None
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
+
+
+def broken_patterns(match: Match) -> Iterator[str]:
+    """What is wrong with each `re:` pattern that is no regular expression."""
+    for pattern in _listed(match.name):
+        try:
+            re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
+        except re.error as error:
+            yield f"{pattern!r} is no regular expression: {error}"
+
+
+def layer_range(layers: int | str, count: int) -> range:
+    """The block indices that `3`, `-1` (the last), `0:8` or `-2:` mean among `count` blocks."""
+    if isinstance(layers, int) or ":" not in layers:
+        index = int(layers)
+        index += count if index < 0 else 0
+        return range(index, index + 1) if 0 <= index < count else range(0)
+    start, _, stop = layers.partition(":")
+    return range(count)[slice(int(start) if start else None, int(stop) if stop else None)]
+
+
+def explain_no_match(match: Match, sites: Sequence[Site], blocks: Blocks) -> tuple[str, tuple[str, ...]]:
+    """Why `match` fits nothing, and the valid names nearest to what it says."""
+    if match.layers is not None and not layer_range(match.layers, blocks.count):
+        last = f"0 to {blocks.count - 1}" if blocks.count else "none"
+        return f"layers {match.layers} is outside the model's {blocks.count} blocks ({last})", ()
+    for pattern in _listed(match.name):
+        if not any(name_fits(pattern, site.name) for site in sites):
+            return f"name {pattern!r} matches no module", _nearest_names(pattern, sites)
+    for pattern in _listed(match.type):
+        if not any(fnmatch.fnmatchcase(name, pattern) for site in sites for name in site.types):
+            known = sorted({name for site in sites if site.wrapper for name in site.types})
+            return f"type {pattern!r} matches no module", nearest(pattern, known)
+    return "no module fits all of its name, type and layers together", ()
+
+
+def _nearest_names(pattern: str, sites: Sequence[Site]) -> tuple[str, ...]:
+    """Names as long as the pattern: for `*.mlp.dwon_proj` the ends of names, `mlp.down_proj`."""
+    bare = pattern.removeprefix("re:").replace("\\.", ".").strip("*.^$")
+    depth = bare.count(".") + 1
+    ends = dict.fromkeys(".".join(site.name.split(".")[-depth:]) for site in sites if site.name)
+    prefix = "*." if pattern.startswith("*") else ""
+    return tuple(prefix + name for name in nearest(bare, ends))
+
+
+def _listed(value: str | Iterable[str] | None) -> list[str]:
+    if value is None:
+        return []
+    return [value] if isinstance(value, str) else list(value)

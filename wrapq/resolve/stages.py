@@ -1,0 +1,153 @@
+"""The stack becomes stages: algorithms by name, options checked, ordered by phase, every point decided exactly once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from pydantic import BaseModel, ValidationError
+
+from wrapq.calibration.algorithm import ALGORITHMS, PHASES, Algorithm
+from wrapq.errors import Problem, UnknownNameError, nearest
+from wrapq.recipe.schema import Recipe, Stage
+from wrapq.resolve.plan import ModulePlan, PointPlan, StagePlan
+from wrapq.resolve.rules import Sources
+from wrapq.resolve.selectors import Site
+
+
+@dataclass(frozen=True)
+class StackEntry:
+    """A stage whose algorithm and options are known to be right."""
+
+    name: str
+    stage: Stage
+    algorithm: type[Algorithm]
+    options: BaseModel
+
+
+def check_stack(recipe: Recipe, sources: Sources) -> tuple[list[StackEntry], list[Problem]]:
+    """The stages in the order in which they run, and what is wrong with them; needs no model."""
+    entries, problems = [], []
+    for name, stage in recipe.stack.items():
+        try:
+            algorithm = ALGORITHMS.get(stage.algorithm)
+        except UnknownNameError as error:
+            where = sources.where(f"stack.{name}.algorithm")
+            problems.append(Problem(where, f"unknown algorithm {stage.algorithm!r}", error.nearest))
+            continue
+        try:
+            options = algorithm.Options(**stage.options)
+        except ValidationError as error:
+            valid = [*algorithm.Options.model_fields, *Stage.model_fields]
+            problems += option_problems(error, f"stack.{name}", valid, stage.algorithm, sources)
+            continue
+        for rule in stage.rules or ():
+            if rule not in recipe.rules:
+                where = sources.where(f"stack.{name}.rules")
+                problems.append(Problem(where, f"no rule is called {rule!r}", nearest(rule, recipe.rules)))
+        entries.append(StackEntry(name, stage, algorithm, options))
+    order, wrong = _order(recipe, entries, sources)
+    return order, problems + wrong
+
+
+def option_problems(
+    error: ValidationError, path: str, valid: Sequence[str], owner: str, sources: Sources
+) -> Iterator[Problem]:
+    """Each mistake in the options of `owner`, whose keys, all of them `valid`, stand under `path`."""
+    for item in error.errors():
+        key = ".".join(map(str, item["loc"]))
+        where = sources.where(f"{path}.{key}")
+        if item["type"] == "extra_forbidden":
+            yield Problem(where, f"{owner} has no option {key!r}", nearest(key, valid))
+        elif item["type"] == "missing":
+            yield Problem(f"{path}.{key}", f"{owner} needs {key}", (), f"set it with {path}.{key}=...")
+        else:
+            yield Problem(where, f"{item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}")
+
+
+def plan_stages(
+    entries: Sequence[StackEntry],
+    modules: Sequence[ModulePlan],
+    selected: Mapping[str, Sequence[Site]],
+    sources: Sources,
+) -> tuple[tuple[StagePlan, ...], list[Problem]]:
+    """The stages with the points each decides; every point left over or decided twice is a problem."""
+    stages, problems = [], []
+    owner: dict[str, str] = {}
+    for entry in entries:
+        named = entry.stage.rules
+        allowed = None if named is None else {site.name for rule in named for site in selected[rule]}
+        points = [
+            (module, point)
+            for module in modules
+            for point in module.points
+            if point.role == entry.algorithm.handles
+            and not point.quant_spec.dynamic
+            and (allowed is None or module.name in allowed)
+        ]
+        targets = tuple(f"{module.name}.{point.name}" for module, point in points)
+        where = sources.where(f"stack.{entry.name}")
+        if not targets:
+            kind = f"static {entry.algorithm.handles}"
+            what = f"{entry.stage.algorithm} has nothing to do: no rule gives it a {kind} to decide"
+            problems.append(
+                Problem(where, what, (), f"remove the stage with ~stack.{entry.name}, or add a rule for it")
+            )
+        problems += _without_hessian(entry, points, where)
+        twice = sorted({owner[target] for target in targets if target in owner})
+        if twice:
+            what = f"{entry.name} and {', '.join(twice)} would decide the same points, such as {targets[0]}"
+            problems.append(Problem(where, what, (), "give each stage its own rules: stack.NAME.rules=[...]"))
+        owner |= dict.fromkeys(targets, entry.name)
+        observers = {p.quant_spec.observer for _, p in points} if entry.algorithm.handles == "activation" else ()
+        stages.append(
+            StagePlan(
+                name=entry.name,
+                algorithm=entry.stage.algorithm,
+                phase=entry.algorithm.phase,
+                options=entry.options.model_dump(),
+                targets=targets,
+                needs=(*entry.algorithm.needs, *sorted(observers)),
+                source=sources.of(f"stack.{entry.name}.algorithm"),
+            )
+        )
+    return tuple(stages), problems + list(_undecided(modules, owner))
+
+
+def _without_hessian(
+    entry: StackEntry, points: Sequence[tuple[ModulePlan, PointPlan]], where: str
+) -> Iterator[Problem]:
+    others = [module for module, _ in points if not module.multiplies] if "hessian" in entry.algorithm.needs else []
+    if others:
+        kinds = ", ".join(sorted({module.type for module in others}))
+        what = (
+            f"{entry.stage.algorithm} rounds what multiplies a matrix; not so the weights of {kinds} ({others[0].name})"
+        )
+        remedy = f"name its rules: stack.{entry.name}.rules=[...], and give the others +algorithm@stack.others=rtn"
+        yield Problem(where, what, (), remedy)
+
+
+def _undecided(modules: Sequence[ModulePlan], owner: Mapping[str, str]) -> Iterator[Problem]:
+    remedies = {"weight": "+algorithm@stack.round=rtn", "activation": "+algorithm@stack.ranges=ranges"}
+    for role, remedy in remedies.items():
+        open_points = [
+            f"{module.name}.{point.name}"
+            for module in modules
+            for point in module.points
+            if point.role == role and not point.quant_spec.dynamic and f"{module.name}.{point.name}" not in owner
+        ]
+        if open_points:
+            kind = "weights" if role == "weight" else "static activations"
+            what = f"no stage decides {len(open_points)} {kind}, such as {open_points[0]}"
+            yield Problem("stack", what, (), f"add a stage for them, for example {remedy}")
+
+
+def _order(recipe: Recipe, entries: Sequence[StackEntry], sources: Sources) -> tuple[list[StackEntry], list[Problem]]:
+    by_name = {entry.name: entry for entry in entries}
+    if recipe.stack_order is None:
+        return sorted(entries, key=lambda entry: PHASES.index(entry.algorithm.phase)), []
+    wrong = sorted(set(recipe.stack_order) ^ set(recipe.stack))
+    if wrong or len(recipe.stack_order) != len(set(recipe.stack_order)):
+        what = f"must name each stage once; wrong or missing: {', '.join(wrong) or 'a name twice'}"
+        return list(entries), [Problem(sources.where("stack_order"), what, tuple(recipe.stack))]
+    return [by_name[name] for name in recipe.stack_order if name in by_name], []
