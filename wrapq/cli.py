@@ -110,19 +110,20 @@ def run(overrides: tuple[str, ...], config_dirs: tuple[Path, ...], resume: bool)
     composed = compose(overrides, config_dirs)
     from wrapq.tracking import make_tracker
 
-    console, tracker = _console(), make_tracker(composed.settings)
-    tracker.prepare()  # first of all, since it takes as long as all that follows until the model is loaded
-    with console.status("resolving the recipe"):
-        from wrapq.engine.run import execute
-        from wrapq.report.console import ConsoleProgress, show_result
-        from wrapq.resolve.resolve import resolve
+    console = _console()
+    with make_tracker(composed.settings) as tracker:
+        tracker.prepare()  # first of all, since it takes as long as all that follows until the model is loaded
+        with console.status("resolving the recipe"):
+            from wrapq.engine.run import execute
+            from wrapq.report.console import ConsoleProgress, show_result
+            from wrapq.resolve.resolve import resolve
 
-        plan = resolve(composed.recipe, composed.sources, composed.settings.runtime.trust_remote_code)
-    name, model = plan.recipe.name, plan.model
-    console.print(
-        f"[bold]{name}[/] on {model.path}: {len(plan.modules)} modules to quantize, {len(plan.untouched)} left in float"
-    )
-    result = execute(plan, composed.settings, ConsoleProgress(console), resume, tracker)
+            plan = resolve(composed.recipe, composed.sources, composed.settings.runtime.trust_remote_code)
+        console.print(
+            f"[bold]{plan.recipe.name}[/] on {plan.model.path}: {len(plan.modules)} modules to quantize, "
+            f"{len(plan.untouched)} left in float"
+        )
+        result = execute(plan, composed.settings, ConsoleProgress(console), resume, tracker)
     show_result(console, result, int(next(iter(result.metrics.values()))["tokens"]))
 
 

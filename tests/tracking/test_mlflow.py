@@ -173,17 +173,25 @@ from wrapq.tracking.mlflow import MLflowTracker
 tracker = MLflowTracker(sys.argv[1], "wrapq", Path(sys.argv[2]))
 tracker.start("x", {}, {"a": 1})
 assert "mlflow" not in sys.modules
-print(tracker.run_id, tracker.store.process.pid, flush=True)
+print(tracker.run_id, flush=True)
+for i in range(100):
+    tracker.metrics({"m": i}, i)  # some are answered when nobody reads any more
 os._exit(1)
 """
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    died = subprocess.run([sys.executable, "-c", program, uri, str(tmp_path)], capture_output=True, text=True)
+    died = subprocess.run([sys.executable, "-c", program, uri, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     run_id = died.stdout.split()[0]
     end = time.monotonic() + 30
     while (run := client(tmp_path).get_run(run_id)).info.status == "RUNNING" and time.monotonic() < end:
         time.sleep(0.2)
     assert run.info.status == "KILLED"
     assert run.data.tags["failure"] == "the process of the run ended without a word"
+
+
+def test_a_tracker_that_was_only_prepared_leaves_no_process(tracker: MLflowTracker) -> None:
+    tracker.prepare()
+    tracker.finish("FAILED")
+    assert tracker.store.process.returncode == -signal.SIGKILL
 
 
 def test_started_without_waiting(tracker: MLflowTracker, outputs: Path) -> None:

@@ -146,7 +146,10 @@ class MLflowTracker(Tracker):
 
     def finish(self, status: str = FINISHED, reason: str | None = None) -> None:
         """Send what is left and close the run with `status`; `reason` becomes the tag `failure`."""
-        if self._thread is None or self._finished:
+        if self._thread is None:
+            self.store.close()
+            return
+        if self._finished:
             return
         if reason:
             self.tags({"failure": reason})
@@ -177,6 +180,7 @@ class MLflowTracker(Tracker):
             self.store.open(name, tags)
         except BaseException as error:
             self._error = error
+            self.store.close()
             return
         finally:
             self._opened.set()

@@ -69,7 +69,11 @@ class RemoteStore:
         return said["result"]
 
     def close(self) -> None:
-        """Let the process end, which has nothing left to do; its end is not waited for."""
-        if self.process is not None and self.process.stdin is not None:
-            with contextlib.suppress(BrokenPipeError):
-                self.process.stdin.close()
+        """Let the process end; one that has no run open has nothing left to do and is not waited for."""
+        if self.process is None or self.process.stdin is None:
+            return
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        if self.run_id is None:
+            self.process.kill()
+            self.process.wait()

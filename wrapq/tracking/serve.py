@@ -16,7 +16,8 @@ from wrapq.tracking.redact import redact
 
 def main() -> None:
     """Serve one run's store until the input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the run's end still has to be sent
+    for reason in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group; the run's end still has to be sent
+        signal.signal(reason, signal.SIG_IGN)
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what MLflow prints must not mix with the answers
     load_mlflow()
@@ -40,8 +41,11 @@ def serve(calls: TextIO, answers: TextIO) -> None:
         except Exception as error:  # whatever it is, the other end decides what to make of it
             known = type(error).__name__ == "TrackingError"
             answer = {"error": redact(str(error) if known else f"{type(error).__name__}: {error}")}
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+        try:
+            answers.write(json.dumps(answer) + "\n")
+            answers.flush()
+        except OSError:  # nobody reads any more: the run's process died between a call and its answer
+            break
     if store is not None and not finished:
         store.tags({"failure": "the process of the run ended without a word"})
         store.finish("KILLED", int(time.time() * 1000))
