@@ -124,7 +124,8 @@ def run(overrides: tuple[str, ...], config_dirs: tuple[Path, ...], resume: bool)
             f"{len(plan.untouched)} left in float"
         )
         result = execute(plan, composed.settings, ConsoleProgress(console), resume, tracker)
-    show_result(console, result, int(next(iter(result.metrics.values()))["tokens"]))
+    if result is not None:
+        show_result(console, result, int(next(iter(result.metrics.values()))["tokens"]))
 
 
 @main.command()

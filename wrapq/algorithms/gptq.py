@@ -41,7 +41,11 @@ class GPTQ(Rounder):
 
     Options = GPTQOptions
     options: GPTQOptions
-    needs = ("hessian",)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """See `Algorithm.needs`."""
+        return ("hessian",)
 
     def round(self, weight: Tensor, spec: QuantSpec, where: str, hessian: Hessian | None = None) -> Rounded:
         """See `Rounder.round`."""

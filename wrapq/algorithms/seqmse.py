@@ -35,7 +35,11 @@ class SeqMSE(Rounder):
 
     Options = SeqMSEOptions
     options: SeqMSEOptions
-    needs = ("hessian",)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """See `Algorithm.needs`."""
+        return ("hessian",)
 
     def round(self, weight: Tensor, spec: QuantSpec, where: str, hessian: Hessian | None = None) -> Rounded:
         """See `Rounder.round`."""

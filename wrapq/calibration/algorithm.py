@@ -32,17 +32,23 @@ class Algorithm(ABC):
     Attributes:
         phase: where in the stack it belongs; transforms come before ranges, ranges before rounding, corrections last.
         handles: the role of the points it decides.
-        needs: the statistics it must be given; observers of activations are said by the specs.
         Options: the pydantic model of its options in a recipe.
     """
 
     phase: ClassVar[Phase]
     handles: ClassVar[Literal["weight", "activation"]]
-    needs: ClassVar[tuple[str, ...]] = ()
     Options: ClassVar[type[BaseModel]] = NoOptions
 
     def __init__(self, options: Any = None) -> None:
         self.options = options if options is not None else self.Options()
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The statistics of its input that a weight's rounder must be given: `hessian`, with `float64` for its
+        precision and `cross` for the cross term (`wrapq.calibration.hessian`). What the ranges of activations need,
+        the observers of the specs say.
+        """
+        return ()
 
 
 class Rounded(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -10,8 +10,23 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-BATCH: ContextVar[int] = ContextVar("batch")
-"""The index of the batch whose forward is running."""
+BATCH: ContextVar[int | None] = ContextVar("batch", default=None)
+"""The index of the batch whose forward is running; None where what is computed belongs to no batch."""
+
+
+@contextmanager
+def made_for_all() -> Iterator[None]:
+    """What is made while this holds, such as a sum over all batches, belongs to none of them."""
+    token = BATCH.set(None)
+    try:
+        yield
+    finally:
+        BATCH.reset(token)
+
+
+def batch_index() -> int:
+    """The index of the batch whose forward is running."""
+    return cast(int, BATCH.get())
 
 
 @dataclass(frozen=True)
@@ -20,12 +35,12 @@ class Border:
 
     Attributes:
         index: the block that comes next.
-        hidden: for each batch the hidden states [B, T, K] that enter it, as the quantized blocks before left them.
+        hidden: gives for each batch the hidden states [B, T, K] that enter it, as the blocks before left them.
         as_tuple: whether the model's blocks return a tuple.
     """
 
     index: int
-    hidden: Sequence[Tensor]
+    hidden: Callable[[int], Tensor]
     as_tuple: bool
 
 
@@ -49,7 +64,7 @@ class _Stub:
     last: bool
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        hidden = entering(args, kwargs) if not self.last else self.border.hidden[BATCH.get()]
+        hidden = entering(args, kwargs) if not self.last else self.border.hidden(batch_index())
         return (hidden,) if self.border.as_tuple else hidden
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+
 import torch
 from torch import Tensor
 
@@ -15,24 +17,36 @@ class UnusableHessianError(CalibrationError):
 
 
 class Hessian:
-    """`X^T X` [K, K], float32, over the rows of every matrix X [M, K] a weight meets; weights with one input share one.
+    """`X^T X` [K, K] over the rows of every matrix X [M, K] a weight meets; weights with one input share one.
+
+    Args:
+        needs: `hessian`; `float64` sums in that precision instead of float32; `cross` gathers the cross term too.
 
     Attributes:
         matrix: the sum; the scale of the loss does not matter to those who use it, so it is not divided by M.
+        cross: `(F - X)^T X` [K, K], F being the rows that the float model has where the quantized one has X.
         rows: how many rows were summed.
+        complete: whether it is the sum over all processes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, needs: Collection[str] = ("hessian",)) -> None:
+        self.needs = frozenset(needs)
+        self.dtype = torch.float64 if "float64" in self.needs else torch.float32
         self.matrix: Tensor | None = None
+        self.cross: Tensor | None = None
         self.rows = 0
+        self.complete = False
         self._factors: dict[tuple[float, bool], Factor] = {}
 
-    def add(self, x: Tensor) -> None:
-        """Add the rows of `x` [M, K]."""
-        x = x.float()
+    def add(self, x: Tensor, reference: Tensor | None = None) -> None:
+        """Add the rows of `x` [M, K], and of the float model's `reference` [M, K] where the cross term is asked for."""
+        x = x.to(self.dtype)
         if self.matrix is None:
-            self.matrix = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+            self.matrix = torch.zeros(x.shape[1], x.shape[1], dtype=self.dtype, device=x.device)
+            self.cross = torch.zeros_like(self.matrix) if "cross" in self.needs else None
         self.matrix.addmm_(x.t(), x)
+        if self.cross is not None and reference is not None:
+            self.cross.addmm_((reference.to(self.dtype) - x).t(), x)
         self.rows += len(x)
         self._factors.clear()
 
@@ -55,6 +69,16 @@ class Hessian:
         if key not in self._factors:
             self._factors[key] = factorize(self.check(where), damp, act_order, where)
         return self._factors[key]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What was gathered, by name."""
+        held = {"matrix": self.matrix, "cross": self.cross, "rows": torch.tensor(self.rows)}
+        return {name: tensor for name, tensor in held.items() if tensor is not None}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Replace what was gathered by `state`."""
+        self.matrix, self.cross, self.rows = state.get("matrix"), state.get("cross"), int(state["rows"])
+        self._factors.clear()
 
 
 class Factor:
@@ -92,7 +116,7 @@ def factorize(hessian: Tensor, damp: float, act_order: bool, where: str) -> Fact
         damped.diagonal().add_(dead.flip(0).to(damped.dtype) * mean)
         lower, info = torch.linalg.cholesky_ex(damped)
         if int(info) == 0:
-            eye = torch.eye(len(lower), device=lower.device)
-            upper = torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1)
+            eye = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+            upper = torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1).float()
             return Factor(upper, order, dead, tried)
     raise UnusableHessianError(f"{where}: its Hessian is not positive definite even with damping {tried:g}")

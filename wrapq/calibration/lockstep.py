@@ -8,7 +8,7 @@ which all that lies before it is already quantized, in one forward in all and wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from greenlet import GreenletExit, getcurrent, greenlet
@@ -24,10 +24,20 @@ class Stop(Protocol):
         """Called once no forward that can still reach the place is on its way; they go on when it returns."""
 
 
-def run_lockstep(forwards: Sequence[Callable[[], object]], done: Callable[[], bool]) -> None:
+def first(stops: Iterable[Stop]) -> Stop | None:
+    """The stop with the least order, or None where nobody waits."""
+    return min(stops, key=lambda stop: stop.order, default=None)
+
+
+def run_lockstep(
+    forwards: Sequence[Callable[[], object]],
+    done: Callable[[], bool],
+    choose: Callable[[Iterable[Stop]], Stop | None] = first,
+) -> None:
     """Run all `forwards` to their end, or until `done()` says that nothing is left to decide.
 
-    What the forwards return is dropped. An exception in any of them, or in `decide`, ends all and is raised.
+    What the forwards return is dropped. An exception in any of them, or in `decide`, ends all and is raised. `choose`
+    says which of the stops at which somebody waits is decided next; None ends all.
     """
     parent = getcurrent()
     lets = [greenlet(_discard(forward), parent) for forward in forwards]
@@ -41,12 +51,11 @@ def run_lockstep(forwards: Sequence[Callable[[], object]], done: Callable[[], bo
 
     try:
         ready = lets
-        while ready and not done():
+        while not done():
             for let in ready:
                 advance(let)
-            if not waiting:
+            if (stop := choose(waiting.values())) is None:
                 break
-            stop = min(waiting.values(), key=lambda s: s.order)
             stop.decide()
             ready = [let for let, at in waiting.items() if at is stop]
     finally:

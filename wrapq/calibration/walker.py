@@ -2,51 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextvars import copy_context
-from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from itertools import groupby
+from typing import Any, Literal, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 
 from wrapq.calibration.algorithm import RangeSetter, Rounded, Rounder
 from wrapq.calibration.blocks import Blocks, find_blocks
-from wrapq.calibration.border import BATCH, Border, entering, skipping
+from wrapq.calibration.border import Border, skipping
+from wrapq.calibration.forward import Batch, FloatTwin, Forward
 from wrapq.calibration.hessian import Hessian, UnusableHessianError
-from wrapq.calibration.lockstep import run_lockstep, wait_at
+from wrapq.calibration.lockstep import Stop, first, run_lockstep, wait_at
+from wrapq.calibration.offload import Offload
+from wrapq.calibration.processes import Processes
+from wrapq.calibration.recall import Recall
+from wrapq.calibration.report import rounding_report
+from wrapq.calibration.stops import Gate, Once, OpenPoint
 from wrapq.errors import CalibrationError
 from wrapq.observers.base import Observer, observe_tensor
 from wrapq.wrappers.base import QuantModuleBase
 from wrapq.wrappers.model import iter_wrapped
-from wrapq.wrappers.quantizer import MEET, PADDING, SUSPEND, Quantizer, State, WeightQuantizer, real_tokens
+from wrapq.wrappers.quantizer import Quantizer, State, WeightQuantizer
 
-SQNR_CEILING = 200.0  # dB; stands for "equal"
 Schedule = Literal["sequential", "parallel"]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One batch of calibration data: the keyword arguments of the forward, and the mask [B, T] of real tokens."""
-
-    inputs: Mapping[str, Any]
-    mask: Tensor | None = None
+__all__ = ["Batch", "Schedule", "Walker"]
 
 
 class Walker:
     """Decides the points of a wrapped model: weights by their rounder, static activation ranges by their setter.
 
-    With the schedule `sequential` the batches go through the model side by side, and each point is decided with all
-    that comes before it already quantized. With `parallel` they go one after the other through the float model.
+    The batches go through the model side by side and wait for each other before each block. With the schedule
+    `sequential` they also wait at each open point, which is decided with all that comes before it already quantized.
+    With `parallel` they go through the float model, and the points of a block are decided once all have left it.
 
     Args:
         model: a wrapped model whose points observe.
         rounders: the algorithm that rounds each weight point, by the point's full name.
         setters: the algorithm that chooses each static activation point's range, likewise.
-        advance: called after each block (sequential) or batch (parallel), for progress.
-        on_border: called in a sequential walk between two blocks, when everything before is decided.
+        advance: called after each block, for progress.
 
     Attributes:
+        on_hidden: called with a block's index, a batch's, and the hidden states that enter the block.
+        on_border: called between two blocks with the index of the next and whether blocks return a tuple, when
+            everything before is decided.
+        recall: where statistics gathered before are looked up; None gathers all.
+        offload: what keeps waiting forwards within a limit of memory; None keeps them in memory.
+        processes: those that share the data.
         statistics: after `run`, what the observer of each static activation point gathered, by the point's full name.
         reports: after `run`, for each weight its error and what its algorithm reports, by the point's full name.
         fallbacks: for each weight that was rounded to nearest because its Hessian could not be used, the reason.
@@ -58,51 +64,68 @@ class Walker:
         rounders: Mapping[str, Rounder],
         setters: Mapping[str, RangeSetter],
         advance: Callable[[], None] = lambda: None,
-        on_border: Callable[[Border], None] = lambda border: None,
     ) -> None:
         self.model, self.rounders, self.setters = model, rounders, setters
-        self.advance, self.on_border = advance, on_border
+        self.advance = advance
+        self.on_hidden: Callable[[int, int, Tensor], None] = lambda block, batch, hidden: None
+        self.on_border: Callable[[int, bool], None] = lambda block, as_tuple: None
+        self.recall: Recall | None = None
+        self.offload: Offload | None = None
+        self.processes = Processes()
         self.blocks: Blocks = find_blocks(model)
         self.wrapped = dict(iter_wrapped(model))
         self.statistics: dict[str, Tensor] = {}
-        self.as_tuple = False
-        self._tied: dict[tuple[int, str], Rounded] = {}
-        self._stops: dict[Quantizer, _Open] = {}
-        self._modules: dict[Quantizer, QuantModuleBase] = {}
         self.hessians: dict[str, Hessian] = {}
         self.reports: dict[str, dict[str, float]] = {}
         self.fallbacks: list[str] = []
+        self._schedule: Schedule = "sequential"
+        self._as_tuple = False
+        self._tied: dict[tuple[int, str], Rounded] = {}
+        self._since = 0.0
+        self._points: dict[Quantizer, OpenPoint] = {}
+        self._modules: dict[Quantizer, QuantModuleBase] = {}
+        self._gates: list[Gate] = []
         self._order_points()
 
-    def steps(self, batches: Sequence[Batch], schedule: Schedule) -> tuple[int, str]:
+    def steps(self) -> tuple[int, str]:
         """How often `run` will call `advance`, and for what."""
-        if self._all_decided():
-            return 1, "model"
-        return (max(self.blocks.count, 1), "block") if schedule == "sequential" else (len(batches), "batch")
+        return (1, "model") if self._all_decided() else (max(self.blocks.count, 1), "block")
 
     @torch.no_grad()
     def run(self, batches: Sequence[Batch], schedule: Schedule, border: Border | None = None) -> None:
-        """Decide all points; no batch is run when none of them looks at data.
+        """Decide all points; no batch is run when none of them looks at data, or the store has what it showed.
 
-        With a `border` kept from another walk, a sequential one takes up there: all points before it must be decided.
+        With a `border` kept from another walk, this one takes up there: all points before it must be decided.
 
         Raises:
             CalibrationError: the data brought NaN or infinity to a point, or a sequential walk came again to one that
                 its first visit had decided; the message names it.
             LifecycleError: no batch reached a point; the message names it.
         """
-        if schedule == "sequential":
-            self._freeze_dynamic()
-        if not self._all_decided():
-            self._walk(batches, border) if schedule == "sequential" else self._observe(batches)
-        self._freeze_dynamic()
-        for quantizer in self._stops:
-            self.decide(quantizer)
-
-    def _freeze_dynamic(self) -> None:
-        for quantizer in self._stops:
+        self._schedule = schedule
+        for quantizer in self._points:
             if quantizer.spec.dynamic:
                 quantizer.freeze()
+        if not self._all_decided():
+            try:
+                self._walk(batches, border)
+            except _BlockAgainError:  # so no block is done before the last batch has run: the model is one block
+                self._forget()
+                self._walk(batches, None)
+        for quantizer in self._points:
+            self._decide(quantizer)
+
+    def points(self) -> Iterator[Quantizer]:
+        """All points, in the model's order."""
+        return iter(self._points)
+
+    def needs(self, weight: WeightQuantizer) -> frozenset[str]:
+        """See `Walk.needs`."""
+        return frozenset(self.rounders[weight.where].needs)
+
+    def stop(self, point: Quantizer) -> Stop:
+        """See `Walk.stop`."""
+        return self._points[point]
 
     def _order_points(self) -> None:
         seen_blocks = False
@@ -112,100 +135,136 @@ class Walker:
             outside = self.blocks.count if seen_blocks else -1
             for quantizer in module.point_quantizers().values():
                 # where batches part ways, as in a mixture of experts, inner modules come before the outer one's sums
-                order = (outside if index is None else index, 1, -name.count("."), len(self._stops))
-                self._stops[quantizer], self._modules[quantizer] = _Open(order, quantizer, self), module
+                order = (outside if index is None else index, 1, -name.count("."), len(self._points))
+                self._points[quantizer] = OpenPoint(order, quantizer, self._decide)
+                self._modules[quantizer] = module
 
-    def points(self) -> Iterator[Quantizer]:
-        """All points, in the model's order."""
-        return iter(self._stops)
+    def _forget(self) -> None:
+        self.blocks = Blocks()
+        for table in (self.hessians, self.statistics, self.reports, self.fallbacks, self._tied):
+            table.clear()
+        for quantizer in self._points:
+            quantizer.observe()
+            if quantizer.spec.dynamic:
+                quantizer.freeze()
 
     def _walk(self, batches: Sequence[Batch], border: Border | None) -> None:
-        for name, module in self.wrapped.items():
-            if self.blocks.index(name) is None:
-                self._round_without_data(module)
-        gates = [_Gate((index, 0, 0), index, self) for index in range(self.blocks.count)]
-        layers = [self.model.get_submodule(name) for name in self.blocks.names()]
-        first = border.index if border else 0
-        hooks = [
-            hook
-            for layer, gate in zip(layers[first:], gates[first:], strict=True)
-            for hook in (
-                layer.register_forward_pre_hook(gate.enter, with_kwargs=True),
-                layer.register_forward_hook(gate.leave),
-            )
-        ]
-        hooks += [
-            module.register_forward_pre_hook(_Once(name).enter)
-            for name, module in self.wrapped.items()
-            if any(not quantizer.spec.dynamic for quantizer in module.activation_quantizers())
-        ]
-        forwards = [_Forward(self, batch, index, wait=True) for index, batch in enumerate(batches)]
-        try:
-            with skipping(layers, border):
-                run_lockstep(forwards, self._all_decided)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        for _ in range(max(self.blocks.count, 1) - sum(gate.decided for gate in gates[1:])):
+        sequential = self._schedule == "sequential"
+        if sequential:
+            self._round_without_data([*self._of_group(-1), *self._of_group(self.blocks.count)])
+        gates = [Gate((i, 0, 0), i, self._wait, self._enter, self._open) for i in range(self.blocks.count)]
+        self._gates = gates
+        self._look_up()
+        if not self._all_decided():
+            self._since = time.perf_counter()
+            layers = [self.model.get_submodule(name) for name in self.blocks.names()]
+            hooks = self._hook(layers, gates, border.index if border else 0)
+            with skipping(layers, border), self.offload or nullcontext():
+                try:
+                    run_lockstep(self._forwards(batches), self._all_decided, self._choose)
+                finally:
+                    for hook in hooks:
+                        hook.remove()
+        for _ in range(max(self.blocks.count, 1) - sum(gate.passed for gate in gates[1:])):
             self.advance()
 
-    def _observe(self, batches: Sequence[Batch]) -> None:
+    def _forwards(self, batches: Sequence[Batch]) -> list[Callable[[], None]]:
+        sequential = self._schedule == "sequential"
+        crossed = any("cross" in self.needs(q) for q in self._points if isinstance(q, WeightQuantizer))
+        forwards: list[Callable[[], None]] = []
         for index, batch in enumerate(batches):
-            _Forward(self, batch, index, wait=False)()
-            self.advance()
+            if index % self.processes.count != self.processes.rank:
+                continue
+            twin = FloatTwin(self, batch, len(batches) + index, self._wait) if crossed and sequential else None
+            forwards += [twin] if twin else []
+            forwards.append(Forward(self, batch, index, self._wait if sequential else None, twin))
+        return forwards
 
-    def meet(self, module: QuantModuleBase, raw: Tensor, x: Tensor, last: _Input) -> None:
-        """Gather what the rounder of `module` needs of `x`, once for all weights that one tensor feeds in one form."""
-        quantizer = module.weight_quantizer
-        if quantizer is None or not self._needs_data(quantizer):
-            return
-        feeding = module.point_quantizers().get("input")
-        form = str(feeding.spec) if feeding else ""
-        known = last.hessian if last.raw is raw and last.form == form else None
-        hessian = self.hessians.setdefault(quantizer.where, known or Hessian())
-        if hessian is not known:
-            hessian.add(module.input_matrix(real_tokens(x.detach(), 1)))
-        last.raw, last.form, last.hessian = raw, form, hessian
+    def _hook(self, layers: Sequence[nn.Module], gates: Sequence[Gate], start: int) -> list[Any]:
+        hooks: list[Any] = [layer.register_forward_hook(self._leave) for layer in layers[start:]]
+        for gate, layer in zip(gates[start:], layers[start:], strict=True):
+            hooks.append(layer.register_forward_pre_hook(gate.enter, with_kwargs=True))
+        if self._schedule == "parallel":
+            visited = dict.fromkeys(self.blocks.names()[start:], _block_again) if self.blocks.count > 1 else {}
+        else:
+            static = (
+                name
+                for name, module in self.wrapped.items()
+                if any(not quantizer.spec.dynamic for quantizer in module.activation_quantizers())
+            )
+            visited = {name: partial(_point_again, name) for name in static}
+        for name, again in visited.items():
+            hooks.append(self.model.get_submodule(name).register_forward_pre_hook(Once(again).enter))
+        return hooks
 
-    def enter_block(self, index: int, hidden: Mapping[int, Tensor]) -> None:
-        """Round the weights of block `index`, which is about to run, so that its activations are those of rounded
-        weights.
+    def _leave(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._as_tuple = isinstance(output, tuple)
 
-        Weights whose rounder needs data are rounded when the data gets to them.
-        """
-        for name, module in self.wrapped.items():
-            block, quantizer = self.blocks.index(name), module.weight_quantizer
-            if block == index:
-                self._round_without_data(module)
-            elif block == index - 1 and quantizer is not None:
-                quantizer.release()
+    def _wait(self, stop: Stop) -> None:
+        with self.offload.aside() if self.offload else nullcontext():
+            wait_at(stop)
+
+    def _choose(self, stops: Iterable[Stop]) -> Stop | None:
+        """The next stop, the same in all processes, although in some of them nobody may wait there."""
+        if self.processes.count == 1:
+            return first(stops)
+        every: list[Stop] = sorted([*self._points.values(), *self._gates], key=lambda stop: stop.order)
+        mine = first(stops)
+        agreed = self.processes.least(len(every) if mine is None else every.index(mine))
+        return every[agreed] if agreed < len(every) else None
+
+    def _enter(self, index: int, batch: int, hidden: Tensor) -> None:
         if index:
-            self.on_border(Border(index, [hidden[batch] for batch in sorted(hidden)], self.as_tuple))
-            self.advance()
+            self.on_hidden(index, batch, hidden)
 
-    def decide(self, quantizer: Quantizer) -> None:
+    def _open(self, index: int) -> None:
+        """Between two blocks: in a sequential walk the weights of the next that need no data are rounded, so that its
+        activations are those of rounded weights; in a parallel one the points of the one before are decided.
+        """
+        if index:
+            if self._schedule == "parallel":
+                for quantizer in self._of_group(index - 1):
+                    self._decide(quantizer)
+            _release(self._of_group(index - 1))
+            self.on_border(index, self._as_tuple)
+            self.advance()
+        if self._schedule == "sequential":
+            self._round_without_data(self._of_group(index))
+
+    def _group(self, quantizer: Quantizer) -> int:
+        """The block that the point lies in; -1 for what comes before all blocks, their number for what comes after."""
+        return self._points[quantizer].order[0]
+
+    def _of_group(self, index: int) -> list[Quantizer]:
+        return [quantizer for quantizer in self._points if self._group(quantizer) == index]
+
+    def _round_without_data(self, quantizers: Iterable[Quantizer]) -> None:
+        for quantizer in quantizers:
+            if isinstance(quantizer, WeightQuantizer) and not self.needs(quantizer):
+                self._decide(quantizer)
+
+    def _decide(self, quantizer: Quantizer) -> None:
         """Fix a point from what was gathered: round a weight, or choose an activation's range."""
         if quantizer.state is State.QUANTIZED:
             return
         if isinstance(quantizer, WeightQuantizer):
             self._round(quantizer)
-            return
-        quantizer.check()
-        observer = cast(Observer, quantizer.observer)
-        for key, tensor in observer.state_dict().items():
-            self.statistics[f"{quantizer.where}.{key}"] = tensor.contiguous()
-        quantizer.set_qparams(self.setters[quantizer.where].choose(observer, quantizer.where))
-
-    def _round_without_data(self, module: QuantModuleBase) -> None:
-        quantizer = module.weight_quantizer
-        if quantizer is not None and quantizer.state is not State.QUANTIZED and not self._needs_data(quantizer):
-            self._round(quantizer)
+        else:
+            observer = cast(Observer, quantizer.observer)
+            self.processes.merge_observer(observer)
+            quantizer.check()
+            self._keep(quantizer, observer)
+            for key, tensor in observer.state_dict().items():
+                self.statistics[f"{quantizer.where}.{key}"] = tensor.contiguous()
+            quantizer.set_qparams(self.setters[quantizer.where].choose(observer, quantizer.where))
+        self._since = time.perf_counter()
 
     def _round(self, quantizer: WeightQuantizer) -> None:
         module, where = self._modules[quantizer], quantizer.where
         key = (module.float_weight().data_ptr(), str(quantizer.spec))  # tied weights share their integers
         if key not in self._tied:
-            weight, hessian = module.float_matrix(), self.hessians.pop(where, None)
+            weight = module.float_matrix()
+            hessian = self._hessian(quantizer, weight.shape[1]) if self.needs(quantizer) else None
             try:
                 rounded = self.rounders[where].round(weight, quantizer.spec, where, hessian)
             except UnusableHessianError as error:
@@ -216,118 +275,81 @@ class Walker:
             self.reports[where] = rounding_report(weight, rounded, hessian)
         quantizer.set_rounded(self._tied[key].integers, self._tied[key].qparams)
 
-    def _needs_data(self, quantizer: WeightQuantizer) -> bool:
-        return "hessian" in self.rounders[quantizer.where].needs
+    def _hessian(self, quantizer: WeightQuantizer, columns: int) -> Hessian:
+        """What all processes gathered for the weight; it is summed once for all weights that share it."""
+        hessian = self.hessians.pop(quantizer.where, None) or Hessian(self.needs(quantizer))
+        if not hessian.complete:
+            self.processes.sum_hessian(hessian, columns)
+            hessian.complete = True
+        self._keep(quantizer, hessian)
+        return hessian
 
-    def suspend(self, quantizer: Quantizer) -> None:
-        """Let the forward that calls this wait until `quantizer` is decided."""
-        wait_at(self._stops[quantizer])
+    def _keep(self, quantizer: Quantizer, gathered: Hessian | Observer) -> None:
+        if self.recall is not None and quantizer.where not in self.recall.recalled and self.processes.rank == 0:
+            self.recall.keep(quantizer, gathered, time.perf_counter() - self._since)
+
+    def _look_up(self) -> None:
+        """Decide, without running anything, the points whose statistics the store has."""
+        if (recall := self.recall) is None:
+            return
+        groups = [list(group) for _, group in groupby(sorted(self._points, key=self._group), self._group)]
+        recall.begin(groups, {**self.rounders, **self.setters}, self._schedule == "parallel")
+        for group in groups:
+            waiting = [q for q in group if self._waits(q) and q.state is not State.QUANTIZED]
+            if waiting and not self._load(recall, waiting):
+                if self._schedule == "sequential":  # what comes after depends on it
+                    break
+                continue
+            self._round_without_data(group)
+            for quantizer in waiting:
+                self._decide(quantizer)
+            _release(group)
+
+    def _load(self, recall: Recall, points: Sequence[Quantizer]) -> bool:
+        found = recall.load(points)
+        if not self.processes.least(int(found is not None)) or found is None:
+            recall.recalled.clear()
+            return False
+        shared: dict[str, Hessian] = {}
+        for quantizer in points:
+            key, state = found[quantizer.where]
+            if isinstance(quantizer, WeightQuantizer):
+                device = self._modules[quantizer].float_weight().device
+                if key not in shared:
+                    shared[key] = Hessian(self.needs(quantizer))
+                    shared[key].load_state_dict({name: tensor.to(device) for name, tensor in state.items()})
+                    shared[key].complete = True
+                self.hessians[quantizer.where] = shared[key]
+            else:
+                device = next(self.model.parameters()).device
+                cast(Observer, quantizer.observer).load_state_dict({n: t.to(device) for n, t in state.items()})
+        return True
 
     def _all_decided(self) -> bool:
         """Whether no point is left that data decides."""
-        return all(
-            quantizer.state is State.QUANTIZED or quantizer.spec.dynamic
-            for quantizer in self._stops
-            if not isinstance(quantizer, WeightQuantizer) or self._needs_data(quantizer)
-        )
+        return all(not self._waits(q) or q.state is State.QUANTIZED for q in self._points)
+
+    def _waits(self, quantizer: Quantizer) -> bool:
+        """Whether data decides the point."""
+        return bool(self.needs(quantizer)) if isinstance(quantizer, WeightQuantizer) else not quantizer.spec.dynamic
 
 
-def rounding_report(weight: Tensor, rounded: Rounded, hessian: Hessian | None) -> dict[str, float]:
-    """The error of a rounded weight [N, K]: its own, and with a Hessian H that of its output.
-
-    `weight_sqnr_db` is `10 log10(|W|^2 / |D|^2)` for the difference D; `output_error` is `tr(D H D^T) / tr(W H W^T)`.
-    """
-    weight = weight.float()
-    difference = rounded.qparams.dequantize(rounded.integers, torch.float32) - weight
-    noise, signal = difference.square().sum(), weight.square().sum()
-    sqnr = (10 * torch.log10(signal / noise)).clamp(-SQNR_CEILING, SQNR_CEILING).nan_to_num(0)
-    report = {"weight_sqnr_db": float(sqnr)}
-    if hessian is not None and hessian.matrix is not None:
-        lost, there = (((part @ hessian.matrix) * part).sum() for part in (difference, weight))
-        report |= {"output_error": float(lost / there) if there else 0.0, "rows": float(hessian.rows)}
-    return report | dict(rounded.report)
+class _BlockAgainError(Exception):
+    """A block ran a second time in one forward of a parallel walk."""
 
 
-@dataclass
-class _Open:
-    """A point that is open: an activation without range, or a weight whose rounder waits for data."""
-
-    order: tuple[int, ...]
-    quantizer: Quantizer
-    walker: Walker
-
-    def decide(self) -> None:
-        self.walker.decide(self.quantizer)
+def _block_again() -> NoReturn:
+    raise _BlockAgainError
 
 
-@dataclass
-class _Gate:
-    """The border before a block, at which the forwards wait until all have left the block before."""
-
-    order: tuple[int, ...]
-    index: int
-    walker: Walker
-    decided: bool = False
-    hidden: dict[int, Tensor] = field(default_factory=dict)
-
-    def enter(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self.decided:
-            self.hidden[BATCH.get()] = entering(args, kwargs)
-            wait_at(self)
-
-    def leave(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.walker.as_tuple = isinstance(output, tuple)
-
-    def decide(self) -> None:
-        self.walker.enter_block(self.index, self.hidden)
-        self.decided = True
-        self.hidden.clear()
+def _point_again(name: str) -> NoReturn:
+    raise CalibrationError(
+        f"{name} runs more than once in a forward, and a sequential walk decides its ranges at the first: "
+        f"use calibration.schedule=parallel, or leave its activations float"
+    )
 
 
-@dataclass
-class _Once:
-    """A module whose ranges are decided when it first runs, so that a second run in the same forward comes too late."""
-
-    name: str
-    batches: set[int] = field(default_factory=set)
-
-    def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if BATCH.get() in self.batches:
-            raise CalibrationError(
-                f"{self.name} runs more than once in a forward, and a sequential walk decides its ranges at the first: "
-                f"use calibration.schedule=parallel, or leave its activations float"
-            )
-        self.batches.add(BATCH.get())
-
-
-@dataclass
-class _Input:
-    """The tensor that last met a weight in one forward."""
-
-    raw: Tensor | None = None
-    form: str = ""
-    hessian: Hessian | None = None
-
-
-@dataclass(frozen=True)
-class _Forward:
-    """One batch's run through the model; greenlets have contexts of their own, so it sets what its points read."""
-
-    walker: Walker
-    batch: Batch
-    index: int
-    wait: bool
-    last: _Input = field(default_factory=_Input)
-
-    def __call__(self) -> None:
-        context = copy_context()
-        context.run(PADDING.set, self.batch.mask)
-        context.run(SUSPEND.set, self.walker.suspend if self.wait else None)
-        context.run(MEET.set, self._meet)
-        context.run(BATCH.set, self.index)
-        context.run(lambda: self.walker.model(**self.batch.inputs))
-
-    def _meet(self, module: Any, raw: Tensor, x: Tensor) -> None:
-        self.walker.meet(module, raw, x, self.last)
-        if self.wait and module.weight_quantizer.where in self.walker.hessians:
-            self.walker.suspend(module.weight_quantizer)
+def _release(quantizers: Iterable[Quantizer]) -> None:
+    for quantizer in quantizers:
+        if isinstance(quantizer, WeightQuantizer):
+            quantizer.release()

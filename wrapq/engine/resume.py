@@ -38,10 +38,16 @@ class Keeper:
         self.path, self.fingerprint = folder.path / "resume", dict(fingerprint)
         self._kept: set[str] = set()
 
-    def keep(self, walker: Walker, border: Border) -> None:
-        """Write down everything decided before `border`, and the border itself."""
+    def keep_hidden(self, block: int, batch: int, hidden: Tensor) -> None:
+        """Write down the hidden states that enter a block."""
+        folder = self.path / f"hidden-{block}"
+        folder.mkdir(parents=True, exist_ok=True)
+        RunFolder(folder).write(f"{batch}.safetensors", lambda path: save_file({"hidden": hidden.contiguous()}, path))
+
+    def keep(self, walker: Walker, block: int, as_tuple: bool) -> None:
+        """Write down everything decided before `block`, into which all hidden states have been kept."""
         self.path.mkdir(exist_ok=True)
-        folder, index = RunFolder(self.path), border.index
+        folder = RunFolder(self.path)
         tensors: dict[str, Tensor] = {}
         for quantizer in walker.points():
             if quantizer.state is State.QUANTIZED and quantizer.where not in self._kept:
@@ -51,15 +57,12 @@ class Keeper:
         tensors |= {f"statistics|{name}": tensor for name, tensor in new.items()}
         self._kept |= set(new)
         whole = _unshared(tensors)
-        folder.write(f"points-{index}.safetensors", lambda path: save_file(whole, path))
-        hidden = {str(i): tensor.contiguous() for i, tensor in enumerate(border.hidden)}
-        folder.write(f"hidden-{index}.safetensors", lambda path: save_file(hidden, path))
-        state = {"index": index, "as_tuple": border.as_tuple, "reports": walker.reports}
-        state |= {"fingerprint": self.fingerprint}
-        folder.write_text(STATE, json.dumps(state))
-        for old in self.path.glob("hidden-*.safetensors"):
-            if old.name != f"hidden-{index}.safetensors":
-                old.unlink()
+        folder.write(f"points-{block}.safetensors", lambda path: save_file(whole, path))
+        state = {"index": block, "as_tuple": as_tuple, "reports": walker.reports, "fallbacks": walker.fallbacks}
+        folder.write_text(STATE, json.dumps(state | {"fingerprint": self.fingerprint}))
+        for old in self.path.glob("hidden-*"):
+            if old.name != f"hidden-{block}":
+                shutil.rmtree(old)
 
     def take_up(self, walker: Walker, device: torch.device) -> Border | None:
         """Restore what was kept into a fresh walker; None when nothing was.
@@ -84,8 +87,10 @@ class Keeper:
                     points[where].observer, points[where].state = None, State.QUANTIZED
                     self._kept.add(where)
         walker.reports |= state["reports"]
-        hidden = self._load(f"hidden-{state['index']}.safetensors")
-        return Border(state["index"], [hidden[str(i)].to(device) for i in range(len(hidden))], state["as_tuple"])
+        walker.fallbacks += state["fallbacks"]
+        folder = self.path / f"hidden-{state['index']}"
+        hidden = lambda batch: load_file(folder / f"{batch}.safetensors")["hidden"].to(device)  # noqa: E731
+        return Border(state["index"], hidden, state["as_tuple"])
 
     def _load(self, name: str) -> dict[str, Tensor]:
         return load_file(self.path / name) if (self.path / name).is_file() else {}

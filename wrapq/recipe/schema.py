@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WrapValidator, model_validator
@@ -225,6 +226,10 @@ class Runtime(_Closed):
     """CPU threads; torch decides when not given."""
     kernels: Annotated[str, Field(min_length=1)] = "auto"
     """`auto` measures, once a model is saved, which kernels are faster; `reference` measures nothing; or a kernel."""
+    cache_gb: Annotated[float, Field(ge=0)] = 20
+    """How much the statistics that runs share may take on disk, in GB; 0 keeps none."""
+    offload_gb: Annotated[float, Field(ge=0)] = 8
+    """How much memory waiting calibration batches may take, in GB; the rest goes to files in the run's folder."""
     trust_remote_code: bool = False
     """Whether code that comes with a model may run. Only the command line can say so."""
 
@@ -234,6 +239,12 @@ class Paths(_Closed):
 
     outputs: Annotated[str, Field(min_length=1)] = "outputs"
     """The folder for what runs leave, relative to the working directory."""
+    cache: str | None = None
+    """The folder for statistics that runs share; `cache` under the outputs folder when not given."""
+
+    def cache_folder(self) -> Path:
+        """Where statistics are kept."""
+        return Path(self.cache or Path(self.outputs) / "cache").expanduser()
 
 
 class Settings(_Closed):

@@ -24,6 +24,11 @@ class StackEntry:
     algorithm: type[Algorithm]
     options: BaseModel
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The statistics that the algorithm with these options must be given."""
+        return self.algorithm(self.options).needs
+
 
 def check_stack(recipe: Recipe, sources: Sources) -> tuple[list[StackEntry], list[Problem]]:
     """The stages in the order in which they run, and what is wrong with them; needs no model."""
@@ -107,7 +112,7 @@ def plan_stages(
                 phase=entry.algorithm.phase,
                 options=entry.options.model_dump(),
                 targets=targets,
-                needs=(*entry.algorithm.needs, *sorted(observers)),
+                needs=(*entry.needs, *sorted(observers)),
                 source=sources.of(f"stack.{entry.name}.algorithm"),
             )
         )
@@ -117,7 +122,7 @@ def plan_stages(
 def _without_hessian(
     entry: StackEntry, points: Sequence[tuple[ModulePlan, PointPlan]], where: str
 ) -> Iterator[Problem]:
-    others = [module for module, _ in points if not module.multiplies] if "hessian" in entry.algorithm.needs else []
+    others = [module for module, _ in points if not module.multiplies] if "hessian" in entry.needs else []
     if others:
         kinds = ", ".join(sorted({module.type for module in others}))
         what = (

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from wrapq.errors import LifecycleError
 from wrapq.quant.spec import QuantSpec
 from wrapq.runtime.module import QuantizedModule, combined_class, new_quantized, shadow
-from wrapq.wrappers.quantizer import MEET, Quantizer, State, WeightQuantizer
+from wrapq.wrappers.quantizer import STREAM, Quantizer, State, WeightQuantizer
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,8 @@ class QuantModuleBase(nn.Module):
         quantizer = self.weight_quantizer
         if quantizer is None or quantizer.state is not State.QUANTIZED or not quantizer.enabled:
             return weight
+        if (stream := STREAM.get()) is not None and not stream.quantizes:
+            return weight
         return self.wrapper.from_matrix(quantizer.matrix(weight.dtype), weight.shape)
 
     def float_matrix(self) -> Tensor:
@@ -144,8 +146,8 @@ class QuantModuleBase(nn.Module):
     def meet(self, raw: Tensor, x: Tensor) -> Tensor:
         """See `Wrapper.meet`."""
         quantizer = self.weight_quantizer
-        if quantizer is not None and quantizer.state is State.OBSERVING and (meet := MEET.get()) is not None:
-            meet(self, raw, x)
+        if quantizer is not None and quantizer.state is State.OBSERVING and (stream := STREAM.get()) is not None:
+            stream.meet(self, raw, x)
         return x
 
     def converted(self) -> QuantizedModule:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +28,23 @@ class State(enum.Enum):
 PADDING: ContextVar[Tensor | None] = ContextVar("padding", default=None)
 """Mask [B, T] of the real tokens of the batch being run, or None where every token is real."""
 
-SUSPEND: ContextVar[Callable[[Quantizer], None] | None] = ContextVar("suspend", default=None)
-"""Called when a point has observed a tensor; returns once it may quantize. Set by the walker."""
 
-MEET: ContextVar[Callable[[nn.Module, Tensor, Tensor], None] | None] = ContextVar("meet", default=None)
-"""Called with a wrapped module, its input as it came, and the quantized input that its weight is about to multiply;
-returns once the weight may be used. Set by the walker."""
+class Stream(Protocol):
+    """The forward that is running, where a walk of calibration data runs it."""
+
+    quantizes: bool
+    """False lets every point that is quantized already pass its tensor on unchanged."""
+
+    def observe(self, point: Quantizer, x: Tensor) -> None:
+        """The tensor of a static activation point, real tokens only, which is still open; may wait until it is not."""
+
+    def meet(self, module: nn.Module, raw: Tensor, x: Tensor) -> None:
+        """The input of a wrapped module as it came, and quantized, as its weight, which is still open, multiplies it;
+        may wait until the weight is rounded."""
+
+
+STREAM: ContextVar[Stream | None] = ContextVar("stream", default=None)
+"""Set by a walk; without it a point observes whatever comes, as in a user's own calibration loop."""
 
 
 _BUFFERS = ("scale", "zero_point", "permutation", "global_scale", "dynamic")
@@ -120,11 +131,14 @@ class Quantizer(nn.Module):
         """
         if self.spec.granularity == "head" and (x.dim() != 4 or token_dim != 2):
             raise SpecError(f"{self.where}: {self.spec} is for query, key, value, scores and probs of an attention")
+        stream = STREAM.get()
         if self.state is State.OBSERVING and not self.spec.dynamic:
-            cast(Observer, self.observer).update(real_tokens(x.detach(), token_dim))
-            if (suspend := SUSPEND.get()) is not None:
-                suspend(self)
-        if self.state is not State.QUANTIZED or not self.enabled:
+            real = real_tokens(x.detach(), token_dim)
+            if stream is None:
+                cast(Observer, self.observer).update(real)
+            else:
+                stream.observe(self, real)
+        if self.state is not State.QUANTIZED or not self.enabled or not (stream is None or stream.quantizes):
             return x
         return dynamic_fake_quantize(x, self.spec) if self.spec.dynamic else self.qparams.fake_quantize(x)
 
@@ -142,25 +156,30 @@ class Quantizer(nn.Module):
 
 
 class WeightQuantizer(Quantizer):
-    """The weight point: holds the integers that a rounding algorithm chose, beside the float weight it leaves alone."""
+    """The weight point: holds the integers that a rounding algorithm chose, beside the float weight it leaves alone.
+
+    Attributes:
+        integers: [N, K], once it is rounded.
+        dequantized: the weight [N, K] they stand for, while it is kept.
+    """
 
     integers: Tensor | None
 
     def __init__(self, spec: QuantSpec, where: str) -> None:
         super().__init__(spec, where)
         self.register_buffer("integers", None)
-        self._dequantized: Tensor | None = None
+        self.dequantized: Tensor | None = None
 
     def observe(self) -> None:
         super().observe()
-        self.observer = self.integers = self._dequantized = None
+        self.observer = self.integers = self.dequantized = None
 
     def freeze(self) -> None:
         self.check()
 
     def set_rounded(self, integers: Tensor, qparams: QParams) -> None:
         """Take `integers` [N, K] in the grid of `qparams` as the quantized weight."""
-        self.integers, self._dequantized = integers, None
+        self.integers, self.dequantized = integers, None
         self.set_qparams(qparams)
 
     def check(self) -> None:
@@ -171,21 +190,21 @@ class WeightQuantizer(Quantizer):
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """The dequantized weight [N, K], kept until the integers change."""
-        if self._dequantized is None or self._dequantized.dtype != dtype:
-            self._dequantized = self.qparams.dequantize(cast(Tensor, self.integers), dtype)
-        return self._dequantized
+        if self.dequantized is None or self.dequantized.dtype != dtype:
+            self.dequantized = self.qparams.dequantize(cast(Tensor, self.integers), dtype)
+        return self.dequantized
 
     def release(self) -> None:
         """Forget the dequantized weight until it is asked for again."""
-        self._dequantized = None
+        self.dequantized = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WeightQuantizer:
-        self._dequantized = None
+        self.dequantized = None
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         if (saved := state_dict.get(prefix + "integers")) is not None:
-            self.integers, self._dequantized = torch.empty_like(saved), None
+            self.integers, self.dequantized = torch.empty_like(saved), None
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -1,0 +1,136 @@
+"""Activations of waiting forwards on disk, when they exceed a limit.
+
+A walk suspends every batch in the middle of its forward, and what the suspended forward holds, residuals, products, the
+input of the weight it waits for, is in local variables of whatever model it is. A dispatch mode sees every tensor that
+a forward makes; those still alive when it suspends are what it holds. They are written to a file and emptied, and
+filled again, the same objects, before the forward goes on.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from wrapq.calibration.border import BATCH, batch_index
+from wrapq.errors import OutputError
+from wrapq.wrappers.quantizer import WeightQuantizer
+
+_LEAST_BYTES = 1 << 14  # what is smaller stays in memory
+
+
+@dataclass(frozen=True)
+class _Away:
+    """A tensor that was emptied, and the piece of the file that holds its storage."""
+
+    tensor: Tensor
+    piece: int
+    view: tuple[Sequence[int], Sequence[int], int]
+
+
+class Offload(TorchDispatchMode):
+    """Keeps what suspended forwards hold within a limit; to be entered around the whole walk.
+
+    Args:
+        folder: where the files go; it is there.
+        limit: bytes that all suspended forwards together may keep in memory.
+        shared: tensors that belong to no batch although one may have made them; asked for at each suspension.
+    """
+
+    def __init__(self, folder: Path, limit: float, shared: Callable[[], Iterable[Tensor]]) -> None:
+        super().__init__()
+        self.folder, self.limit, self.shared = folder, limit, shared
+        self.written = 0
+        self._made: dict[int, list[weakref.ref[Tensor]]] = {}
+        self._in_memory: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if (batch := BATCH.get()) is not None:
+            made = self._made.setdefault(batch, [])
+            made += [weakref.ref(leaf) for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        return result
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """While the batch that calls this is suspended: what it holds is on disk if it would exceed the limit.
+
+        Raises:
+            OutputError: the disk is full.
+        """
+        batch = batch_index()
+        held = self._held(batch)
+        size = sum(storage.nbytes() for storage, _ in held)
+        if sum(self._in_memory.values()) + size <= self.limit:
+            self._in_memory[batch] = size
+            yield
+            del self._in_memory[batch]
+            return
+        path = self.folder / f"batch-{batch}.bin"
+        try:
+            away = self._write(path, held)
+        except OSError as error:
+            remedy = "free some, or keep more in memory with runtime.offload_gb=..."
+            raise OutputError(f"cannot put activations aside in {self.folder}: {error.strerror}; {remedy}") from error
+        pieces = [(storage.nbytes(), storage.device) for storage, _ in held]
+        del held
+        yield  # a forward that is given up meanwhile needs nothing back
+        _fill(path, pieces, away)
+        path.unlink()
+
+    def _held(self, batch: int) -> list[tuple[torch.UntypedStorage, list[Tensor]]]:
+        """The storages that the batch alone keeps alive, each with the tensors that view it."""
+        alive = {
+            id(t): t for ref in self._made.get(batch, []) if (t := ref()) is not None and t.layout == torch.strided
+        }
+        self._made[batch] = [weakref.ref(tensor) for tensor in alive.values()]
+        shared = {tensor.untyped_storage().data_ptr() for tensor in self.shared()}
+        found: dict[int, tuple[torch.UntypedStorage, list[Tensor]]] = {}
+        for tensor in alive.values():
+            storage = tensor.untyped_storage()
+            if storage.nbytes() >= _LEAST_BYTES and storage.data_ptr() not in shared:
+                found.setdefault(storage.data_ptr(), (storage, []))[1].append(tensor)
+        return list(found.values())
+
+    def _write(self, path: Path, held: list[tuple[torch.UntypedStorage, list[Tensor]]]) -> list[_Away]:
+        away = []
+        with path.open("wb") as file:
+            for storage, _ in held:
+                self.written += file.write(_as_bytes(storage).cpu().numpy().data)
+        for piece, (_, tensors) in enumerate(held):
+            for tensor in tensors:
+                away.append(_Away(tensor, piece, (tensor.shape, tensor.stride(), int(tensor.storage_offset()))))
+                tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        return away
+
+
+def shared_tensors(walk: Any) -> Iterator[Tensor]:
+    """What a walker and its model hold on behalf of all batches."""
+    yield from walk.model.parameters()
+    for point in walk.points():
+        if isinstance(point, WeightQuantizer) and point.dequantized is not None:
+            yield point.dequantized
+
+
+def _fill(path: Path, pieces: list[tuple[int, torch.device]], away: list[_Away]) -> None:
+    with path.open("rb") as file:
+        storages = [
+            torch.from_numpy(np.fromfile(file, np.uint8, size)).to(device).untyped_storage() for size, device in pieces
+        ]
+    for item in away:
+        shape, stride, offset = item.view
+        whole = torch.empty(0, dtype=item.tensor.dtype, device=item.tensor.device)
+        item.tensor.data = whole.set_(storages[item.piece], offset, shape, stride)
+
+
+def _as_bytes(storage: torch.UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)

@@ -1,0 +1,129 @@
+"""The calibration of a run: every point decided by its stage, with what earlier runs gathered and left unfinished."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from wrapq.calibration.algorithm import ALGORITHMS, RangeSetter, Rounder
+from wrapq.calibration.data import Samples
+from wrapq.calibration.offload import Offload, shared_tensors
+from wrapq.calibration.recall import Recall
+from wrapq.calibration.store import Store
+from wrapq.calibration.walker import Batch, Walker
+from wrapq.engine.context import Run
+from wrapq.engine.lock import code_digest, device_class, environment
+from wrapq.engine.resume import Keeper
+from wrapq.resolve.plan import Plan
+from wrapq.wrappers.model import iter_wrapped
+
+
+def calibrate(run: Run, model: nn.Module, samples: Samples | None) -> Walker:
+    """Decide every point of a wrapped model: round weights, choose activation ranges."""
+    config, runtime = run.plan.recipe.calibration, run.settings.runtime
+    batches = [] if samples is None else _batches(samples, config.batch_size, run.device)
+    walker = Walker(model, *_algorithms(run.plan))
+    walker.processes = run.processes
+    keeper = Keeper(run.folder, _fingerprint(run))
+    border = keeper.take_up(walker, run.device)
+    if border is not None:
+        run.note(f"resumed before block {border.index}; what was decided before is kept")
+    walker.on_hidden = keeper.keep_hidden
+    if not run.processes.rank:
+        walker.on_border = partial(keeper.keep, walker)
+    if batches and runtime.cache_gb:
+        walker.recall = Recall(Store(run.settings.paths.cache_folder(), runtime.cache_gb * 1e9), _root(run, model))
+    title = "Calibrating" if batches else "Rounding weights"
+    with run.step("calibrate", title, *walker.steps()) as advance, _offload(run, walker):
+        walker.advance = advance
+        walker.run(batches, config.schedule, border)
+    _tell(run, walker)
+    return walker
+
+
+def _algorithms(plan: Plan) -> tuple[dict[str, Rounder], dict[str, RangeSetter]]:
+    """The algorithm that decides each weight, and each static activation, by the point's full name."""
+    rounders: dict[str, Rounder] = {}
+    setters: dict[str, RangeSetter] = {}
+    for stage in plan.stages:
+        kind = ALGORITHMS.get(stage.algorithm)
+        algorithm = kind(kind.Options(**stage.options))
+        table: dict[str, Any] = rounders if isinstance(algorithm, Rounder) else setters
+        table |= dict.fromkeys(stage.targets, algorithm)
+    return rounders, setters
+
+
+def _root(run: Run, model: nn.Module) -> dict[str, str]:
+    """All that every statistic of the run depends on, beside what is decided in its course."""
+    recipe = run.plan.recipe
+    replaced = sorted(name for name, module in iter_wrapped(model) if module.wrapper.replaces_forward)
+    how = {"dtype": recipe.model.dtype, "batch_size": recipe.calibration.batch_size, "forwards": replaced}
+    machine = {key: value for key, value in _fingerprint(run).items() if key != "plan"}
+    return machine | {"how": json.dumps(how), "processes": str(run.processes.count)}
+
+
+@contextmanager
+def _offload(run: Run, walker: Walker) -> Iterator[None]:
+    """What waiting forwards hold is kept within the limit that the settings set."""
+    with tempfile.TemporaryDirectory(dir=run.folder.path, prefix=".activations-") as folder:
+        walker.offload = Offload(Path(folder), run.settings.runtime.offload_gb * 1e9, partial(shared_tensors, walker))
+        yield
+    if walker.offload.written:
+        run.note(f"{walker.offload.written / 1e9:.1f} GB of activations went through the disk (runtime.offload_gb)")
+
+
+def _tell(run: Run, walker: Walker) -> None:
+    """What a reader of the run should know of its calibration."""
+    for reason in walker.fallbacks:
+        run.note(f"rounded to nearest instead: {reason}")
+    run.tracker.metrics({"fallbacks": len(walker.fallbacks)})
+    if run.processes.count > 1:
+        run.note(
+            f"{run.processes.count} processes shared the data: as in one up to the order in which floats are summed"
+        )
+    if (recall := walker.recall) is None:
+        return
+    run.tracker.metrics(
+        {"cache/hits": recall.hits, "cache/misses": recall.misses, "cache/seconds_saved": recall.seconds}
+    )
+    if recall.hits:
+        known = f"{recall.hits} of {recall.hits + recall.misses} points"
+        run.note(f"statistics of {known} read from {recall.store.folder}, which saved {recall.seconds:.1f} s")
+    if recall.problem:
+        run.note(f"no more statistics are kept for later runs: {recall.problem}")
+    recall.store.collect()
+
+
+def _fingerprint(run: Run) -> dict[str, str]:
+    """What must be equal for a run to be taken up."""
+    digests = {key: run.digests[key] for key in ("model", "plan", "calibration") if key in run.digests}
+    machine = {"device": device_class(run.device), "environment": json.dumps(environment(), sort_keys=True)}
+    return digests | machine | {"code": code_digest()}
+
+
+def _batches(samples: Samples, size: int, device: torch.device) -> list[Batch]:
+    batches = []
+    for ids, mask in samples.batches(size):
+        ids, mask = ids.to(device), None if mask is None else mask.to(device)
+        batches.append(Batch({"input_ids": ids, "attention_mask": mask, "use_cache": False}, mask))
+    return batches
+
+
+def weight_curves(walker: Walker) -> dict[str, list[float]]:
+    """For each weight of a block, such as `mlp.down_proj`, its figures over the blocks."""
+    curves: dict[str, list[float]] = {}
+    for where, report in walker.reports.items():
+        if walker.blocks.index(where) is not None:
+            weight = where.removeprefix(walker.blocks.prefix).split(".", 2)[2].removesuffix(".weight")
+            for figure in ("weight_sqnr_db", "output_error"):
+                if figure in report:
+                    curves.setdefault(f"{figure}/{weight}", []).append(report[figure])
+    return curves

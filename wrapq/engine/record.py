@@ -1,0 +1,135 @@
+"""What a run leaves in writing: its folder's status and its tracked run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from wrapq.calibration.data import Samples
+from wrapq.calibration.sources.base import Source
+from wrapq.engine.checkpoint import WEIGHTS
+from wrapq.engine.context import Run
+from wrapq.engine.export import EXPORTS, Exported
+from wrapq.engine.folder import RunFolder
+from wrapq.engine.kernels import KERNELS_FILE
+from wrapq.engine.lock import device_class, environment
+from wrapq.engine.measure import FLOAT, QUANTIZED, Quality
+from wrapq.engine.resume import Keeper
+from wrapq.recipe.dump import to_yaml
+from wrapq.tracking import Tracker
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run leaves.
+
+    Attributes:
+        folder: where everything lies.
+        metrics: for each stage (`float`, `weights`, `quantized`) its metrics.
+        sizes: bytes of the float and of the quantized model, and of its export.
+        seconds: for each step of the run how long it took.
+        digests: of model, data, plan, quantization parameters and outputs.
+        notes: what a reader should know.
+        run_id: the id of the MLflow run, or None.
+        run_url: its page, where a server shows it.
+        exported: the copy in another project's format, where the recipe asks for one.
+        kernels: which kernels run the model on this machine and how fast, in a line; `wrapq.load(..., runtime="auto")`.
+    """
+
+    folder: Path
+    metrics: dict[str, dict[str, float]]
+    sizes: dict[str, int]
+    seconds: dict[str, float]
+    digests: dict[str, str]
+    notes: tuple[str, ...] = ()
+    run_id: str | None = None
+    run_url: str | None = None
+    exported: Exported | None = None
+    kernels: str = ""
+
+
+def open_record(run: Run) -> None:
+    """The run is on record before anything is loaded."""
+    plan, recipe = run.plan, run.plan.recipe
+    run.folder.write_status("RUNNING", recipe=recipe.name)
+    run.folder.write_text("recipe.yaml", to_yaml(recipe))
+    run.folder.write_text("plan.json", plan.model_dump_json(indent=1) + "\n")
+    run.digests |= {"recipe": recipe.digest(), "plan": plan.digest()}
+    versions = {f"version.{name}": version for name, version in environment().items()}
+    tags = {"recipe": recipe.name, "description": recipe.description, "folder": str(run.folder.path.resolve())}
+    tags |= {**versions, "device": device_class(run.device), **_digest_tags(run)}
+    run.tracker.start(recipe.name, tags, recipe.model_dump(), wait=False)
+
+
+def record_data(run: Run, context: str, source: Source, samples: Samples) -> None:
+    """Write down which data the run reads."""
+    for text in samples.notes:
+        run.note(f"{context}: {text}")
+    run.digests[context] = samples.digest
+    profile = {"tokens": samples.tokens, "windows": len(samples.input_ids), "seq_len": samples.input_ids.shape[1]}
+    run.tracker.dataset(source.describe(), samples.digest, source.describe(), context, profile)
+
+
+def close_record(run: Run, quality: Quality, exported: Exported | None) -> RunResult:
+    """Write down how the run ended; its result."""
+    sizes = {FLOAT: run.plan.estimate.float_bytes, QUANTIZED: (run.folder.path / WEIGHTS).stat().st_size}
+    facts = {
+        "stages": quality.stages,
+        "sizes": sizes,
+        "seconds": run.seconds,
+        "digests": run.digests,
+        "notes": run.notes,
+        "kernels": run.kernels,
+    }
+    if exported is not None:
+        sizes[EXPORTS] = exported.size
+        facts["exported"] = {"path": str(exported.path), "error": exported.error}
+        run.tracker.metrics({"export/relative_error": exported.error})
+    run.folder.write_status("FINISHED", recipe=run.plan.recipe.name, **facts)
+    run.tracker.tags(_digest_tags(run))
+    run.tracker.metrics({f"size/{stage}_mb": size / 1e6 for stage, size in sizes.items()})
+    run.tracker.metrics({f"seconds/{step}": value for step, value in run.seconds.items()})
+    if (bits := run.plan.estimate.bits_per_weight) is not None:
+        run.tracker.metrics({"bits_per_weight": bits})
+    for name in _ARTIFACTS:
+        if (run.folder.path / name).exists():
+            run.tracker.artifact(run.folder.path / name)
+    run_id, url = run.tracker.run_id, run.tracker.run_url
+    run.tracker.finish()
+    Keeper(run.folder, {}).clear()
+    notes = (*run.notes, *run.tracker.problems)
+    return RunResult(
+        run.folder.path, quality.stages, sizes, run.seconds, run.digests, notes, run_id, url, exported, run.kernels
+    )
+
+
+_ARTIFACTS = (
+    "recipe.yaml",
+    "plan.json",
+    "recipe.lock.yaml",
+    "manifest.json",
+    "modules.json",
+    "qparams.safetensors",
+    "statistics.safetensors",
+    KERNELS_FILE,
+    "log.txt",
+)
+
+
+def record_failure(folder: RunFolder, tracker: Tracker, error: BaseException) -> None:
+    """Write down why the run ended."""
+    reason = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
+    _log.error("failed: %s", reason)
+    try:
+        folder.write_status("FAILED", reason=reason)
+    except Exception as second:  # a full disk may be the very reason; the first error is the one to show
+        _log.error("the folder cannot say so: %s", second)
+    tracker.finish("FAILED", reason)
+
+
+def _digest_tags(run: Run) -> Mapping[str, str]:
+    return {f"digest.{name}": digest for name, digest in run.digests.items()}
