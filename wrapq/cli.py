@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -241,8 +242,30 @@ def export(run: str, overrides: tuple[str, ...], config_dirs: tuple[Path, ...], 
     show_export(console, export_run(run, composed.recipe.export, composed.settings, progress, target))
 
 
+@main.command()
+@click.option("--clear", is_flag=True, help="Remove everything.")
+@_takes_recipe
+@_reports_errors
+def cache(overrides: tuple[str, ...], config_dirs: tuple[Path, ...], clear: bool) -> None:
+    """Show or clear the statistics that runs share."""
+    from wrapq.recipe.compose import compose
+
+    settings = compose(overrides, config_dirs).settings
+    from wrapq.calibration.store import Store
+    from wrapq.report.cache import cache_table
+
+    store = Store(settings.paths.cache_folder(), settings.runtime.cache_gb * 1e9)
+    if clear:
+        removed, freed = store.collect(0)
+        click.echo(f"removed {removed} statistics, {freed / 1e6:.1f} MB, from {store.folder}")
+    else:
+        _console().print(cache_table(store))
+
+
 def _console() -> Any:
     from rich.console import Console
 
     # a terminal's width, or all that a file can take
-    return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=200, soft_wrap=False)
+    width = None if sys.stdout.isatty() else 200
+    # of several processes the first speaks for all
+    return Console(highlight=False, width=width, soft_wrap=False, quiet=os.environ.get("RANK", "0") != "0")

@@ -10,8 +10,10 @@ import torch
 from greenlet import greenlet
 from torch import Tensor, nn
 
+from tests.calibration.conftest import gptq_walker
 from tests.conftest import FAMILIES, build_model
 from wrapq import PTQConfig, convert, prepare, restore
+from wrapq.algorithms.gptq import GPTQ
 from wrapq.algorithms.ranges import Ranges
 from wrapq.algorithms.rtn import RTN
 from wrapq.calibration.walker import Batch, Walker
@@ -385,6 +387,38 @@ def test_mixtures_in_blocks_meet_again_after_each_block():
         assert {arrived[f"layers.{index}.{name}.input"] for name in ("norm", "mlp.gate", "mlp.common")} == {3}
         assert [arrived[f"layers.{index}.mlp.experts.{i}.input"] for i in range(3)] == [2, 1, 1]
     assert arrived["head.output"] == 3
+
+
+class Twice(nn.Module):
+    """A model that goes through its blocks two times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            for layer in self.layers:
+                x = torch.relu(layer(x))
+        return x
+
+
+@pytest.mark.parametrize("rounder", [RTN, GPTQ])
+def test_parallel_waits_for_the_end_where_blocks_run_again(rounder: type, threads: None):
+    torch.manual_seed(0)
+    net = Twice()
+    batches = [Batch({"x": torch.randn(4, 8) * (i + 1)}) for i in range(3)]
+    walked, looped = (prepare(copy.deepcopy(net), COARSE) for _ in range(2))
+    run = gptq_walker(walked, rounder())
+    run.run(batches, "parallel")
+    for batch in batches:
+        looped(**batch.inputs)
+    expected = convert(looped)
+    for where, quantizer in activations(walked).items():
+        name, _, point = where.rpartition(".")
+        assert torch.equal(quantizer.scale, expected.get_submodule(name).qparams(point).scale)
+    if rounder is GPTQ:
+        assert {report["rows"] for report in run.reports.values()} == {2 * 3 * 4}
 
 
 def test_a_model_without_blocks():

@@ -47,7 +47,7 @@ def undisturbed(tmp_path_factory) -> dict[str, str]:
 
 @pytest.mark.parametrize("border", [1, 2, 3])
 def test_killed_after_a_block_ends_with_the_same_bits(tmp_path, undisturbed, border):
-    run_and_kill(tmp_path, f"resume/hidden-{border}.safetensors")
+    run_and_kill(tmp_path, f"resume/points-{border}.safetensors")
     assert not list(tmp_path.glob("w4a16_gptq/*/model.safetensors"))
     resumed = subprocess.run(command(tmp_path, "--resume"), capture_output=True, text=True)
     if border == 1 and "nothing to resume" in resumed.stderr:

@@ -83,9 +83,11 @@ class Offload(TorchDispatchMode):
             raise OutputError(f"cannot put activations aside in {self.folder}: {error.strerror}; {remedy}") from error
         pieces = [(storage.nbytes(), storage.device) for storage, _ in held]
         del held
-        yield  # a forward that is given up meanwhile needs nothing back
-        _fill(path, pieces, away)
-        path.unlink()
+        try:
+            yield
+            _fill(path, pieces, away)  # not for a forward that is given up meanwhile
+        finally:
+            path.unlink()
 
     def _held(self, batch: int) -> list[tuple[torch.UntypedStorage, list[Tensor]]]:
         """The storages that the batch alone keeps alive, each with the tensors that view it."""

@@ -82,6 +82,8 @@ def _offload(run: Run, walker: Walker) -> Iterator[None]:
 
 def _tell(run: Run, walker: Walker) -> None:
     """What a reader of the run should know of its calibration."""
+    if run.processes.rank:
+        return
     for reason in walker.fallbacks:
         run.note(f"rounded to nearest instead: {reason}")
     run.tracker.metrics({"fallbacks": len(walker.fallbacks)})

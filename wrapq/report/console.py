@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -23,7 +23,6 @@ from rich.text import Text
 from wrapq.engine.export import Exported
 from wrapq.engine.progress import Progress
 from wrapq.engine.run import RunResult
-from wrapq.recipe.presets import Preset
 from wrapq.report.plan import megabytes
 
 
@@ -105,13 +104,3 @@ def show_export(console: Console, exported: Exported) -> None:
     """Where an export lies, and that it was checked."""
     console.print(f"export: {exported.path}, {megabytes(exported.size)} of weights")
     console.print(f"loaded by its own library in a fresh process: logits off by {exported.error:.1e} of their norm")
-
-
-def presets_table(presets: Sequence[Preset]) -> Table:
-    """Recipes and the options of each group, with what they do and where they come from."""
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("choose with", "what it does", "from"):
-        table.add_column(column, overflow="fold")
-    for preset in presets:
-        table.add_row(f"{preset.kind}={preset.name}", preset.description, preset.origin)
-    return table

@@ -1,0 +1,51 @@
+"""Several processes decide what one decides."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def run(folder: Path, count: int) -> list[dict]:
+    script = Path(__file__).with_name("two_processes.py")
+    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count > 1 else []
+    command = [sys.executable, *(("-m", *launch) if launch else ()), str(script), str(folder)]
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(command, cwd=root, env=_environment(root), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return [json.loads((folder / f"{rank}-of-{count}.json").read_text()) for rank in range(count)]
+
+
+def _environment(root: Path) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def walks(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict, dict]:
+    folder = tmp_path_factory.mktemp("walks")
+    return (*run(folder, 1), *run(folder, 2))
+
+
+@pytest.mark.parametrize("schedule", ["sequential", "parallel"])
+def test_two_processes_decide_what_one_does(schedule: str, walks: tuple[dict, dict, dict]):
+    one, first, second = (walk[schedule] for walk in walks)
+    assert first["llama"] == second["llama"] and first["mixture"] == second["mixture"]
+    assert first["text"] == second["text"] == "said by 0"
+    assert set(first["statistics"]) == set(one["statistics"])
+    for name, value in one["statistics"].items():
+        torch.testing.assert_close(torch.tensor(first["statistics"][name]), torch.tensor(value), rtol=1e-3, atol=1e-4)
+    for where, report in one["reports"].items():
+        if "rows" not in report:  # rounded to nearest
+            continue
+        assert first["reports"][where]["rows"] == report["rows"] == 5 * 2 * 12
+        assert first["reports"][where]["output_error"] == pytest.approx(report["output_error"], rel=0.05)
+    # 8 bits leave next to no room for another order of summation to round differently
+    pairs = [(integers, first["llama"][where][1]) for where, (_, integers) in one["llama"].items() if integers]
+    same = torch.cat([(torch.tensor(a) == torch.tensor(b)).flatten() for a, b in pairs])
+    assert same.float().mean() > 0.99
