@@ -8,14 +8,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 from transformers import LlamaConfig
 
 import wrapq
+from wrapq.algorithms.rtn import RTN
+from wrapq.engine.checkpoint import qparams_tensors
 from wrapq.engine.evaluate import unique_tensors
 from wrapq.quant.spec import QuantSpec
 from wrapq.recipe.compose import compose
+from wrapq.recipe.presets import list_presets
 from wrapq.resolve.estimate import weight_bytes
 from wrapq.resolve.resolve import resolve
+from wrapq.wrappers.model import wrap_model
 
 PLAN_SECONDS, PLAN_GIGABYTES = 10, 1.5
 
@@ -38,6 +44,26 @@ def test_rows_that_do_not_fill_their_last_word() -> None:
     assert weight_bytes((10, 33), QuantSpec.parse("int4:channel:sym")) == 10 * 5 * 4 + 10 * 4
 
 
+SCHEMES = {preset.name: preset.path for preset in list_presets() if preset.kind == "scheme"}
+SAID = {name: yaml.safe_load(path.read_text()) for name, path in SCHEMES.items()}
+WEIGHTS = {name: said["weight"] for name, said in SAID.items() if "weight" in said}
+MORE = ("int4:b16x48", "uint3:b7x5:asym", "int5:channel@1", "uint8:tensor", "uint12:g16:asym:scale=float16", "fp6_e3m2")
+
+
+@pytest.mark.parametrize("text", [*WEIGHTS.values(), *MORE], ids=[*WEIGHTS, *MORE])
+@pytest.mark.parametrize("rows", [48, 33])
+def test_bytes_of_a_weight_are_those_of_its_tensors(text: str, rows: int) -> None:
+    spec = QuantSpec.parse(text)
+    layer = torch.nn.Linear(256, rows, bias=False).requires_grad_(False)
+    wrapped = wrap_model(layer, {"": {"weight": spec}})
+    rounded = RTN().round(wrapped.float_matrix(), spec, "weight")
+    wrapped.weight_quantizer.set_rounded(rounded.integers, rounded.qparams)
+    tensors = wrapped.converted().state_dict()
+    assert set(tensors) >= {"weight_packed", "weight_shape", "weight_scale"}
+    stored = sum(tensor.numel() * tensor.itemsize for name, tensor in tensors.items() if name != "weight_shape")
+    assert weight_bytes((rows, 256), spec) == stored
+
+
 def test_bits_per_weight_of_a_plan() -> None:
     composed = compose(["recipe=w4a16_rtn"])
     assert resolve(composed.recipe, composed.sources).estimate.bits_per_weight == 4.25
@@ -48,8 +74,13 @@ def test_the_estimated_size_is_the_real_one(recipe: str, tmp_path: Path) -> None
     few = ["calibration.samples=4"] if recipe != "w4a16_rtn" else []
     result = wrapq.run(recipe, ["evaluation.tokens=512", *few, f"paths.outputs={tmp_path}", "tracking=none"])
     plan = json.loads((result.folder / "plan.json").read_text())
-    real = sum(tensor.numel() * tensor.itemsize for tensor in unique_tensors(wrapq.load(result.folder)))
-    assert plan["estimate"]["quantized_bytes"] == pytest.approx(real, rel=0.02)
+    model = wrapq.load(result.folder)
+    real = sum(tensor.numel() * tensor.itemsize for tensor in unique_tensors(model))
+    ranges = sum(
+        tensor.numel() * tensor.itemsize for name, tensor in qparams_tensors(model).items() if ".weight_" not in name
+    )
+    assert plan["estimate"]["quantized_bytes"] == real - ranges
+    assert plan["estimate"]["float_bytes"] == result.sizes["float"]
     assert result.sizes["quantized"] == pytest.approx(real, rel=0.02)
 
 

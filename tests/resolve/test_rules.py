@@ -138,3 +138,41 @@ def test_one_problem_stands_for_all_modules_it_is_about(refusal: Callable[..., s
     said = refusal("a: {match: {type: Linear}, weight: int4:g100}")
     assert said.count("\n  - ") == 2  # two widths
     assert "model.layers.0.mlp.down_proj.weight and 3 more" in said
+
+
+@pytest.mark.parametrize(
+    ("rules", "reason"),
+    [
+        ("{match: {type: Linear}, weight: 'nvfp4:local'}", "a weight does not change, so it cannot be local: use"),
+        ("{match: {type: Linear}, weight: int8:head}", "a weight has no heads: use tensor, channel, group or block"),
+        ("{match: {type: MLP}, points: {mul: 'int8:b16x16'}}", "fixed blocks have rows, and so no meaning for tensors"),
+        ("{match: {type: Linear}, input: int8:head}", "one scale for each attention head, and it has none"),
+        ("{match: {type: Activation}, output: int8:head:dyn}", "one scale for each attention head, and it has none"),
+        (
+            "{match: {type: Attention}, points: {context: int8:head}}",
+            "and of LlamaAttention only query, key, value, scores, probs have: use tensor, or token with dyn",
+        ),
+        ("{match: {type: Embedding}, output: int8:channel@-2}", "output is as long as the data: use channel@-1"),
+        ("{match: {type: Attention}, points: {probs: int8:channel@-1}}", "that axis of probs is as long as the data"),
+        ("{match: {type: Attention}, points: {scores: int8:channel}}", "scores is as long as the data: use channel@-3"),
+        ("{match: {type: Attention}, points: {probs: int8:g16:dyn}}", "the last axis of probs is as long as the text"),
+        ("{match: {type: Attention}, points: {key: int4:g24}}", "group size 24 does not divide the width 32"),
+        ("{match: {type: Linear}, output: int8:g24:dyn}", "group size 24 does not divide the width 256"),
+        ("{match: {type: MLP}, points: {mul: int8:g100}}", "group size 100 does not divide the width 512"),
+        ("{match: {type: DecoderLayer}, points: {mlp_add: int8:g24}}", "group size 24 does not divide the width 256"),
+        ("{match: {type: RMSNorm}, output: int8:g24}", "group size 24 does not divide the width 256"),
+        ("{match: {type: Embedding}, output: int8:g24}", "group size 24 does not divide the width 256"),
+    ],
+)  # fmt: skip
+def test_specs_that_the_run_would_only_find_out(rules: str, reason: str, refusal: Callable[..., str]) -> None:
+    assert reason in refusal(f"a: {rules}", BOTH)
+
+
+def test_heads_and_channels_where_the_tensors_have_them(make_plan: MakePlan) -> None:
+    points = (
+        "{query: int8:head, key: int8:channel@-1, value: int4:g16, probs: int8:channel@-3, context: int8:channel@-2}"
+    )
+    plan = make_plan(f"a: {{match: {{type: Attention}}, points: {points}}}", "ranges: {algorithm: ranges}")
+    specs = {point.name: point.spec for point in plan.modules[0].points}
+    assert specs["probs"] == "int8:channel@-3:sym"
+    assert len(specs) == 5

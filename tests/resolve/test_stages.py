@@ -79,6 +79,23 @@ def test_a_hessian_is_for_what_multiplies_a_matrix(refusal: Callable[..., str]) 
     )
 
 
+@pytest.mark.parametrize("stack", ["{algorithm: seqmse}", "{algorithm: gptq, ranges: hessian}"])
+def test_an_observer_that_the_algorithm_would_not_ask_is_refused(stack: str, refusal: Callable[..., str]) -> None:
+    rules = "l: {match: {type: Linear}, weight: int8:channel}\nm: {match: {name: '*.mlp.*'}, weight: {observer: mse}}"
+    name = "seqmse" if "seqmse" in stack else "gptq"
+    assert refusal(rules, f"round: {stack}") == (
+        f"1 problem in the plan:\n"
+        f"  - mine.yaml:7: stack.round: {name} cannot round model.layers.0.mlp.gate_proj.weight and 11 more, "
+        f"int8:channel:sym:mse: it chooses the ranges itself, so that the observer mse would have no effect\n"
+        f"    change the spec, or give these weights another algorithm: +algorithm@stack.others=rtn"
+    )
+
+
+def test_gptq_with_ranges_by_the_observer_asks_any_observer(make_plan: MakePlan) -> None:
+    plan = make_plan("l: {match: {type: Linear}, weight: int8:channel:mse}", "round: {algorithm: gptq}")
+    assert len(plan.stages[0].targets) == 29
+
+
 def test_all_wrong_options_are_reported_at_once(refusal: Callable[..., str]) -> None:
     said = refusal("l: {match: {type: Linear}, weight: int8:channel}", "r: {algorithm: gptq, damp: -1, actorder: true}")
     assert said == (

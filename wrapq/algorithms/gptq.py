@@ -13,11 +13,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from wrapq.algorithms.seqmse import search_ranges
+from wrapq.algorithms.seqmse import search_ranges, unread_observer
 from wrapq.calibration.algorithm import ALGORITHMS, Rounded, Rounder
 from wrapq.calibration.hessian import Factor, Hessian
 from wrapq.observers.base import observe_tensor
-from wrapq.quant.affine import storage_dtype
+from wrapq.quant.affine import quantize_elements, round_to_grid
 from wrapq.quant.qparams import QParams
 from wrapq.quant.spec import QuantSpec
 
@@ -47,6 +47,10 @@ class GPTQ(Rounder):
         """See `Algorithm.needs`."""
         return ("hessian",)
 
+    def unsupported(self, spec: QuantSpec) -> str | None:
+        """See `Rounder.unsupported`."""
+        return unread_observer(spec) if self.options.ranges == "hessian" else None
+
     def round(self, weight: Tensor, spec: QuantSpec, where: str, hessian: Hessian | None = None) -> Rounded:
         """See `Rounder.round`."""
         hessian = hessian or Hessian()
@@ -60,32 +64,32 @@ class GPTQ(Rounder):
 
 
 def gptq(weight: Tensor, qparams: QParams, factor: Factor, block_size: int = 128) -> Tensor:
-    """The integers [N, K] for `weight` [N, K] in the grid of `qparams`.
+    """The codes [N, K] for `weight` [N, K] in the grid of `qparams`.
 
     Columns that no data reached are rounded to nearest. The work is done on the transposed weight, whose rows are the
     columns that the algorithm goes through, so that each step reads memory in order.
     """
     rows, columns = weight.shape
+    spec = qparams.spec
     order = torch.arange(columns, device=weight.device) if factor.order is None else factor.order
-    zero_point = torch.zeros_like(qparams.scale) if qparams.zero_point is None else qparams.zero_point
-    scale, zero = (per_column(t, rows, columns, qparams.spec)[order] for t in (qparams.scale, zero_point))
-    low, high = qparams.spec.dtype.qmin, qparams.spec.dtype.qmax
-    open_weight = weight.float().t()[order].contiguous()  # [K, N]
-    integers = torch.empty(columns, rows, dtype=storage_dtype(qparams.spec.dtype), device=weight.device)
+    scale = per_column(qparams.effective_scale, rows, columns, spec)[order]
+    zero = None if qparams.zero_point is None else per_column(qparams.zero_point, rows, columns, spec)[order]
+    steps = weight.float().t()[order].contiguous()  # [K, N]: the open columns, then in their place grid points
     upper, step = factor.upper, 1 / factor.upper.diagonal()
     for start in range(0, columns, block_size):
         stop = min(start + block_size, columns)
         errors = torch.empty(stop - start, rows, device=weight.device)  # (w - q) / U_ii
         for i in range(start, stop):
             done = errors[: i - start]
-            column = torch.addmv(open_weight[i], done.t(), upper[start:i, i], alpha=-1)
-            chosen = (column / scale[i]).round_().add_(zero[i]).clamp_(low, high)
-            integers[i] = chosen
-            torch.mul(column.sub_(chosen.sub_(zero[i]).mul_(scale[i])), step[i], out=errors[i - start])
+            column = torch.addmv(steps[i], done.t(), upper[start:i, i], alpha=-1)
+            chosen = round_to_grid(column / scale[i], None if zero is None else zero[i], spec.dtype)
+            steps[i] = chosen
+            torch.mul(column.sub_(chosen.mul_(scale[i])), step[i], out=errors[i - start])
         if stop < columns:
-            open_weight[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1)
-    result = torch.empty_like(integers)
-    result[order] = integers
+            steps[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1)
+    codes = quantize_elements(steps, torch.ones(1, device=weight.device), zero, spec.dtype)
+    result = torch.empty_like(codes)
+    result[order] = codes
     return result.t().contiguous()
 
 
@@ -93,4 +97,7 @@ def per_column(value: Tensor, rows: int, columns: int, spec: QuantSpec) -> Tenso
     """A scale or zero point of a weight [N, K] as float32 [K, N]."""
     if spec.granularity == "group":
         value = value.repeat_interleave(spec.group_size or 1, dim=-1)
+    elif spec.granularity == "block":
+        tall, wide = spec.block_size or (1, 1)
+        value = value.repeat_interleave(tall, dim=0)[:rows].repeat_interleave(wide, dim=1)[:, :columns]
     return value.float().expand(rows, columns).t()

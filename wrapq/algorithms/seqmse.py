@@ -7,17 +7,20 @@ as in AIMET: the whole range of the weights, shrunk step by step.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
+from torch.nn.functional import pad
 
 from wrapq.calibration.algorithm import ALGORITHMS, Rounded, Rounder
 from wrapq.calibration.hessian import Hessian
-from wrapq.errors import CalibrationError
 from wrapq.observers.base import checked_qparams
-from wrapq.quant.affine import reduce_range, split_groups
+from wrapq.observers.mse import MX_FACTORS
+from wrapq.quant.affine import range_to_qparams, reduce_range, scale_shape
 from wrapq.quant.qparams import QParams
-from wrapq.quant.spec import QuantSpec
+from wrapq.quant.spec import DEFAULT_OBSERVER, QuantSpec
 
 
 class SeqMSEOptions(BaseModel):
@@ -41,11 +44,22 @@ class SeqMSE(Rounder):
         """See `Algorithm.needs`."""
         return ("hessian",)
 
+    def unsupported(self, spec: QuantSpec) -> str | None:
+        """See `Rounder.unsupported`."""
+        return unread_observer(spec)
+
     def round(self, weight: Tensor, spec: QuantSpec, where: str, hessian: Hessian | None = None) -> Rounded:
         """See `Rounder.round`."""
         matrix = (hessian or Hessian()).check(where)
         qparams = search_ranges(weight, spec, matrix, where, self.options.candidates, self.options.smallest)
         return Rounded(qparams.quantize(weight), qparams)
+
+
+def unread_observer(spec: QuantSpec) -> str | None:
+    """Why ranges searched by their output error do not go with the observer of `spec`; None with the default one."""
+    if spec.observer == DEFAULT_OBSERVER:
+        return None
+    return f"it chooses the ranges itself, so that the observer {spec.observer} would have no effect"
 
 
 def search_ranges(
@@ -54,31 +68,53 @@ def search_ranges(
     """For each scale of `weight` [N, K] the range, among `candidates`, with the least output error under `hessian`
     [K, K].
 
-    Groups are judged one by one, by their own block of the Hessian.
+    Each scale is judged by what its own elements add to the error, by their block of the Hessian. Scales that are
+    powers of two are tried at twice the range, the whole, a half and a quarter, whatever `candidates` and `smallest`. A
+    global scale is that of the whole range.
 
     Raises:
-        CalibrationError: NaN or infinity in the weight, or a granularity other than tensor, channel of axis 0 or group.
+        CalibrationError: NaN or infinity in the weight.
+        SpecError: the group size does not divide K.
     """
-    if spec.granularity not in ("tensor", "channel", "group") or spec.axis not in (None, 0):
-        raise CalibrationError(f"{where}: {spec} has no ranges of its own that a Hessian could judge")
     low, high = reduce_range(weight, spec)
     best = checked_qparams(low, high, spec, where)
     least = output_error(best.fake_quantize(weight) - weight, hessian, spec)
     chosen = torch.ones_like(low)
-    for factor in torch.linspace(1, smallest, candidates)[1:].tolist():
-        tried = checked_qparams(low * factor, high * factor, spec, where)
+    shrunk = MX_FACTORS if spec.scale_dtype == "e8m0" else torch.linspace(1, smallest, candidates)[1:].tolist()
+    for factor in shrunk:
+        tried = _scaled(low, high, factor, best)
         error = output_error(tried.fake_quantize(weight) - weight, hessian, spec)
         better = error < least
         least, chosen = torch.where(better, error, least), torch.where(better, factor, chosen)
-    return checked_qparams(low * chosen, high * chosen, spec, where)
+    return _scaled(low, high, chosen, best)
+
+
+def _scaled(low: Tensor, high: Tensor, factor: Tensor | float, whole: QParams) -> QParams:
+    """The parameters of ranges multiplied with `factor`, relative to the global scale of the `whole` ones."""
+    scale, zero_point = range_to_qparams(low * factor, high * factor, whole.spec, whole.global_scale)
+    return QParams(whole.spec, scale, zero_point, global_scale=whole.global_scale)
 
 
 def output_error(difference: Tensor, hessian: Tensor, spec: QuantSpec) -> Tensor:
     """`d H d^T` of each scale's part of `difference` [N, K], shaped like the scale."""
-    if spec.granularity != "group":
-        rows = ((difference @ hessian) * difference).sum(1, keepdim=True)
-        return rows if spec.granularity == "channel" else rows.sum().reshape(1)
-    parts = split_groups(difference, spec).transpose(0, 1)  # [G, N, g]
-    groups, size = len(parts), parts.shape[-1]
-    blocks = hessian.unflatten(0, (groups, size)).unflatten(2, (groups, size)).diagonal(dim1=0, dim2=2)  # [g, g, G]
-    return ((parts @ blocks.permute(2, 0, 1)) * parts).sum(-1).t()
+    shape = scale_shape(difference.shape, spec)
+    tall, wide = _tile(difference.shape, spec)
+    missing = -difference.shape[1] % wide
+    parts = pad(difference, (0, missing)).unflatten(1, (-1, wide)).transpose(0, 1)  # [G, N, g]
+    blocks = pad(hessian, (0, missing, 0, missing)).unflatten(0, (-1, wide)).unflatten(2, (-1, wide))
+    blocks = blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # [G, g, g]
+    rows = ((parts @ blocks) * parts).sum(-1)  # [G, N]
+    tiles = pad(rows, (0, -rows.shape[1] % tall)).unflatten(1, (-1, tall)).sum(-1)
+    return tiles.t().reshape(shape)
+
+
+def _tile(shape: Sequence[int], spec: QuantSpec) -> tuple[int, int]:
+    """Rows and columns of a matrix of `shape` [N, K] that share a scale."""
+    rows, columns = shape
+    if spec.granularity == "block":
+        return spec.block_size or (1, 1)
+    if spec.granularity == "group":
+        return 1, spec.group_size or 1
+    if spec.granularity == "channel":
+        return (1, columns) if (spec.axis or 0) % 2 == 0 else (rows, 1)
+    return rows, columns

@@ -52,7 +52,7 @@ class Algorithm(ABC):
 
 
 class Rounded(NamedTuple):
-    """A weight's integers [N, K] in the grid of `qparams`, and figures worth keeping, such as the damping it took."""
+    """A weight's codes [N, K] in the grid of `qparams`, and figures worth keeping, such as the damping it took."""
 
     integers: Tensor
     qparams: QParams
@@ -60,14 +60,18 @@ class Rounded(NamedTuple):
 
 
 class Rounder(Algorithm):
-    """Chooses the integers of a weight; each weight has exactly one."""
+    """Chooses the codes of a weight, which are the integers themselves on an integer grid; each has exactly one."""
 
     phase = "round"
     handles = "weight"
 
+    def unsupported(self, spec: QuantSpec) -> str | None:
+        """Why weights of `spec` cannot be rounded with these options, or None when they can; asked by the plan."""
+        return None
+
     @abstractmethod
     def round(self, weight: Tensor, spec: QuantSpec, where: str, hessian: Hessian | None = None) -> Rounded:
-        """The integers for `weight` [N, K], float; `where` names the point in errors.
+        """The codes for `weight` [N, K], float; `where` names the point in errors.
 
         `hessian`, of what the weight is multiplied with, is there when `needs` says so.
         """

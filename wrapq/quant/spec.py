@@ -20,6 +20,7 @@ Granularity = Literal["tensor", "channel", "group", "block", "token", "head"]
 GRANULARITIES: tuple[str, ...] = get_args(Granularity)
 FLOAT = "float"
 """The word that stands for "not quantized" wherever a spec may be written."""
+DEFAULT_OBSERVER = "minmax"
 
 Option = str | int | float | bool
 ALIASES: dict[str, str] = {
@@ -70,7 +71,7 @@ class QuantSpec:
     group_size: int | None = None
     symmetric: bool = True
     dynamic: bool = False
-    observer: str = "minmax"
+    observer: str = DEFAULT_OBSERVER
     observer_options: tuple[tuple[str, Option], ...] = ()
     block_size: tuple[int, int] | None = None
     local: bool = False
@@ -94,7 +95,7 @@ class QuantSpec:
             object.__setattr__(self, "block_size", _tile(self.block_size))
         if self.granularity == "token" and not self.dynamic:
             raise SpecError("granularity token has no fixed scales: add dynamic: true (dyn), or use tensor or channel")
-        if self.dynamic and (self.observer != "minmax" or self.observer_options):
+        if self.dynamic and (self.observer != DEFAULT_OBSERVER or self.observer_options):
             raise SpecError(
                 f"observer: {self.observer} is for static specs; a dynamic one takes each tensor's own range"
             )
@@ -166,7 +167,7 @@ class QuantSpec:
         words = {"global": self.global_scale, "local": self.local, "dyn": self.dynamic}
         parts += [word for word, said in words.items() if said]
         options = ",".join(f"{key}={_print_option(value)}" for key, value in self.observer_options)
-        if self.observer != "minmax" or options:
+        if self.observer != DEFAULT_OBSERVER or options:
             parts.append(f"{self.observer}({options})" if options else self.observer)
         return ":".join(parts)
 
@@ -240,7 +241,7 @@ def _split(text: str) -> list[str]:
 
 def _observer(value: Any) -> tuple[str, tuple[tuple[str, Option], ...]]:
     if value is None:
-        return "minmax", ()
+        return DEFAULT_OBSERVER, ()
     if isinstance(value, str):
         return value, ()
     if isinstance(value, Mapping) and "compare" in value:

@@ -15,6 +15,8 @@ from wrapq.resolve.selectors import Site
 from wrapq.wrappers.base import Point
 
 _ACTIVATION_RANK = 3  # [B, T, K]
+_FOR_WEIGHTS = "tensor, channel, group or block"
+_HEADS = -3  # of [B, H, T, D]
 
 
 def build_spec(site: Site, point: Point, draft: Draft) -> QuantSpec:
@@ -56,8 +58,13 @@ def tied_problems(model: nn.Module, specs: Mapping[str, Mapping[str, QuantSpec]]
 
 
 def _check_weight(site: Site, spec: QuantSpec) -> None:
-    if spec.dynamic:
-        raise SpecError(f"{spec}: a weight does not change, so it cannot be dynamic: use tensor, channel or group")
+    if spec.dynamic or spec.local:
+        word = "dynamic" if spec.dynamic else "local"
+        raise SpecError(
+            f"{spec}: a weight does not change, so it cannot be {word}: use tensor, channel, group or block"
+        )
+    if spec.granularity == "head":
+        raise SpecError(f"{spec}: a weight has no heads: use {_FOR_WEIGHTS}")
     shape = weight_shape(site)
     if shape is None:
         raise SpecError(f"{spec}: {type(site.module).__name__} has no weight")
@@ -65,10 +72,31 @@ def _check_weight(site: Site, spec: QuantSpec) -> None:
 
 
 def _check_activation(site: Site, point: Point, spec: QuantSpec) -> None:
-    if spec.granularity == "channel" and (spec.axis or 0) >= 0:
+    fixed = point.fixed_axes
+    if spec.granularity == "block" and not spec.dynamic:
+        raise SpecError(
+            f"{spec}: fixed blocks have rows, and so no meaning for tensors of varying length: use groups, or add dyn"
+        )
+    if spec.granularity == "head" and (fixed is None or _HEADS not in fixed):
+        having = [p.name for p in site.points if p.fixed_axes is not None and _HEADS in p.fixed_axes]
+        has = f"of {type(site.module).__name__} only {', '.join(having)} have" if having else "it has none"
+        raise SpecError(f"{spec}: one scale for each attention head, and {has}: use tensor, or token with dyn")
+    if spec.granularity == "channel":
+        _check_channels(point, spec)
+    if spec.granularity == "group":
+        if fixed is not None and -1 not in fixed:
+            raise SpecError(f"{spec}: the last axis of {point.name} is as long as the text, so it has no groups")
+        if site.wrapper is not None and (width := site.wrapper.width(site.module, point.name)) is not None:
+            _check_groups(spec, (1,) * (_ACTIVATION_RANK - 1) + (width,))
+
+
+def _check_channels(point: Point, spec: QuantSpec) -> None:
+    axis, fixed = spec.axis or 0, point.fixed_axes
+    if axis >= 0 and (fixed is None or -1 in fixed):
         raise SpecError(f"{spec}: an activation's channels are its last axis: write channel@-1 (axis: -1)")
-    if point.name == "input" and "Linear" in site.types:
-        _check_groups(spec, (1,) * (_ACTIVATION_RANK - 1) + (weight_shape(site) or (0, 0))[1:])
+    if fixed is not None and axis not in fixed and (axis >= 0 or not spec.dynamic):
+        known = ", ".join(f"channel@{known}" for known in fixed)
+        raise SpecError(f"{spec}: that axis of {point.name} is as long as the data: use {known}, or tensor")
 
 
 def _check_groups(spec: QuantSpec, shape: Sequence[int]) -> None:

@@ -8,35 +8,42 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from wrapq.quant.affine import scale_shape
+from wrapq.quant.affine import scale_shape, storage_dtype
+from wrapq.quant.dtypes import SCALE_BITS
+from wrapq.quant.packing import packed_columns
 from wrapq.quant.spec import QuantSpec
 from wrapq.recipe.schema import Recipe
 from wrapq.resolve.plan import Estimate, ModulePlan
 
-_WORD_BITS = 32
+_PARAMETER_BYTES = 4
+"""Of a word of packed integers (int32), a zero point (int32) and a global scale (float32)."""
+_SHAPE_BYTES = 16
+"""Of a packed weight's own shape, two int64."""
 _STREAM_COPIES = 4
 """Tensors of hidden-state size that one suspended batch keeps alive: residual, normalized input, two of a branch."""
 
 
 def weight_bytes(shape: tuple[int, int], spec: QuantSpec) -> int:
-    """Bytes of a packed weight [N, K] with its float32 scales and, where it has them, int32 zero points."""
+    """Bytes of a packed weight [N, K] with its scales and, where it has them, zero points and a global scale."""
     rows, columns = shape
-    packed = rows * math.ceil(columns * spec.dtype.bits / _WORD_BITS) * 4
+    packed = rows * packed_columns(columns, spec.dtype) * _PARAMETER_BYTES
     scales = math.prod(scale_shape(shape, spec))
     zero_points = 0 if spec.symmetric and spec.dtype.signed else scales
-    return packed + 4 * (scales + zero_points)
+    parameters = zero_points + (1 if spec.global_scale else 0)
+    return packed + scales * SCALE_BITS[spec.scale_dtype] // 8 + parameters * _PARAMETER_BYTES
 
 
 def estimate(model: nn.Module, modules: Sequence[ModulePlan], recipe: Recipe, needs_data: bool) -> Estimate:
-    """What the run costs and leaves.
+    """What the run costs and leaves; the few bytes of each fixed activation's parameters are not counted.
 
-    The peak is the float weights, the chosen integers (a byte each up to 8 bits, else two), the dequantized copies
+    The peak is the float weights, the codes chosen (a byte each up to 8 bits), the dequantized copies
     that a fake-quantized forward multiplies with, and, in a sequential walk, the hidden states of all batches.
     """
     itemsize = getattr(torch, recipe.model.dtype).itemsize
     float_bytes = itemsize * sum(p.numel() for p in model.parameters())
+    float_bytes += sum(buffer.numel() * buffer.itemsize for buffer in model.buffers())
     seen: set[int] = set()
-    replaced = packed = integers = dequantized = weights = 0
+    replaced = packed = shapes = integers = dequantized = weights = 0
     for module in modules:
         spec = next((p.quant_spec for p in module.points if p.role == "weight"), None)
         tensor = model.get_submodule(module.name)._parameters.get("weight")
@@ -46,14 +53,15 @@ def estimate(model: nn.Module, modules: Sequence[ModulePlan], recipe: Recipe, ne
         weights += tensor.numel()
         replaced += itemsize * tensor.numel()
         packed += weight_bytes(module.weight_shape, spec)
-        integers += tensor.numel() * (1 if spec.dtype.bits <= 8 else 2)
+        shapes += _SHAPE_BYTES
+        integers += tensor.numel() * storage_dtype(spec.dtype).itemsize
         dequantized += itemsize * tensor.numel()
     tokens = recipe.calibration.samples * recipe.calibration.seq_len if needs_data else 0
     hidden = getattr(getattr(model, "config", None), "hidden_size", 0) or 0
     in_flight = tokens if recipe.calibration.schedule == "sequential" else min(tokens, _batch_tokens(recipe))
     return Estimate(
         float_bytes=float_bytes,
-        quantized_bytes=float_bytes - replaced + packed,
+        quantized_bytes=float_bytes - replaced + packed + shapes,
         bits_per_weight=8 * packed / weights if weights else None,
         calibration_tokens=tokens,
         peak_bytes=float_bytes + integers + dequantized + in_flight * hidden * itemsize * _STREAM_COPIES,

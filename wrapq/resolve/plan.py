@@ -85,7 +85,7 @@ class Estimate(_Frozen):
 
     float_bytes: int
     quantized_bytes: int
-    """All tensors of the quantized model: packed integers, scales, zero points, and what stays float."""
+    """All tensors of the quantized model: packed codes, their parameters, and what stays float."""
     bits_per_weight: float | None
     """Over the quantized weights, scales and zero points included."""
     calibration_tokens: int

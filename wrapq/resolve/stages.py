@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, ValidationError
 
-from wrapq.calibration.algorithm import ALGORITHMS, PHASES, Algorithm
+from wrapq.calibration.algorithm import ALGORITHMS, PHASES, Algorithm, Rounder
 from wrapq.errors import Problem, UnknownNameError, nearest
 from wrapq.recipe.schema import Recipe, Stage
 from wrapq.resolve.plan import ModulePlan, PointPlan, StagePlan
@@ -99,6 +99,7 @@ def plan_stages(
                 Problem(where, what, (), f"remove the stage with ~stack.{entry.name}, or add a rule for it")
             )
         problems += _without_hessian(entry, points, where)
+        problems += _unsupported(entry, points, where)
         twice = sorted({owner[target] for target in targets if target in owner})
         if twice:
             what = f"{entry.name} and {', '.join(twice)} would decide the same points, such as {targets[0]}"
@@ -129,6 +130,21 @@ def _without_hessian(
             f"{entry.stage.algorithm} rounds what multiplies a matrix; not so the weights of {kinds} ({others[0].name})"
         )
         remedy = f"name its rules: stack.{entry.name}.rules=[...], and give the others +algorithm@stack.others=rtn"
+        yield Problem(where, what, (), remedy)
+
+
+def _unsupported(entry: StackEntry, points: Sequence[tuple[ModulePlan, PointPlan]], where: str) -> Iterator[Problem]:
+    algorithm = entry.algorithm(entry.options)
+    if not isinstance(algorithm, Rounder):
+        return
+    refused: dict[tuple[str, str], list[str]] = {}
+    for module, point in points:
+        if (reason := algorithm.unsupported(point.quant_spec)) is not None:
+            refused.setdefault((point.spec, reason), []).append(f"{module.name}.{point.name}")
+    for (spec, reason), names in refused.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        what = f"{entry.stage.algorithm} cannot round {names[0]}{more}, {spec}: {reason}"
+        remedy = "change the spec, or give these weights another algorithm: +algorithm@stack.others=rtn"
         yield Problem(where, what, (), remedy)
 
 

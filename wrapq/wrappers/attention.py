@@ -35,13 +35,23 @@ class Attention(Wrapper):
 
     kind = "Attention"
     config: Any
-    points = tuple(map(Point, ("query", "key", "value", "scores", "probs", "context")))
+    points = (
+        *(Point(name, fixed_axes=(-1, -3)) for name in ("query", "key", "value")),
+        *(Point(name, fixed_axes=(-3,)) for name in ("scores", "probs")),
+        Point("context", fixed_axes=(-1, -2)),
+    )
 
     @staticmethod
     def matches(module: nn.Module) -> bool:  # type: ignore[override]
         """Whether the module's forward looks its attention function up in transformers' interface."""
         code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
         return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+
+    @classmethod
+    def width(cls, module: nn.Module, point: str) -> int | None:
+        """See `Wrapper.width`."""
+        size = getattr(module, "head_dim", None)
+        return size if isinstance(size, int) and point not in ("scores", "probs") else None
 
 
 def use_attention_points(config: Any) -> None:

@@ -17,10 +17,16 @@ from wrapq.wrappers.quantizer import STREAM, Quantizer, State, WeightQuantizer
 
 @dataclass(frozen=True)
 class Point:
-    """A quantization point that a wrapper declares: a named tensor, a `weight` or an `activation`."""
+    """A quantization point that a wrapper declares: a named tensor, a `weight` or an `activation`.
+
+    Attributes:
+        fixed_axes: of an activation, the axes, counted from the end, whose sizes the model fixes and the data does not;
+            -3 are attention heads. None where it depends on the model, as for convolutions.
+    """
 
     name: str
     role: Literal["weight", "activation"] = "activation"
+    fixed_axes: tuple[int, ...] | None = (-1,)
 
 
 WEIGHT = Point("weight", "weight")
@@ -60,6 +66,11 @@ class Wrapper(nn.Module):
     def meet(self, raw: Tensor, x: Tensor) -> Tensor:
         """Announce that the weight is about to multiply `x`, which is `raw` after quantization; returns `x`."""
         return x
+
+    @classmethod
+    def width(cls, module: nn.Module, point: str) -> int | None:
+        """The size of the last axis of what comes to an activation point of `module`; None where it is not known."""
+        return None
 
     @staticmethod
     def to_matrix(weight: Tensor) -> Tensor:

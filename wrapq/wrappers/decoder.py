@@ -26,6 +26,11 @@ class GatedMLP(Wrapper):
     down_proj: nn.Module
     act_fn: nn.Module
 
+    @classmethod
+    def width(cls, module: nn.Module, point: str) -> int | None:
+        """See `Wrapper.width`."""
+        return getattr(module.gate_proj, "out_features" if point == "mul" else "in_features", None)
+
     def forward(self, x: Tensor) -> Tensor:
         """`x` [B, T, K] to [B, T, K]."""
         x = self.q("input", x)
@@ -43,6 +48,12 @@ class DecoderLayer(Wrapper):
     mlp: nn.Module
     input_layernorm: nn.Module
     post_attention_layernorm: nn.Module
+
+    @classmethod
+    def width(cls, module: nn.Module, point: str) -> int | None:
+        """See `Wrapper.width`."""
+        weight = getattr(module.input_layernorm, "weight", None)
+        return None if weight is None else weight.shape[-1]
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`hidden_states` [B, T, K] to [B, T, K]; everything else goes to the attention."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from wrapq.wrappers.base import INPUT, OUTPUT, WEIGHT, Point, Wrapper
 from wrapq.wrappers.registry import WRAPPERS
+
+_IMAGES = tuple(replace(point, fixed_axes=None) for point in (INPUT, OUTPUT))
+"""Of modules that images go through, whose channels are not the last axis."""
 
 
 class Leaf(Wrapper):
@@ -29,6 +33,12 @@ class Linear(Leaf):
 
     kind = "Linear"
     multiplies = True
+
+    @classmethod
+    def width(cls, module: nn.Module, point: str) -> int | None:
+        """See `Wrapper.width`."""
+        rows, columns = cls.to_matrix(cast(Tensor, module.weight)).shape
+        return columns if point == "input" else rows
 
     def input_matrix(self, x: Tensor) -> Tensor:
         """`x` [..., K] as [M, K]."""
@@ -55,6 +65,7 @@ class Conv(Leaf):
     """Convolutions; as a matrix the weight is [output channels, input channels x kernel]."""
 
     kind = "Conv"
+    points = (WEIGHT, *_IMAGES)
 
 
 @WRAPPERS.register("torch.nn.modules.sparse.Embedding")
@@ -63,6 +74,11 @@ class Embedding(Wrapper):
 
     kind = "Embedding"
     points = (WEIGHT, OUTPUT)
+
+    @classmethod
+    def width(cls, module: nn.Module, point: str) -> int | None:
+        """See `Wrapper.width`."""
+        return cast(Tensor, module.weight).shape[-1]
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The quantized rows [B, T, D] of ids [B, T], or of whatever a subclass makes its ids from."""
@@ -75,12 +91,23 @@ class LayerNorm(Leaf):
 
     kind = "LayerNorm"
 
+    @classmethod
+    def width(cls, module: nn.Module, point: str) -> int | None:
+        """See `Wrapper.width`."""
+        return cast(nn.LayerNorm, module).normalized_shape[-1]
+
 
 @WRAPPERS.register("torch.nn.modules.normalization.RMSNorm")
 class RMSNorm(Leaf):
     """Root mean square normalization as one operation, under whatever class a family defines it."""
 
     kind = "RMSNorm"
+
+    @classmethod
+    def width(cls, module: nn.Module, point: str) -> int | None:
+        """See `Wrapper.width`."""
+        weight = module._parameters.get("weight")
+        return None if weight is None else weight.shape[-1]
 
     @staticmethod
     def matches(module: nn.Module) -> bool:  # type: ignore[override]
@@ -116,4 +143,4 @@ class Activation(Leaf):
     """Elementwise functions and softmax, without parameters."""
 
     kind = "Activation"
-    points = (INPUT, OUTPUT)
+    points = _IMAGES
