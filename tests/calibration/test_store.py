@@ -69,7 +69,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.M
     store = Store(tmp_path, 1e9)
     full = OSError(28, "No space left on device")
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(full))
-    with pytest.raises(OutputError, match="cannot keep statistics in .*: No space left"):
+    with pytest.raises(OutputError, match=r"cannot keep statistics in .*: No space left"):
         put(store)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
