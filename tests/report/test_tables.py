@@ -75,6 +75,19 @@ def test_plan_ends_with_estimates_and_digests() -> None:
     assert digests == f"recipe {made.recipe.digest()[:12]}, plan {made.digest()[:12]}"
 
 
+def test_plan_says_what_is_exported_and_what_the_format_says_differently() -> None:
+    wanted = ("export=compressed_tensors", "model.dtype=bfloat16", "export.reader=transformers")
+    said = text(*plan_tables(plan("recipe=w4a16_rtn", *wanted)))
+    assert lines_of(said, "export ", "  note: ") == [
+        "export compressed_tensors(reader=transformers)",
+        "note: scales are rounded to bfloat16, the model's dtype; scale=bfloat16 in a spec calibrates with such ones",
+    ]
+
+
+def test_plan_says_nothing_of_an_export_that_is_none() -> None:
+    assert lines_of(text(*plan_tables(plan("recipe=w4a16_rtn"))), "export") == []
+
+
 def test_a_wrapper_that_stands_in_for_another_class_is_named() -> None:
     assert "LlamaRMSNorm as RMSNorm" in text(*plan_tables(plan("recipe=int16_activations")))
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from wrapq.report.folding import fold
+from wrapq.resolve.exporter import Exporter, make_exporter
 from wrapq.resolve.plan import ModulePlan, Plan
 
 _SHORT = 12  # digits of a digest that are shown
 
 
 def plan_tables(plan: Plan, full: bool = False) -> Iterator[RenderableType]:
-    """The plan's head, modules, untouched modules, stages and estimates.
+    """The plan's head, modules, untouched modules, stages, export and estimates.
 
     Args:
         plan: the plan.
@@ -32,6 +34,8 @@ def plan_tables(plan: Plan, full: bool = False) -> Iterator[RenderableType]:
     if plan.untouched:
         yield _untouched(plan, prefix)
     yield _stages(plan)
+    if (exporter := make_exporter(plan.recipe.export)) is not None:
+        yield _export(plan, exporter)
     yield _estimates(plan)
 
 
@@ -60,11 +64,27 @@ def _untouched(plan: Plan, prefix: str) -> Table:
 def _stages(plan: Plan) -> Table:
     table = _table("stages", "stage", "algorithm", "phase", "decides", "looks at", "set by")
     for stage in plan.stages:
-        options = ", ".join(f"{key}={value}" for key, value in stage.options.items())
-        algorithm = f"{stage.algorithm}({options})" if options else stage.algorithm
         needs = ", ".join(stage.needs) or "no data"
-        table.add_row(stage.name, algorithm, stage.phase, f"{len(stage.targets)} points", needs, stage.source)
+        table.add_row(
+            stage.name,
+            _called(stage.algorithm, stage.options),
+            stage.phase,
+            f"{len(stage.targets)} points",
+            needs,
+            stage.source,
+        )
     return table
+
+
+def _export(plan: Plan, exporter: Exporter) -> Text:
+    """Which format is written, and what it says a little differently; what it cannot say has been refused."""
+    said = _called(plan.recipe.export.format, exporter.options.model_dump())
+    return Text("\n  ".join([f"export {said}", *(f"note: {note}" for note in exporter.notes(plan))]))
+
+
+def _called(name: str, options: Mapping[str, Any]) -> str:
+    listed = ", ".join(f"{key}={value}" for key, value in options.items())
+    return f"{name}({listed})" if listed else name
 
 
 def _estimates(plan: Plan) -> Text:
