@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from tests.calibration.conftest import gptq_walker
 from tests.conftest import FAMILIES, build_model
 from wrapq import PTQConfig, convert, prepare, restore
-from wrapq.algorithms.gptq import GPTQ
+from wrapq.algorithms.gptq import GPTQ, GPTQOptions
 from wrapq.algorithms.ranges import Ranges
 from wrapq.algorithms.rtn import RTN
+from wrapq.calibration.algorithm import Rounded
+from wrapq.calibration.hessian import Hessian
 from wrapq.calibration.walker import Batch, Walker
 from wrapq.errors import CalibrationError, LifecycleError
 from wrapq.observers.base import OBSERVERS
@@ -387,6 +389,34 @@ def test_mixtures_in_blocks_meet_again_after_each_block():
         assert {arrived[f"layers.{index}.{name}.input"] for name in ("norm", "mlp.gate", "mlp.common")} == {3}
         assert [arrived[f"layers.{index}.mlp.experts.{i}.input"] for i in range(3)] == [2, 1, 1]
     assert arrived["head.output"] == 3
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_cross_term_is_of_the_float_and_the_quantized_model(family: str, token_batches: list[Tensor]):
+    """With the last weight's input taken from the two models themselves."""
+    config = PTQConfig(weight="int3:channel:sym", activation=None)
+    model, original = prepare(build_model(family), config), build_model(family)
+    gathered: dict[str, Hessian] = {}
+
+    class Keeping(GPTQ):
+        def round(self, weight: Tensor, spec: object, where: str, hessian: Hessian | None = None) -> Rounded:
+            gathered[where] = hessian
+            return super().round(weight, spec, where, hessian)
+
+    gptq_walker(model, Keeping(GPTQOptions(asymmetric=0.5))).run(as_batches(token_batches), "sequential")
+    last = "model.layers.1.mlp.down_proj" if family == "llama" else "transformer.h.1.mlp.c_proj"
+    inputs: dict[int, list[Tensor]] = {0: [], 1: []}
+    for index, net in enumerate((original, model)):
+        hook = net.get_submodule(last).register_forward_pre_hook(
+            lambda module, args, index=index: inputs[index].append(args[0].flatten(0, 1))
+        )
+        for ids in token_batches:
+            net(input_ids=ids, use_cache=False)
+        hook.remove()
+    f, x = (torch.cat(inputs[index]).detach() for index in (0, 1))
+    assert (f - x).abs().max() > 1e-3
+    torch.testing.assert_close(gathered[f"{last}.weight"].cross, (f - x).t() @ x, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(gathered[f"{last}.weight"].matrix, x.t() @ x, rtol=1e-3, atol=1e-4)
 
 
 class Twice(nn.Module):

@@ -110,3 +110,12 @@ def test_options_are_complete_in_the_plan(make_plan: MakePlan) -> None:
     (stage,) = make_plan("l: {match: {type: Linear}, weight: int8:channel}", "r: {algorithm: gptq, damp: 0.5}").stages
     assert stage.options["damp"] == 0.5
     assert stage.options["act_order"] is True
+
+
+def test_asymmetric_calibration_needs_what_comes_before_quantized(refusal: Callable[..., str]) -> None:
+    stack = "round: {algorithm: gptq, asymmetric: 0.5}"
+    said = refusal(
+        "linear: {match: {type: Linear}, weight: int8:channel}\n", stack, more="calibration: {schedule: parallel}\n"
+    )
+    assert "asymmetric calibration looks at what the quantized blocks before give" in said
+    assert "calibration.schedule=sequential" in said

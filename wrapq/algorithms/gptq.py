@@ -32,6 +32,13 @@ class GPTQOptions(BaseModel):
     ranges: Literal["observer", "hessian"] = Field(
         "observer", description="Ranges by the spec's observer, or by their error in the layer's output as seqmse does."
     )
+    asymmetric: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="How much of the error in the layer's input the weights make up for, as GPTAQ does.",
+    )
+    precision: Literal["float32", "float64"] = Field("float32", description="What the Hessian is summed in.")
     block_size: int = Field(128, ge=1, description="Columns between two updates of all that are still open.")
 
 
@@ -45,7 +52,8 @@ class GPTQ(Rounder):
     @property
     def needs(self) -> tuple[str, ...]:
         """See `Algorithm.needs`."""
-        return ("hessian",)
+        more = (("cross", self.options.asymmetric), ("float64", self.options.precision == "float64"))
+        return ("hessian", *(need for need, wanted in more if wanted))
 
     def unsupported(self, spec: QuantSpec) -> str | None:
         """See `Rounder.unsupported`."""
@@ -55,8 +63,10 @@ class GPTQ(Rounder):
         """See `Rounder.round`."""
         hessian = hessian or Hessian()
         factor = hessian.factor(self.options.damp, self.options.act_order, where)
+        if self.options.asymmetric and hessian.cross is not None:
+            weight = weight + self.options.asymmetric * input_correction(weight, hessian.cross.float(), factor)
         if self.options.ranges == "hessian":
-            qparams = search_ranges(weight, spec, hessian.check(where), where)
+            qparams = search_ranges(weight, spec, hessian.check(where).float(), where)
         else:
             qparams = observe_tensor(weight, spec, where)
         report = {"damp": factor.damp, "dead_columns": float(factor.dead.sum())}
@@ -91,6 +101,24 @@ def gptq(weight: Tensor, qparams: QParams, factor: Factor, block_size: int = 128
     result = torch.empty_like(codes)
     result[order] = codes
     return result.t().contiguous()
+
+
+def input_correction(weight: Tensor, cross: Tensor, factor: Factor) -> Tensor:
+    """What to add to `weight` [N, K] so that with the quantized model's inputs X it gives what W gives with F.
+
+    The asymmetric objective `|W F - V X|^2` over V, which GPTAQ (Li et al., arXiv:2504.02692, equation 4) rounds by,
+    differs from `|(W + D) X - V X|^2` by a constant, with `D = W C H^-1`, `C = (F - X)^T X` [K, K] and the damped
+    Hessian H: rounding `W + D` by GPTQ minimizes it (the closed form of QEP, arXiv:2504.09629).
+    """
+    moved = weight.float() @ cross
+    order = factor.order
+    permuted = moved if order is None else moved[:, order]
+    solved = (permuted @ factor.upper.t()) @ factor.upper
+    if order is None:
+        return solved
+    result = torch.empty_like(solved)
+    result[:, order] = solved
+    return result
 
 
 def per_column(value: Tensor, rows: int, columns: int, spec: QuantSpec) -> Tensor:

@@ -22,6 +22,7 @@ def rounding_report(weight: Tensor, rounded: Rounded, hessian: Hessian | None) -
     sqnr = (10 * torch.log10(signal / noise)).clamp(-SQNR_CEILING, SQNR_CEILING).nan_to_num(0)
     report = {"weight_sqnr_db": float(sqnr)}
     if hessian is not None and hessian.matrix is not None:
-        lost, there = (((part @ hessian.matrix) * part).sum() for part in (difference, weight))
+        matrix = hessian.matrix.float()
+        lost, there = (((part @ matrix) * part).sum() for part in (difference, weight))
         report |= {"output_error": float(lost / there) if there else 0.0, "rows": float(hessian.rows)}
     return report | dict(rounded.report)

@@ -46,6 +46,10 @@ def check_stack(recipe: Recipe, sources: Sources) -> tuple[list[StackEntry], lis
             valid = [*algorithm.Options.model_fields, *Stage.model_fields]
             problems += option_problems(error, f"stack.{name}", valid, stage.algorithm, sources)
             continue
+        if "cross" in algorithm(options).needs and recipe.calibration.schedule == "parallel":
+            what = "asymmetric calibration looks at what the quantized blocks before give, and parallel runs none"
+            remedy = "set calibration.schedule=sequential"
+            problems.append(Problem(sources.where(f"stack.{name}"), what, (), remedy))
         for rule in stage.rules or ():
             if rule not in recipe.rules:
                 where = sources.where(f"stack.{name}.rules")
