@@ -10,11 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from wrapq.errors import SpecError, nearest
 from wrapq.quant.dtypes import DTYPES, DType, dtype_named
 
+_ALIKE = 0.75
 Option = str | int | float | bool
 ALIASES: dict[str, str] = {
     "mxfp8": "fp8_e4m3:g32:scale=e8m0",
@@ -90,6 +92,11 @@ def parse_fields(text: str) -> dict[str, Any]:
 
 
 _SIZES = {"group_size": "group", "axis": "channel", "block_size": "block"}
+
+
+def meant_word(name: str) -> str | None:
+    """The word of the short form that was probably meant by `name`, which was read as an observer's."""
+    return next(iter(get_close_matches(name, WORDS, n=1, cutoff=_ALIKE)), None)
 
 
 def _dtype_or_alias(name: str) -> DType:

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from wrapq.errors import SpecError, nearest
 from wrapq.quant.dtypes import SCALE_BITS, DType, ScaleDType, dtype_named
-from wrapq.quant.short_form import Option, parse_fields
+from wrapq.quant.short_form import Option, meant_word, parse_fields
 
 Granularity = Literal["tensor", "channel", "group", "block", "token", "head"]
 GRANULARITIES: tuple[str, ...] = get_args(Granularity)
@@ -72,8 +72,10 @@ class QuantSpec:
         if self.granularity == "token" and not self.dynamic:
             raise SpecError("granularity token has no fixed scales: add dynamic: true (dyn), or use tensor or channel")
         if self.dynamic and (self.observer != DEFAULT_OBSERVER or self.observer_options):
+            meant = meant_word(self.observer)
             raise SpecError(
                 f"observer: {self.observer} is for static specs; a dynamic one takes each tensor's own range"
+                f"{f'; did you mean: {meant}' if meant else ''}"
             )
         self._check_scales()
 
