@@ -15,7 +15,8 @@ from wrapq.quant import affine
 from wrapq.quant.casts import round_to_format
 from wrapq.quant.packing import pack, unpack
 from wrapq.quant.qparams import QParams
-from wrapq.quant.spec import ALIASES, QuantSpec
+from wrapq.quant.short_form import ALIASES
+from wrapq.quant.spec import QuantSpec
 
 MX = [name for name in ALIASES if name.startswith("mx")]
 EVERY = [

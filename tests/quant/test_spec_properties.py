@@ -3,7 +3,8 @@ from hypothesis import given
 
 from tests.quant.strategies import specs
 from wrapq.errors import SpecError
-from wrapq.quant.spec import ALIASES, QuantSpec
+from wrapq.quant.short_form import ALIASES
+from wrapq.quant.spec import QuantSpec
 
 
 @given(specs())

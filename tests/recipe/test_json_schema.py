@@ -1,13 +1,16 @@
 from typing import Literal
 
+import jsonschema
 import pytest
 import yaml
+from hypothesis import given
 from pydantic import BaseModel, ConfigDict
 
+from tests.quant.strategies import specs
+from wrapq.quant.short_form import ALIASES, PARTS
+from wrapq.quant.spec import QuantSpec
 from wrapq.recipe.json_schema import recipe_schema
 from wrapq.recipe.presets import list_presets
-
-jsonschema = pytest.importorskip("jsonschema")
 
 
 class Inner(BaseModel):
@@ -33,6 +36,9 @@ class Empty(BaseModel):
 SCHEMA = recipe_schema({"gptq": Gptq, "rtn": Empty, "ranges": Empty}, {"text": Text, "demo": Text})
 
 
+SPEC = jsonschema.Draft202012Validator({"$defs": SCHEMA["$defs"], "$ref": "#/$defs/Spec"})
+
+
 def mistakes(text: str) -> list[str]:
     validator = jsonschema.Draft202012Validator(SCHEMA)
     return sorted(error.json_path for error in validator.iter_errors(yaml.safe_load(text)))
@@ -45,6 +51,28 @@ def test_it_is_a_schema():
 @pytest.mark.parametrize("preset", [p for p in list_presets() if p.kind == "recipe"], ids=lambda p: p.name)
 def test_shipped_recipes_are_valid(preset):
     assert mistakes(preset.path.read_text()) == []
+
+
+@pytest.mark.parametrize("preset", [p for p in list_presets() if p.kind == "scheme"], ids=lambda p: p.name)
+def test_shipped_schemes_are_valid_rules(preset):
+    assert mistakes(yaml.safe_dump({"rules": {"some": yaml.safe_load(preset.path.read_text())}})) == []
+
+
+@given(specs())
+def test_every_short_form_is_valid(spec: QuantSpec):
+    assert list(SPEC.iter_errors(str(spec))) == []
+
+
+@pytest.mark.parametrize("word", ["int8:channl@1", "int9x", "int8:group", "int8:channel:", "int8 channel", "floats"])
+def test_what_no_parser_would_take_is_no_short_form(word):
+    with pytest.raises(ValueError):
+        QuantSpec.parse(word)
+    assert list(SPEC.iter_errors(word)) != []
+
+
+def test_the_short_form_is_described_by_the_parser():
+    said = SCHEMA["$defs"]["Spec"]["anyOf"][0]["description"]
+    assert all(part in said for part in (*PARTS, *ALIASES))
 
 
 @pytest.mark.parametrize(
@@ -68,6 +96,7 @@ def test_what_is_right_passes(text):
         ("stack: {round: {algorithm: gptq, order: up}}", "$.stack.round.order"),
         ("stack: {round: {dmap: 0.1}}", "$.stack.round"),
         ("rules: {a: {weigth: int8}}", "$.rules.a"),
+        ("rules: {a: {weight: 'int8:chan nel'}}", "$.rules.a.weight"),
         ("rules: {a: {weight: {weight_bit: 8}}}", "$.rules.a.weight"),
         ("calibration: {source: demo, pth: x}", "$.calibration"),
         ("paths: {outputs: x}", "$"),

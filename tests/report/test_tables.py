@@ -109,6 +109,12 @@ def test_quality_table_compares_with_float() -> None:
     ]
 
 
+def test_a_divergence_that_rounds_to_zero_has_no_sign() -> None:
+    said = text(quality_table({"float": STAGES["float"], "weights": {**STAGES["weights"], "kl": -3e-9}}, {}))
+    assert " 0.00000 " in said
+    assert "-0.00000" not in said
+
+
 def test_the_end_of_a_run_says_where_everything_lies() -> None:
     seconds = {"load": 0.5, "calibrate": 1.25, "total": 2.0}
     result = RunResult(Path("outputs/demo/now"), STAGES, {}, seconds, {}, run_id="abc")

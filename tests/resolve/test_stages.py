@@ -23,10 +23,25 @@ def test_stack_order_overrides_phases(make_plan: MakePlan) -> None:
     assert [stage.name for stage in plan.stages] == ["round", "ranges"]
 
 
-@pytest.mark.parametrize("order", ["[round, rnages]", "[round]", "[round, ranges, round]"])
-def test_stack_order_names_each_stage_once(order: str, refusal: Callable[..., str]) -> None:
+@pytest.mark.parametrize(
+    ("order", "problems"),
+    [
+        (
+            "[round, rnages]",
+            ["no stage is called 'rnages'\n    did you mean: ranges", "leaves out ranges\n    name each"],
+        ),
+        (
+            "[round]",
+            ["leaves out ranges\n    name each stage once: round, ranges, in the order in which they shall run"],
+        ),
+        ("[round, ranges, round]", ["names round more than once\n    name each stage once"]),
+        ("[]", ["leaves out round, ranges\n    name each stage once"]),
+    ],
+)
+def test_stack_order_names_each_stage_once(order: str, problems: list[str], refusal: Callable[..., str]) -> None:
     said = refusal(LINEAR, BOTH, more=f"stack_order: {order}\n")
-    assert "mine.yaml:3: stack_order: must name each stage once" in said
+    assert said.count("mine.yaml:3: stack_order: ") == len(problems)
+    assert all(f"stack_order: {problem}" in said for problem in problems)
 
 
 def test_targets_and_needs_are_in_the_plan(make_plan: MakePlan) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from wrapq.errors import CalibrationError, SpecError, nearest
+from wrapq.errors import CalibrationError, SpecError, UnknownNameError, nearest
 from wrapq.quant.affine import (
     global_scale_for,
     range_over,
@@ -22,6 +22,7 @@ from wrapq.quant.affine import (
     split_tiles,
 )
 from wrapq.quant.qparams import QParams
+from wrapq.quant.short_form import meant_word
 from wrapq.quant.spec import QuantSpec
 from wrapq.registry import Registry
 
@@ -113,9 +114,11 @@ def make_observer(spec: QuantSpec) -> Observer:
     """The observer that `spec` names, with its options.
 
     Raises:
-        UnknownNameError: no such observer.
+        UnknownNameError: no such observer; the nearest may be another word of a spec's short form.
         SpecError: it has no such option, or the value is out of bounds.
     """
+    if spec.observer not in OBSERVERS and (meant := meant_word(spec.observer)):
+        raise UnknownNameError("part of a spec", spec.observer, [meant])
     kind = OBSERVERS.get(spec.observer)
     names = list(inspect.signature(kind).parameters)[1:]
     for option, _ in spec.observer_options:

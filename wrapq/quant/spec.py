@@ -1,44 +1,20 @@
-"""How one tensor is quantized, and the short form in which that is written everywhere.
-
-The short form is `dtype:granularity[:sym|asym][:scale=DTYPE][:global][:dyn|local][:observer]`, for example
-`int4:g128:sym`, `int8:token:dyn`, `uint8:tensor:asym:percentile(percentile=99.9)`, `int8:channel@1`,
-`fp8_e4m3:b128x128`, `int8:head`. In place of the dtype it may start with one of `ALIASES`, which stands for several
-parts: `mxfp4` and `mxfp4:dyn`. Parsing what was printed gives the same spec.
-"""
+"""How one tensor is quantized; `wrapq.quant.short_form` says how that is written."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from wrapq.errors import SpecError, nearest
-from wrapq.quant.dtypes import DTYPES, SCALE_BITS, DType, ScaleDType, dtype_named
+from wrapq.quant.dtypes import SCALE_BITS, DType, ScaleDType, dtype_named
+from wrapq.quant.short_form import Option, meant_word, parse_fields
 
 Granularity = Literal["tensor", "channel", "group", "block", "token", "head"]
 GRANULARITIES: tuple[str, ...] = get_args(Granularity)
 FLOAT = "float"
 """The word that stands for "not quantized" wherever a spec may be written."""
 DEFAULT_OBSERVER = "minmax"
-
-Option = str | int | float | bool
-ALIASES: dict[str, str] = {
-    "mxfp8": "fp8_e4m3:g32:scale=e8m0",
-    "mxfp8_e5m2": "fp8_e5m2:g32:scale=e8m0",
-    "mxfp6": "fp6_e2m3:g32:scale=e8m0",
-    "mxfp6_e3m2": "fp6_e3m2:g32:scale=e8m0",
-    "mxfp4": "fp4_e2m1:g32:scale=e8m0",
-    "mxint8": "int8:g32:scale=e8m0",
-    "nvfp4": "fp4_e2m1:g16:scale=fp8_e4m3:global",
-}
-"""Names of whole formats, with what they stand for.
-
-mx...: OCP Microscaling Formats (MX) Specification 1.0, table 1; of its two variants of 8 and of 6 bits the one with
-more mantissa has the plain name. nvfp4: NVIDIA's, as compressed-tensors stores it.
-"""
-
-_OBSERVER = re.compile(r"(?P<name>[a-z][a-z0-9_]*)(\((?P<options>[^()]*)\))?")
 
 
 @dataclass(frozen=True)
@@ -96,8 +72,10 @@ class QuantSpec:
         if self.granularity == "token" and not self.dynamic:
             raise SpecError("granularity token has no fixed scales: add dynamic: true (dyn), or use tensor or channel")
         if self.dynamic and (self.observer != DEFAULT_OBSERVER or self.observer_options):
+            meant = meant_word(self.observer)
             raise SpecError(
                 f"observer: {self.observer} is for static specs; a dynamic one takes each tensor's own range"
+                f"{f'; did you mean: {meant}' if meant else ''}"
             )
         self._check_scales()
 
@@ -176,69 +154,6 @@ FIELDS: tuple[str, ...] = tuple(f.name for f in fields(QuantSpec) if f.name != "
 _WHOLE = "to change a scheme's granularity replace the whole spec, e.g. int8:channel:sym"
 
 
-def parse_fields(text: str) -> dict[str, Any]:
-    """The short form as the mapping form, before any default is filled in."""
-    head, *rest = _split(text.strip())
-    implied = parse_fields(ALIASES[head]) if head in ALIASES else {"dtype": _dtype_or_alias(head)}
-    values: dict[str, Any] = {}
-    for part in rest:
-        key, value = _parse_part(part, text)
-        shared = key == "granularity" or key in _SIZES
-        if shared and head in ALIASES:
-            raise SpecError(f"{part!r} in {text!r}: {head} says the granularity itself, {ALIASES[head]}")
-        if key in values or (shared and values.keys() & {"granularity", *_SIZES}):
-            raise SpecError(f"{text!r} says {'the granularity' if shared else key} twice")
-        values[key] = value
-    values = implied | values
-    for key, granularity in _SIZES.items():
-        if key in values:
-            values["granularity"] = granularity
-    return values
-
-
-_SIZES = {"group_size": "group", "axis": "channel", "block_size": "block"}
-
-
-def _dtype_or_alias(name: str) -> DType:
-    try:
-        return dtype_named(name)
-    except SpecError:
-        close = nearest(name, (*ALIASES, *DTYPES))
-        raise SpecError(f"unknown dtype {name!r}; did you mean: {', '.join(close)}") from None
-
-
-def _parse_part(part: str, text: str) -> tuple[str, Any]:
-    if part in ("sym", "asym"):
-        return "symmetric", part == "sym"
-    if part in _FLAGS:
-        return _FLAGS[part], True
-    if part.startswith("scale="):
-        return "scale_dtype", part.removeprefix("scale=")
-    if match := re.fullmatch(r"b(\d+)x(\d+)", part):
-        return "block_size", [int(match[1]), int(match[2])]
-    if re.fullmatch(r"g\d+", part):
-        return "group_size", int(part[1:])
-    if part in ("tensor", "channel", "token", "head"):
-        return "granularity", part
-    if match := re.fullmatch(r"channel@(-?\d+)", part):
-        return "axis", int(match[1])
-    if (match := _OBSERVER.fullmatch(part)) and part not in GRANULARITIES:
-        options = [item.partition("=") for item in (match["options"] or "").split(",") if item]
-        return "observer", {"name": match["name"], **{k.strip(): _parse_option(v.strip()) for k, _, v in options}}
-    raise SpecError(
-        f"{part!r} in {text!r} is none of tensor, channel, channel@AXIS, gSIZE, bROWSxCOLUMNS, token, head, sym, asym, "
-        f"scale=DTYPE, global, local, dyn, OBSERVER"
-    )
-
-
-_FLAGS = {"dyn": "dynamic", "local": "local", "global": "global_scale"}
-
-
-def _split(text: str) -> list[str]:
-    # a colon inside an observer's parentheses does not end the part
-    return re.split(r":(?![^()]*\))", text)
-
-
 def _observer(value: Any) -> tuple[str, tuple[tuple[str, Option], ...]]:
     if value is None:
         return DEFAULT_OBSERVER, ()
@@ -258,17 +173,6 @@ def _comparison(value: Mapping[str, Any]) -> tuple[str, tuple[tuple[str, Option]
         raise SpecError(f"compare is a list of observers' names, not {names!r}")
     rest = {key: option for key, option in value.items() if key != "compare"}
     return "compare", tuple(sorted({"of": "+".join(names), **rest}.items()))
-
-
-def _parse_option(text: str) -> Option:
-    if text in ("true", "false"):
-        return text == "true"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
 
 
 def _print_option(value: Option) -> str:

@@ -13,6 +13,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from wrapq.quant.short_form import ALIASES, PARTS, PATTERN
+from wrapq.quant.spec import FLOAT
 from wrapq.recipe.schema import Recipe
 from wrapq.recipe.spec_patch import JSON_MARK, SpecFields
 
@@ -60,8 +62,10 @@ def _spec_schema(defs: Json) -> Json:
     defs["SpecFields"] = fields
     word = {
         "type": "string",
-        "description": "float, or a whole spec: dtype:granularity[:sym|asym][:dyn][:observer], e.g. int4:g128:sym",
-        "examples": ["float", "int8:channel:sym", "int4:g128:sym", "int8:token:sym:dyn", "int8:tensor:asym"],
+        "description": f"{FLOAT}, or a whole spec: a dtype, or {', '.join(ALIASES)}; then its parts, in any order, "
+        f"each after a colon: {', '.join(PARTS)}",
+        "pattern": f"^(?:{FLOAT}|{PATTERN})$",
+        "examples": [FLOAT, "int8:channel:sym", "int4:g128:sym", "int8:token:sym:dyn", "fp8_e4m3:b128x128", *ALIASES],
     }
     return {"anyOf": [word, {"$ref": "#/$defs/SpecFields"}]}
 

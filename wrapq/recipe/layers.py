@@ -14,7 +14,8 @@ from collections.abc import Callable
 from typing import Any
 
 from wrapq.errors import SpecError
-from wrapq.quant.spec import FLOAT, QuantSpec, parse_fields
+from wrapq.quant.short_form import parse_fields
+from wrapq.quant.spec import FLOAT, QuantSpec
 from wrapq.recipe.documents import Document, KeyPath
 from wrapq.recipe.provenance import Source
 

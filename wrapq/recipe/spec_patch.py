@@ -9,9 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, WrapValidator
 
 from wrapq.errors import SpecError
 from wrapq.quant.dtypes import ScaleDType, dtype_named
-from wrapq.quant.spec import ALIASES, FLOAT, Granularity, QuantSpec
-
-Option = str | int | float | bool
+from wrapq.quant.short_form import ALIASES
+from wrapq.quant.spec import FLOAT, Granularity, QuantSpec
 
 
 class ObserverChoice(BaseModel):

@@ -75,7 +75,7 @@ def quality_table(stages: Mapping[str, Mapping[str, float]], sizes: Mapping[str,
     base = next(iter(stages.values()))["perplexity"]
     for stage, metrics in stages.items():
         change = f"{100 * (metrics['perplexity'] / base - 1):+.2f} %" if metrics["perplexity"] != base else ""
-        kl = f"{metrics['kl']:.5f}" if "kl" in metrics else ""
+        kl = f"{metrics['kl']:z.5f}" if "kl" in metrics else ""
         top1 = f"{100 * metrics['top1_agreement']:.2f} %" if "top1_agreement" in metrics else ""
         size = megabytes(sizes[stage]) if stage in sizes else ""
         table.add_row(_TITLES.get(stage, stage), f"{metrics['perplexity']:.3f}", change, kl, top1, size)

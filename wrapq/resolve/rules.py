@@ -8,7 +8,8 @@ from typing import Any
 
 from wrapq.calibration.blocks import Blocks
 from wrapq.errors import Problem, nearest
-from wrapq.quant.spec import FLOAT, parse_fields
+from wrapq.quant.short_form import parse_fields
+from wrapq.quant.spec import FLOAT
 from wrapq.recipe.schema import Rule
 from wrapq.resolve.selectors import Site, broken_patterns, explain_no_match, select
 from wrapq.wrappers.base import Point

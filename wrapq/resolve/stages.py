@@ -171,8 +171,18 @@ def _order(recipe: Recipe, entries: Sequence[StackEntry], sources: Sources) -> t
     by_name = {entry.name: entry for entry in entries}
     if recipe.stack_order is None:
         return sorted(entries, key=lambda entry: PHASES.index(entry.algorithm.phase)), []
-    wrong = sorted(set(recipe.stack_order) ^ set(recipe.stack))
-    if wrong or len(recipe.stack_order) != len(set(recipe.stack_order)):
-        what = f"must name each stage once; wrong or missing: {', '.join(wrong) or 'a name twice'}"
-        return list(entries), [Problem(sources.where("stack_order"), what, tuple(recipe.stack))]
+    where, said = sources.where("stack_order"), recipe.stack_order
+    problems = [
+        Problem(where, f"no stage is called {name!r}", nearest(name, recipe.stack))
+        for name in dict.fromkeys(said)
+        if name not in recipe.stack
+    ]
+    left_out = [name for name in recipe.stack if name not in said]
+    twice = [name for name in dict.fromkeys(said) if said.count(name) > 1]
+    for names, what in ((left_out, "leaves out {}"), (twice, "names {} more than once")):
+        if names:
+            remedy = f"name each stage once: {', '.join(recipe.stack)}, in the order in which they shall run"
+            problems.append(Problem(where, what.format(", ".join(names)), (), remedy))
+    if problems:
+        return list(entries), problems
     return [by_name[name] for name in recipe.stack_order if name in by_name], []
