@@ -1,0 +1,230 @@
+"""How much of a small model wrapq's weight rounding loses, beside llm-compressor's: same tokens, one evaluator.
+
+    python -m tests.bench.bench_accuracy [--models demo,PATH] [--seeds 3] [--methods gptq,llmc-gptq] [--rows FILE]
+
+For each model, bits and method: KL(float || quantized) in nats, mean over the predicted tokens, the perplexity, and the
+seconds of the quantization alone; mean and standard deviation over seeds, each of which draws other calibration text.
+Weights only; embeddings, norms and lm_head stay float. 128 x 256 calibration tokens, 16,384 tokens to evaluate on, from
+other text. Damping is 0.01 for both. Every method gives dense float32 weights, and all of them are judged by the same
+forwards. The peer runs in its own environment (`tests.peers.environment`). Rows are appended to FILE as they come, and
+what it already holds is not measured again.
+
+The default models are the one that ships and, where it is, `../shared/models/tiny-llama-docs` with its text in
+`../shared/data`. llm-compressor's activation order "group" is no variant: compressed-tensors 0.19 refuses it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
+import wrapq
+from tests.models import DEMO
+from tests.peers.environment import peer_python, run_oneshots
+from wrapq.calibration.algorithm import ALGORITHMS
+from wrapq.calibration.data import build_samples
+from wrapq.calibration.sources.base import make_source
+from wrapq.calibration.walker import Batch, Walker
+from wrapq.evaluation.quality import QualityMeter
+from wrapq.quant.spec import QuantSpec
+from wrapq.runtime.module import QuantizedWeight
+from wrapq.wrappers.model import convert_model, wrap_model
+
+SAMPLES, LENGTH, EVALUATED, BATCH, DAMP = 128, 256, 16384, 8, 0.01
+SHARED = Path(wrapq.__file__).parents[2] / "shared"
+BITS = {
+    "W4 channel": ("int4:channel:sym", {"num_bits": 4, "strategy": "channel"}),
+    "W3 g64": ("int3:g64:sym", {"num_bits": 3, "strategy": "group", "group_size": 64}),
+    "W2 g64": ("int2:g64:sym", {"num_bits": 2, "strategy": "group", "group_size": 64}),
+    "W2 channel": ("int2:channel:sym", {"num_bits": 2, "strategy": "channel"}),
+}
+OURS: dict[str, tuple[str, dict[str, Any], str]] = {  # algorithm, its options, the weight's observer
+    "rtn": ("rtn", {}, "minmax"),
+    "rtn-mse": ("rtn", {}, "mse"),
+    "seqmse": ("seqmse", {}, "minmax"),
+    "gptq": ("gptq", {"damp": DAMP}, "minmax"),
+    "gptq-mse": ("gptq", {"damp": DAMP}, "mse"),
+    "gptq-hessian": ("gptq", {"damp": DAMP, "ranges": "hessian"}, "minmax"),
+}
+MSE = {"observer": "memoryless_mse"}
+PEER: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # modifier, its options, the weights' arguments
+    "llmc-rtn": ("QuantizationModifier", {}, {}),
+    "llmc-rtn-mse": ("QuantizationModifier", {}, MSE),
+    "llmc-gptq": ("GPTQModifier", {"dampening_frac": DAMP}, {}),  # its default order is "static"
+    "llmc-gptq-unordered": ("GPTQModifier", {"dampening_frac": DAMP, "actorder": None}, {}),
+    "llmc-gptq-mse": ("GPTQModifier", {"dampening_frac": DAMP}, MSE),
+    "llmc-autoround": ("AutoRoundModifier", {"enable_torch_compile": False}, {}),
+}
+FLOAT = "float"
+WITHOUT_DATA = ("rtn", "rtn-mse", "llmc-rtn", "llmc-rtn-mse")
+SLOW = ("llmc-autoround",)
+"""Measured only when `--methods` names them."""
+
+
+Pairs = list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model with its text."""
+
+    name: str
+    folder: Path
+    calibration: Any
+    evaluation: Any
+
+    def tokens(self, source: Any, samples: int, seed: int | None) -> Tensor:
+        return build_samples(source, AutoTokenizer.from_pretrained(self.folder), samples, LENGTH, seed).input_ids
+
+    def load(self) -> nn.Module:
+        return AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
+
+
+def case(name: str) -> Case:
+    if name == "demo":
+        return Case(name, DEMO, make_source("demo", {"split": "calib"}), make_source("demo", {"split": "heldout"}))
+    texts = (make_source("text", {"path": str(SHARED / "data" / f"{part}.txt")}) for part in ("calib", "test"))
+    return Case(Path(name).name, Path(name), *texts)
+
+
+class Judge:
+    """The evaluator of all methods: a float model, its logits, and a place to put quantized weights into."""
+
+    def __init__(self, case: Case) -> None:
+        self.ids = case.tokens(case.evaluation, EVALUATED // LENGTH, None).split(BATCH)
+        self.model = case.load()
+        self.float = {name: value.clone() for name, value in self.model.state_dict().items()}
+        self.reference = [self.model(input_ids=ids, use_cache=False).logits for ids in self.ids]
+
+    def judge(self, weights: dict[str, Tensor]) -> dict[str, float]:
+        """The quality with `weights` in place of the float ones; raises `KeyError` where one is none of the model's."""
+        self.model.load_state_dict({name: weights.get(name, value) for name, value in self.float.items()})
+        if unknown := set(weights) - set(self.float):
+            raise KeyError(sorted(unknown)[0])
+        meter = QualityMeter()
+        for ids, reference in zip(self.ids, self.reference, strict=True):
+            meter.update(reference, self.model(input_ids=ids, use_cache=False).logits, ids)
+        found = meter.result()
+        return {"kl": found["kl"], "perplexity": found["perplexity"]}
+
+
+def round_weights(case: Case, bits: str, method: str, ids: Tensor) -> tuple[dict[str, Tensor], float]:
+    """wrapq's rounded weights by name, and the seconds it took."""
+    algorithm, options, observer = OURS[method]
+    model, spec = case.load(), QuantSpec.parse(f"{BITS[bits][0]}:{observer}")
+    names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"]
+    wrapped = wrap_model(model, {name: {"weight": spec} for name in names})
+    made = ALGORITHMS.get(algorithm)
+    rounders = {f"{name}.weight": made(made.Options(**options)) for name in names}
+    start = time.perf_counter()
+    Walker(wrapped, rounders, {}).run(
+        [Batch({"input_ids": b, "use_cache": False}) for b in ids.split(BATCH)], "sequential"
+    )
+    seconds = time.perf_counter() - start
+    converted = convert_model(wrapped)
+    return {f"{n}.weight": m.weight for n, m in converted.named_modules() if isinstance(m, QuantizedWeight)}, seconds
+
+
+def peer_job(case: Case, bits: str, method: str, tokens: Path, out: Path) -> dict[str, Any]:
+    modifier, options, arguments = PEER[method]
+    weights = {"type": "int", "symmetric": True, "dynamic": False, **BITS[bits][1], **arguments}
+    group = {"targets": ["Linear"], "weights": weights}
+    stage = {"m_modifiers": {modifier: {"ignore": ["lm_head"], "config_groups": {"group_0": group}, **options}}}
+    job = {"model": str(case.folder), "dtype": "float32", "recipe": json.dumps({"s_stage": stage}), "dense": True}
+    return job | {"out": str(out), "batch_size": BATCH} | ({} if method in WITHOUT_DATA else {"tokens": str(tokens)})
+
+
+def measure(
+    case: Case, seed: int, wanted: list[tuple[str, str]], python: Path, folder: Path
+) -> Iterator[dict[str, Any]]:
+    """A row for each (bits, method) in `wanted`."""
+    judge, ids = Judge(case), case.tokens(case.calibration, SAMPLES, seed)
+    row = {"model": case.name, "seed": seed}
+    for bits, method in wanted:
+        if method == FLOAT:
+            yield row | {"bits": bits, "method": method, "seconds": 0.0} | judge.judge({})
+        if method in OURS:
+            weights, seconds = round_weights(case, bits, method, ids)
+            yield row | {"bits": bits, "method": method, "seconds": seconds} | judge.judge(weights)
+    tokens = folder / "tokens.safetensors"
+    save_file({"ids": ids.contiguous()}, tokens)
+    asked = {str(folder / f"{b} {m}"): (b, m) for b, m in wanted if m in PEER}
+    if not asked:
+        return
+    jobs = [peer_job(case, *what, tokens, Path(out)) for out, what in asked.items()]
+    for answer in run_oneshots(python, jobs, folder):
+        bits, method = asked[answer["out"]]
+        if "error" in answer:
+            yield row | {"bits": bits, "method": method, "error": answer["error"]}
+            continue
+        weights = load_file(Path(answer["out"]) / "model.safetensors")
+        yield row | {"bits": bits, "method": method, "seconds": answer["seconds"]} | judge.judge(weights)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: for each model and bits the methods with mean and standard deviation over the seeds."""
+    lines = [
+        "| model | bits | method | n | KL | sd | perplexity | sd | seconds |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    keys = dict.fromkeys((row["model"], row["bits"], row["method"]) for row in rows if "kl" in row)
+    order = [FLOAT, *BITS], [FLOAT, *OURS, *PEER]
+    for key in sorted(keys, key=lambda k: (k[0], order[0].index(k[1]), order[1].index(k[2]))):
+        found = [row for row in rows if (row["model"], row["bits"], row["method"]) == key and "kl" in row]
+        kl, perplexity, seconds = ([row[name] for row in found] for name in ("kl", "perplexity", "seconds"))
+        spread = [statistics.stdev(values) if len(found) > 1 else 0.0 for values in (kl, perplexity)]
+        lines.append(
+            f"| {' | '.join(key)} | {len(found)} | {statistics.mean(kl):.5f} | {spread[0]:.5f} "
+            f"| {statistics.mean(perplexity):.3f} | {spread[1]:.3f} | {statistics.mean(seconds):.1f} |"
+        )
+    return "\n".join(lines)
+
+
+@torch.no_grad()
+def main() -> None:
+    tiny = SHARED / "models" / "tiny-llama-docs"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default=",".join(["demo", *([str(tiny)] if tiny.is_dir() else [])]))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--methods", default=",".join(m for m in (*OURS, *PEER) if m not in SLOW))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rows", type=Path)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    disable_progress_bar()
+    methods = given.methods.split(",")
+    with tempfile.TemporaryDirectory() as scratch:
+        path = given.rows or Path(scratch, "rows.jsonl")
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        python = peer_python(Path(scratch, "peer")) if set(methods) & set(PEER) else Path()
+        for seed in range(given.seeds):
+            for name in given.models.split(","):
+                known = {(r["bits"], r["method"]) for r in rows if r["model"] == case(name).name and r["seed"] == seed}
+                pairs = [(b, m) for b in BITS for m in methods if not (seed and m in WITHOUT_DATA)]
+                pairs += [] if seed else [(FLOAT, FLOAT)]
+                wanted = [pair for pair in pairs if pair not in known]
+                folder = Path(scratch, f"{case(name).name}-{seed}")
+                folder.mkdir()
+                for row in measure(case(name), seed, wanted, python, folder) if wanted else ():
+                    rows.append(row)
+                    with path.open("a") as file:
+                        file.write(json.dumps(row) + "\n")
+                    print(json.dumps(row), flush=True)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

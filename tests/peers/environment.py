@@ -1,0 +1,50 @@
+"""The peer's own environment: its libraries and wrapq's want different versions of the same packages."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+PEER, INTERPRETER = "llmcompressor==0.14.0.1", "WRAPQ_PEER_PYTHON"
+_SCRIPT = Path(__file__).with_name("oneshot.py")
+
+
+def peer_python(folder: Path) -> Path:
+    """The interpreter named by `WRAPQ_PEER_PYTHON`, or that of a virtual environment made in `folder` for the peer."""
+    if given := os.environ.get(INTERPRETER):
+        return Path(given)
+    python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "-q", PEER], check=True)
+    return python
+
+
+def run_oneshots(python: Path, jobs: Sequence[dict[str, Any]], folder: Path) -> Iterator[dict[str, Any]]:
+    """Run `jobs` (see `oneshot.py`) in one process of the peer, and give each answer as it comes.
+
+    Raises:
+        RuntimeError: the process ended before its last answer, with the end of what it said.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    asked, said = folder / "jobs.json", folder / "peer.log"
+    asked.write_text(json.dumps(list(jobs)))
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_HUB_OFFLINE": "1"}
+    answers = 0
+    command = [str(python), "-P", str(_SCRIPT), str(asked)]
+    with (
+        said.open("w+") as log,
+        subprocess.Popen(command, env=environment, cwd=folder, stdout=subprocess.PIPE, stderr=log, text=True) as peer,
+    ):
+        for line in peer.stdout or ():
+            if line.startswith("RESULT "):
+                answers += 1
+                yield json.loads(line.removeprefix("RESULT "))
+    if answers < len(jobs):
+        raise RuntimeError(f"the peer stopped after {answers} of {len(jobs)} jobs:\n{said.read_text()[-3000:]}")

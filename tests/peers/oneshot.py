@@ -1,0 +1,69 @@
+"""llm-compressor's `oneshot`, run by the interpreter of its own environment: `python oneshot.py JOBS`.
+
+JOBS is a JSON list of mappings: `model`, `dtype`, `out` and `recipe` (YAML); for a recipe that looks at data `tokens`,
+a `.safetensors` file of ids [S, T], and if need be `batch_size` and `pipeline`; `dense: true` to save the weights as
+they are after quantization, under the names of the float model, in `out/model.safetensors` alone. Each job is answered
+by a line `RESULT {"out": ..., "seconds": ...}`, or by `RESULT {"out": ..., "error": ...}`.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from compressed_tensors.quantization.lifecycle.forward import forward_quantize
+from datasets import Dataset
+from llmcompressor import oneshot
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+
+def run(job: dict) -> float:
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=getattr(torch, job["dtype"]))
+    torch.manual_seed(0)
+    start = time.perf_counter()
+    oneshot(model=model, recipe=job["recipe"], **calibration(job))
+    seconds = time.perf_counter() - start
+    out = Path(job["out"])
+    if job.get("dense"):
+        out.mkdir(parents=True, exist_ok=True)
+        save_file(dense_weights(model), out / "model.safetensors")
+    else:
+        model.save_pretrained(out, save_compressed=True)
+    return seconds
+
+
+def calibration(job: dict) -> dict:
+    if "tokens" not in job:
+        return {}
+    ids = next(iter(load_file(job["tokens"]).values())).long()
+    rows = {"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()}
+    return {
+        "dataset": Dataset.from_dict(rows),
+        "num_calibration_samples": len(ids),
+        "max_seq_length": ids.shape[1],
+        "shuffle_calibration_samples": False,
+        "batch_size": job.get("batch_size", 8),
+        "pipeline": job.get("pipeline", "sequential"),
+        "processor": object(),  # the tokens are ready; without one a tokenizer is demanded
+    }
+
+
+@torch.no_grad()
+def dense_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The weights that quantized linear layers multiply with."""
+    return {
+        f"{name}.weight": forward_quantize(module, module.weight, "weight", scheme.weights).detach().contiguous()
+        for name, module in model.named_modules()
+        if (scheme := getattr(module, "quantization_scheme", None)) is not None and scheme.weights is not None
+    }
+
+
+if __name__ == "__main__":
+    for given in json.loads(Path(sys.argv[1]).read_text()):
+        try:
+            answer = {"seconds": round(run(given), 2)}
+        except Exception as error:  # one recipe's failure is a result too
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print("RESULT " + json.dumps({"out": given["out"]} | answer), flush=True)
