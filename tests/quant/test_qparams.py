@@ -28,6 +28,16 @@ def test_survives_a_checkpoint(text: str, tmp_path):
     assert set(qparams.tensors("weight")) <= {"weight_scale", "weight_zero_point"}
 
 
+@pytest.mark.parametrize(("text", "dtype"), [("uint8:g8:asym", torch.uint8), ("int4:g8:asym", torch.int8)])
+def test_a_zero_point_is_stored_as_narrow_as_a_code(text: str, dtype: torch.dtype):
+    qparams = observe_tensor(torch.randn(6, 24) + 3, QuantSpec.parse(text), "weight")
+    tensors = qparams.tensors("weight")
+    assert tensors["weight_zero_point"].dtype == dtype
+    wide = tensors | {"weight_zero_point": qparams.zero_point}
+    with pytest.raises(ModelError, match=rf"weight_zero_point is torch.int32, not {dtype}"):
+        QParams.from_tensors("weight", wide, qparams.spec)
+
+
 @pytest.mark.parametrize("text", ["uint4:g8:asym", "int4:g8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_activation_order_is_quantization_in_the_order_of_the_slots(text: str, dtype: torch.dtype):

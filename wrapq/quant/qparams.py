@@ -13,12 +13,7 @@ from wrapq.errors import ModelError, SpecError
 from wrapq.quant import affine
 from wrapq.quant.spec import QuantSpec
 
-_PARTS = {
-    "scale": torch.float32,
-    "zero_point": torch.int32,
-    "permutation": torch.int64,
-    "global_scale": torch.float32,
-}
+_PARTS = ("scale", "zero_point", "permutation", "global_scale")
 _E8M0_BIAS = 127
 _STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _STORED |= {"fp8_e4m3": torch.float8_e4m3fn, "e8m0": torch.uint8}
@@ -85,9 +80,12 @@ class QParams:
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """What a checkpoint stores, where present: `<prefix>_scale`, `_zero_point`, `_permutation`, `_global_scale`.
 
-        The scale is in the spec's `scale_dtype`: e8m0 as the exponent plus 127 in uint8, fp8_e4m3 as torch's own.
+        The scale is in the spec's `scale_dtype`: e8m0 as the exponent plus 127 in uint8, fp8_e4m3 as torch's own. The
+        zero point is on the grid of the codes, and so in their `affine.storage_dtype`.
         """
         parts = self._parts()
+        if self.zero_point is not None:
+            parts["zero_point"] = self.zero_point.to(affine.storage_dtype(self.spec.dtype))
         if self.spec.local:
             del parts["scale"]
         elif self.spec.scale_dtype == "e8m0":
@@ -104,10 +102,13 @@ class QParams:
         for name in needed:
             if name not in found:
                 raise ModelError(f"no {prefix}_{name} for {spec}")
+        expected = {"scale": _STORED[spec.scale_dtype], "zero_point": affine.storage_dtype(spec.dtype)}
+        expected |= {"permutation": torch.int64, "global_scale": torch.float32}
         for name, tensor in found.items():
-            expected = _STORED[spec.scale_dtype] if name == "scale" else _PARTS[name]
-            if tensor.dtype != expected:
-                raise ModelError(f"{prefix}_{name} is {tensor.dtype}, not {expected}")
+            if tensor.dtype != expected[name]:
+                raise ModelError(f"{prefix}_{name} is {tensor.dtype}, not {expected[name]}")
+        if "zero_point" in found:
+            found["zero_point"] = found["zero_point"].to(torch.int32)
         if spec.local:
             found["scale"] = torch.empty(0, device=found["global_scale"].device)
         elif spec.scale_dtype == "e8m0":

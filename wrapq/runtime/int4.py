@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ _CUDA_TILES = (8, 4, 2)
 
 
 class _Int4(Kernel):
-    """What both have in common: how integers, scales and zero points become the kernel's operands."""
+    """What both have in common: how integers become the kernel's operands, and what is done with its sums."""
 
     device: ClassVar[str]
     rows_multiple: ClassVar[int]
@@ -54,13 +54,6 @@ class _Int4(Kernel):
         codes = module.codes()
         ordered = codes if self.order is None else codes[:, self.order]
         self.packed = self._pack(ordered.to(torch.int32).sub_(spec.dtype.qmin))
-        scale = qparams.scale.detach().expand(self.shape[0], -1)
-        self.symmetric = qparams.zero_point is None
-        zero = torch.zeros_like(scale)
-        if qparams.zero_point is not None:
-            zero = scale * (_MIDDLE + spec.dtype.qmin - qparams.zero_point)
-        # [K / g, N, 2]: w = (u - 8) * scale + zero, u from 0 to 15
-        self.scales_and_zeros = torch.stack([scale, zero], -1).transpose(0, 1).contiguous().bfloat16()
 
     def _pack(self, unsigned: Tensor) -> Tensor:
         raise NotImplementedError
@@ -116,6 +109,9 @@ class Int4CPU(_Int4):
         super().__init__(module)
         block = _block()
         self.block = block if block is not None and self.shape[0] % block == 0 else None
+        self.scale = _by_group(module, "weight_scale")
+        self.symmetric = module.qparams("weight").zero_point is None
+        self.zero_point = None if self.symmetric else _by_group(module, "weight_zero_point")
         # where the processor multiplies bfloat16 the kernel is the faster one for any number of rows
         self.most_rows = None if self.block is None or fast_half(module.weight_device) else FEW_ROWS
 
@@ -125,7 +121,22 @@ class Int4CPU(_Int4):
 
     def _few(self, rows: Tensor) -> Tensor:
         multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
-        return multiply(rows.to(torch.bfloat16), self.packed, self.group, self.scales_and_zeros)
+        return multiply(rows.to(torch.bfloat16), self.packed, self.group, self._scales_and_zeros())
+
+    def _scales_and_zeros(self) -> Tensor:
+        """bfloat16 [K / g, N, 2], made at every call: `w = (u - 8) * scale + zero` for u from 0 to 15.
+
+        Held, it would cost as much memory as the scales, which it cannot replace: bfloat16 drops their lower half.
+        A pair is one word, the scale's upper half below that of the zero: arithmetic of words is what torch
+        vectorizes, while it writes every second bfloat16 one by one.
+        """
+        words = _upper_half(self.scale)
+        if self.zero_point is not None:
+            shift = self.zero_point.view(torch.int8).neg()
+            if middle := _MIDDLE + self.dtype.qmin:
+                shift.add_(middle)
+            words.add_(_upper_half(self.scale * shift), alpha=1 << 16)
+        return words.view(torch.bfloat16).view(*self.scale.shape, 2)
 
     def _many(self, rows: Tensor) -> Tensor:
         """Dequantize some blocks of the weight to float32, multiply, and forget them."""
@@ -134,7 +145,7 @@ class Int4CPU(_Int4):
         y = torch.empty(len(rows), n)
         blocks = max(1, _PART // (2 * half * k))
         scratch = torch.empty(min(blocks, len(nibbles)), 2, k, half)
-        parameters = self.scales_and_zeros.float().view(k // self.group, -1, 2, half, 2).permute(4, 1, 2, 0, 3)
+        parameters = self._scales_and_zeros().float().view(k // self.group, -1, 2, half, 2).permute(4, 1, 2, 0, 3)
         for start in range(0, len(nibbles), blocks):
             part = slice(start, start + blocks)
             weight = self._dequantize(nibbles[part], parameters[:, part], scratch)
@@ -185,6 +196,16 @@ class Int4CUDA(_Int4):
     device, rows_multiple = "cuda", 8
     holds_weight = False  # its order of nibbles is not undone here: the module keeps the packed weight
 
+    def __init__(self, module: QuantizedWeight) -> None:
+        super().__init__(module)
+        qparams = module.qparams("weight")
+        scale = qparams.scale.detach().expand(self.shape[0], -1)
+        zero = torch.zeros_like(scale)
+        if qparams.zero_point is not None:
+            zero = scale * (_MIDDLE + self.dtype.qmin - qparams.zero_point)
+        # [K / g, N, 2]: w = (u - 8) * scale + zero, u from 0 to 15; launches cost too much to make it at every call
+        self.scales_and_zeros = torch.stack([scale, zero], -1).transpose(0, 1).contiguous().bfloat16()
+
     @classmethod
     def unsupported(cls, module: QuantizedWeight) -> str | None:
         """See `Kernel.unsupported`."""
@@ -202,6 +223,20 @@ class Int4CUDA(_Int4):
     def _multiply(self, rows: Tensor) -> Tensor:
         multiply = torch.ops.aten._weight_int4pack_mm
         return multiply(rows.to(torch.bfloat16), self.packed, self.group, self.scales_and_zeros)
+
+
+def _by_group(module: QuantizedWeight, name: str) -> Tensor:
+    """The module's tensor `name` [N, K / g] as [K / g, N], contiguous, in memory that both share from here on."""
+    tensor = cast(Tensor, getattr(module, name))
+    by_group = tensor.detach().expand(module.matrix_shape[0], -1).t().contiguous()
+    if tensor.shape == by_group.t().shape:
+        tensor.data = by_group.t()
+    return by_group
+
+
+def _upper_half(x: Tensor) -> Tensor:
+    """float32 `x` rounded to bfloat16, as int32 words."""
+    return x.bfloat16().view(torch.int16).to(torch.int32)
 
 
 def _tiles(columns: int) -> int:

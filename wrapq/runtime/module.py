@@ -203,6 +203,8 @@ class QuantizedWeight(QuantizedModule):
             self._buffers = {**kept, "weight_packed": self._packed()}
         super()._save_to_state_dict(destination, prefix, keep_vars)
         self._buffers = kept
+        for name in (key for key in destination if key.startswith(f"{prefix}weight_")):
+            destination[name] = destination[name].contiguous()  # a kernel may hold scales in another order
 
     def _load_from_state_dict(self, *args: Any) -> None:
         self.forget_kernel()
