@@ -6,8 +6,9 @@ from torch import Tensor, nn
 
 from tests.conftest import build_model
 from wrapq import PTQConfig, convert, padding, prepare
-from wrapq.errors import SpecError
-from wrapq.wrappers.model import iter_quantizers
+from wrapq.errors import PlanError, SpecError
+from wrapq.quant.spec import QuantSpec
+from wrapq.wrappers.model import iter_quantizers, wrap_model
 
 FIXED = [
     "int8:tensor:sym",
@@ -94,6 +95,11 @@ def test_heads_keep_their_ranges_apart_with_padding():
 
 @torch.no_grad()
 def test_heads_are_refused_where_tokens_come_first():
-    model = prepare(build_model("llama"), PTQConfig(None, "float", {"*.self_attn": {"context": "int8:head:sym"}}))
+    """By `prepare`, and by the point itself in a model that was wrapped without it."""
+    with pytest.raises(PlanError, match="one scale for each attention head, and of LlamaAttention only query, key"):
+        prepare(build_model("llama"), PTQConfig(None, "float", {"*.self_attn": {"context": "int8:head:sym"}}))
+    model = wrap_model(
+        build_model("llama"), {"model.layers.0.self_attn": {"context": QuantSpec.parse("int8:head:sym")}}
+    )
     with pytest.raises(SpecError, match=r"self_attn\.context: int8:head:sym is for query, key"):
         model(ids(model))
