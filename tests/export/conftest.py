@@ -1,23 +1,55 @@
-"""Runs with an export, each done once for all tests."""
+"""Runs with an export, each done once for all tests.
+
+One case is read as every export is, in a process of its own; starting it takes longer than the rest of a run, so the
+others are read by the same code in this process.
+"""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 import wrapq
 from wrapq.engine.run import RunResult
+from wrapq.errors import ModelError
+from wrapq.export import compressed_tensors as exporter_module
+from wrapq.export import reload
+from wrapq.export.compressed_tensors import CompressedTensors
+from wrapq.export.scheme import Scheme, linear_scheme
+from wrapq.quant.spec import QuantSpec
+from wrapq.resolve.exporter import EXPORTERS, Reading
 
 pytest.importorskip("compressed_tensors")
 
 WEIGHTS = ("recipe=w4a16_rtn",)
 STATIC = ("recipe=w8a8_static", "calibration.samples=8", "calibration.seq_len=128")
 TRANSFORMERS = "export.reader=transformers"
-SMALL = ("evaluation.tokens=4096", "evaluation.seq_len=128", "tracking=none", "export=compressed_tensors")
+SMALL = ("evaluation.tokens=2048", "evaluation.seq_len=128", "tracking=none", "runtime.kernels=reference")
+EXPORT = "export=compressed_tensors"
+HERE = "export.format=read_here"
+
+
+@EXPORTERS.register("read_here")
+class ReadHere(CompressedTensors):
+    """Reads in this process what others read in one of their own."""
+
+    def read(self, folder: Path, ids: Tensor, device: str) -> Reading:
+        with tempfile.TemporaryDirectory() as scratch:
+            asked, answered = f"{scratch}/ids.safetensors", f"{scratch}/logits.safetensors"
+            save_file({"ids": ids}, asked)
+            try:
+                reload.main(str(folder), asked, answered, device)
+            except SystemExit as end:
+                raise ModelError(str(end)) from end
+            logits = load_file(answered)
+        return exporter_module.reading(logits)
 
 
 def weights(spec: str, *more: str) -> tuple[str, ...]:
@@ -29,10 +61,17 @@ def layers(weight: str, inputs: str, *more: str) -> tuple[str, ...]:
     return (*base, f"rules.linear.weight={weight}", f"rules.linear.input={inputs}", *more)
 
 
+def scheme_of(weight: str, inputs: str | None = None) -> Scheme:
+    texts = {"weight": weight} | ({"input": inputs} if inputs else {})
+    return linear_scheme({point: QuantSpec.parse(text) for point, text in texts.items()})
+
+
 def cache_of(spec: str, *more: str) -> tuple[str, ...]:
-    rule = "+rules.cache={match: {type: Attention}, points: {key: 'SPEC', value: 'SPEC'}}".replace("SPEC", spec)
-    ranges = "+algorithm@stack.ranges=ranges"
-    return (*WEIGHTS, *STATIC[1:], rule, ranges, *more)
+    return (*WEIGHTS, *STATIC[1:], cache_rule(spec), "+algorithm@stack.ranges=ranges", *more)
+
+
+def cache_rule(spec: str) -> str:
+    return "+rules.cache={match: {type: Attention}, points: {key: 'SPEC', value: 'SPEC'}}".replace("SPEC", spec)
 
 
 @dataclass(frozen=True)
@@ -59,12 +98,21 @@ CASES = {
         "mixed-precision",
     ),
     "kv8": Case(cache_of("fp8_e4m3:tensor"), "pack-quantized"),
+    "static_kv8": Case(
+        layers("int8:channel:sym", "int8:tensor:asym", cache_rule("fp8_e4m3:tensor")),
+        "int-quantized",
+        exact=False,
+    ),
     "fp8_block": Case(layers("fp8_e4m3:b128x128", "fp8_e4m3:g128:dyn"), "float-quantized"),
-    "nvfp4a16": Case(weights("nvfp4", BFLOAT), "nvfp4-pack-quantized"),
+    "nvfp4a16": Case(weights("nvfp4", BFLOAT, TRANSFORMERS), "nvfp4-pack-quantized"),
+    "w4a8": Case(layers("int4:g128:sym", "int8:token:sym:dyn", "~rules.head"), "pack-quantized"),
+    "w4afp8": Case(layers("int4:g128:sym", "fp8_e4m3:token:sym:dyn"), "pack-quantized"),
     "mxfp4a16": Case(weights("mxfp4", BFLOAT), "mxfp4-pack-quantized"),
 }
-SLOW = ("w8a16", "w8a8_dynamic", "fp8_block", "mxfp4a16")
+SLOW = ("w8a16", "w8a8_dynamic", "w8a8_static", "kv8", "w4a8", "fp8_block", "mxfp4a16")
 """Said by the others already, and each run takes seconds."""
+APART = "w4a16"
+"""The case that is read in a process of its own."""
 PARAMETERS = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CASES]
 Runner = Callable[[str], RunResult]
 
@@ -81,6 +129,7 @@ def exported(outputs: Path) -> Runner:
     @cache
     def run(name: str) -> RunResult:
         recipe, *overrides = CASES[name].overrides
-        return wrapq.run(recipe.removeprefix("recipe="), [*overrides, *SMALL, f"paths.outputs={outputs}/{name}"])
+        chosen = [*SMALL, EXPORT, *([] if name == APART else [HERE]), f"paths.outputs={outputs}/{name}"]
+        return wrapq.run(recipe.removeprefix("recipe="), [*overrides, *chosen])
 
     return run

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from tests.export.conftest import CASES, PARAMETERS, Runner
+from tests.export.conftest import CASES, PARAMETERS, Runner, scheme_of
 from wrapq.calibration.data import build_samples
 from wrapq.calibration.sources.base import make_source
 from wrapq.engine.measure import measure
 from wrapq.engine.run import RunResult
+from wrapq.export.checks import Translation
+from wrapq.export.compressed_tensors import quantization_config
 from wrapq.quant.affine import scale_shape
 from wrapq.resolve.plan import Plan
 
@@ -70,8 +73,8 @@ def test_configuration(name: str, exported: Runner) -> None:
     said = config["quantization_config"]
     assert said["quant_method"] == "compressed-tensors" and said["quantization_status"] == "compressed"
     assert said["format"] == CASES[name].format
-    assert said["ignore"] == ["lm_head"]
-    assert (said["kv_cache_scheme"] is not None) == (name == "kv8")
+    assert said["ignore"] == ([] if name == "w4a8" else ["lm_head"])
+    assert (said["kv_cache_scheme"] is not None) == name.endswith("kv8")
     assert config["dtype"] == plan_of(run).recipe.model.dtype
     assert str(run.folder) not in json.dumps(config) and "_name_or_path" not in config
     QuantizationConfig.model_validate(said)
@@ -95,6 +98,9 @@ def test_one_scheme_is_said_of_the_type_and_several_of_names(exported: Runner) -
             "format": "pack-quantized",
         }
     }
+    head = scheme_of("int4:g128")
+    said = quantization_config(Translation({"a.q_proj": head, "lm_head": head}, outside=["lm_head"]), ["a.q_proj"])
+    assert said["config_groups"]["group_0"]["targets"] == ["Linear", "lm_head"]  # vLLM's is no Linear
     two = json.loads((exported("mixed").exported.path / "config.json").read_text())["quantization_config"]
     groups = {group["format"]: group["targets"] for group in two["config_groups"].values()}
     assert [len(targets) for targets in groups.values()] == [16, 12]
@@ -102,16 +108,15 @@ def test_one_scheme_is_said_of_the_type_and_several_of_names(exported: Runner) -
 
 
 def test_an_asymmetric_export_says_how_to_load_it(exported: Runner) -> None:
-    notes = exported("w4a16_asym").notes
-    assert notes == (
-        "export: this transformers loads it with quantization_config=CompressedTensorsConfig(dequantize=True) only",
-    )
+    (note,) = exported("w4a16_asym").notes
+    assert f"compressed-tensors {version('compressed-tensors')} loads it with" in note
+    assert "quantization_config=CompressedTensorsConfig(dequantize=True) only" in note
 
 
 def test_it_generates_with_its_own_tokenizer(exported: Runner) -> None:
     from transformers import AutoTokenizer
 
-    folder = exported("w8a8_static").exported.path
+    folder = exported("static_kv8").exported.path
     tokenizer, model = AutoTokenizer.from_pretrained(folder), read(folder)
     ids = tokenizer("The quick", return_tensors="pt").input_ids
     assert model.generate(ids, max_new_tokens=5, do_sample=False).shape[1] > ids.shape[1]

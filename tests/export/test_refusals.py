@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from tests.export.conftest import STATIC, TRANSFORMERS, cache_of, layers, weights
+from tests.export.conftest import STATIC, TRANSFORMERS, cache_of, layers, scheme_of, weights
 from wrapq.errors import PlanError, RecipeError, WrapqError
+from wrapq.export import compressed_tensors as exporter_module
+from wrapq.export.vllm import fusion_refusals, linear_note, linear_refusal
 from wrapq.recipe.compose import compose
 from wrapq.resolve.plan import Plan
 from wrapq.resolve.resolve import resolve
@@ -28,13 +30,14 @@ def refusal(*overrides: str) -> str:
     return str(error.value)
 
 
-def test_three_bits_for_vllm() -> None:
+def test_integer_inputs_with_a_range_for_narrow_weights() -> None:
     assert (
-        refusal(*weights("int3:g128:sym"))
+        refusal(*layers("int4:g128:sym", "int8:tensor"))
         == f"""\
 1 problem in the plan:
-  - rule linear, override rules.linear.weight=int3:g128:sym: model.layers.0.self_attn.q_proj and 27 more: vLLM has \
-kernels for packed weights of 4 and 8 bits, not 3
+  - rule linear, override rules.linear.weight=int4:g128:sym + rule linear, override rules.linear.input=int8:tensor: \
+model.layers.0.self_attn.q_proj and 27 more: vLLM runs integer inputs with weights of 8 bits by tensor or channel, or \
+of fewer with dynamic inputs
     {WITHOUT_VLLM}"""
     )
 
@@ -56,7 +59,8 @@ def test_a_float_layer_in_what_vllm_fuses() -> None:
 
 
 def test_both_are_no_matter_for_transformers() -> None:
-    planned(*weights("int3:g128"), INT8.replace("PATTERN", "*.k_proj"), "export=compressed_tensors", TRANSFORMERS)
+    narrow = layers("int4:g128:sym", "int8:tensor")
+    planned(*narrow, INT8.replace("PATTERN", "*.k_proj"), "export=compressed_tensors", TRANSFORMERS)
 
 
 def test_mixtures_that_fuse_nothing_are_no_matter() -> None:
@@ -89,7 +93,6 @@ def test_mixtures_that_fuse_nothing_are_no_matter() -> None:
             (*STATIC, "+rules.linear.output=int8:tensor"),
             "output: compressed-tensors' readers quantize weights and inputs only",
         ),
-        "output layer": (weights("int4:g128", "~rules.head"), "vLLM keeps the output layer (lm_head) in float"),
         "sixteen bits": (
             layers("int8:channel", "int16:tensor"),
             "input: int16:tensor:sym: compressed-tensors' readers hold numbers of at most 8 bits",
@@ -98,7 +101,14 @@ def test_mixtures_that_fuse_nothing_are_no_matter() -> None:
             layers("int8:channel:asym", "int8:token:dyn"),
             "vLLM needs symmetric weights where inputs are integers",
         ),
-        "integer cache": (cache_of("int8:tensor"), "vLLM's quantized cache is fp8_e4m3 with one scale by tensor"),
+        "integer cache": (
+            cache_of("int8:tensor"),
+            "vLLM's quantized cache is fp8_e4m3, with one scale by tensor or head",
+        ),
+        "global scales of their own": (
+            weights("nvfp4", "model.dtype=bfloat16"),
+            "model.layers.0.self_attn and 3 more: vLLM reads one NVFP4 global scale for q_proj, k_proj and v_proj",
+        ),
         "fp4 in float32": (
             weights("nvfp4"),
             """compressed-tensors unpacks nvfp4-pack-quantized to bfloat16, which a model in float32 cannot multiply
@@ -112,6 +122,84 @@ def test_mixtures_that_fuse_nothing_are_no_matter() -> None:
 )  # fmt: skip
 def test_reason(overrides: tuple[str, ...], said: str) -> None:
     assert said in refusal(*overrides)
+
+
+RUNS = {
+    "int2:g64:asym": None,
+    "int5:channel": None,
+    "int4:g128": "int4:token:dyn",
+    "int6:channel": "int8:g128:dyn",
+    "int4:g128:sym": "fp8_e4m3:token:dyn",
+    "int8:channel": "int8:token:asym:dyn",
+    "fp8_e4m3:channel": None,
+    "fp8_e4m3:tensor": "fp8_e4m3:tensor",
+    "fp8_e4m3:b128x128": "fp8_e4m3:g128:dyn",
+    "nvfp4": "nvfp4:local",
+    "mxfp4": "fp8_e4m3:token:dyn",
+    "mxfp8": "mxfp8:dyn",
+}
+STOPS = {
+    ("int4:g32", "fp8_e4m3:token:dyn"): "int4 weights that are symmetric by g128",
+    ("int8:g128", "int8:token:dyn"): "weights of 8 bits by tensor or channel",
+    ("int4:g128", "int4:token:asym:dyn"): "packed weights with 4 or 8 bits, symmetric",
+    ("int4:g128:asym", "int8:token:dyn"): "symmetric weights",
+    ("int8:channel", "int4:token:dyn"): "integer inputs of 8 bits",
+    ("fp8_e4m3:g128", None): "fp8 weights by tensor, channel or block",
+    ("fp8_e4m3:channel", "int8:token:dyn"): "fp8 weights with fp8 inputs",
+    ("fp8_e4m3:channel", "fp8_e4m3:tensor:dyn"): "dynamic fp8 inputs by token",
+    ("fp8_e4m3:b128x128", "fp8_e4m3:g64:dyn"): "groups as wide as a block",
+    ("fp8_e4m3:b128x128", "fp8_e4m3:tensor"): "none with weights in blocks",
+    ("nvfp4", "nvfp4:dyn"): "nvfp4:local",
+    ("mxfp4", "int8:token:dyn"): "MXFP4 weights with",
+    ("mxfp8", "fp8_e4m3:token:dyn"): "MXFP8 weights with",
+}
+
+
+@pytest.mark.parametrize(("weight", "inputs"), RUNS.items())
+def test_vllm_runs(weight: str, inputs: str | None) -> None:
+    assert linear_refusal(scheme_of(weight, inputs)) is None
+
+
+@pytest.mark.parametrize(("weight", "inputs"), STOPS)
+def test_vllm_does_not_run(weight: str, inputs: str | None) -> None:
+    assert STOPS[weight, inputs] in (linear_refusal(scheme_of(weight, inputs)) or "")
+
+
+def test_blocks_that_run_from_one_layer_into_the_next() -> None:
+    scheme = scheme_of("fp8_e4m3:b128x128", "fp8_e4m3:g128:dyn")
+    layers = {f"a.{name}": scheme for name in ("q_proj", "k_proj", "v_proj")}
+    assert not list(fusion_refusals(layers, {"a.q_proj": 256, "a.k_proj": 128, "a.v_proj": 64}))
+    ((where, what),) = fusion_refusals(layers, {"a.q_proj": 256, "a.k_proj": 64, "a.v_proj": 64})
+    assert where == "a" and "a block of k_proj is not whole" in what
+
+
+NOTES = {
+    ("int4:g128", None): "",
+    ("int3:g128", None): "vLLM runs 3-bit by group of 128 on CUDA only",
+    ("int4:g128", "int4:token:dyn"): "vLLM runs 4-bit by group of 128 with 4-bit by token inputs on CUDA only",
+    ("int4:g128:sym", "fp8_e4m3:token:dyn"): "on Hopper GPUs only",
+    ("mxfp4", None): "quantizes the inputs of MXFP4 weights too",
+    ("mxfp4", "mxfp4:dyn"): "leaves the inputs of MXFP4 weights float",
+    ("mxfp4", "fp8_e4m3:token:dyn"): "",
+    ("mxfp8", None): "quantizes the inputs of MXFP8 weights too",
+    ("fp8_e4m3:tensor", "fp8_e4m3:tensor"): "to the largest of their scales",
+    ("fp8_e4m3:channel", "fp8_e4m3:token:dyn"): "",
+}
+
+
+@pytest.mark.parametrize(("weight", "inputs"), NOTES)
+def test_what_vllm_does_otherwise_is_said(weight: str, inputs: str | None) -> None:
+    note, expected = linear_note(scheme_of(weight, inputs)), NOTES[weight, inputs]
+    assert expected in note if expected and note else bool(note) == bool(expected)
+
+
+def test_an_old_or_missing_library_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporter_module, "_version", lambda: None)
+    said = refusal(*weights("int4:g128"))
+    assert "needs compressed-tensors 0.15.0 or newer; it is not installed" in said
+    assert "pip install 'wrapq[export]'" in said
+    monkeypatch.setattr(exporter_module, "_version", lambda: "0.14.0.1")
+    assert "0.15.0 or newer; it is 0.14.0.1 here" in refusal(*weights("int4:g128"))
 
 
 def test_some_caches_only() -> None:
@@ -132,5 +220,5 @@ def test_names_and_options_are_checked_without_a_model() -> None:
 
 def test_a_plan_without_export_is_not_asked() -> None:
     with pytest.raises(PlanError):
-        planned(*weights("int3:g128"))
-    planned(*weights("int3:g128"), "export=none")
+        planned(*weights("int4:channel@1"))
+    planned(*weights("int4:channel@1"), "export=none")

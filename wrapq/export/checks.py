@@ -25,12 +25,14 @@ class Translation:
         schemes: the scheme of every quantized linear layer, by name.
         cache: the `kv_cache_scheme`, None where the cache stays float.
         floats: the linear layers left float.
+        outside: the quantized ones in no block, such as the output layer.
         problems: what could not be said.
     """
 
     schemes: dict[str, Scheme] = field(default_factory=dict)
     cache: Args | None = None
     floats: list[str] = field(default_factory=list)
+    outside: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
 
@@ -50,7 +52,8 @@ def translate(plan: Plan, reader: str) -> Translation:
     if reader == VLLM:
         layers = {**dict.fromkeys(said.floats), **said.schemes}
         unequal = dict[str, list[str]]()
-        for where, what in fusion_refusals(layers):
+        rows = {module.name: module.weight_shape[0] for module in plan.modules if module.weight_shape}
+        for where, what in fusion_refusals(layers, rows):
             unequal.setdefault(what, []).append(where)
         said.problems += [Problem("", _several(names, what), (), _READER_REMEDY) for what, names in unequal.items()]
     return said
@@ -62,7 +65,7 @@ def _linear(module: ModulePlan, said: Translation, refused: _Refusals, reader: s
     except SpecError as error:
         refused.add(module, str(error), _REMEDY)
         return
-    reason = linear_refusal(scheme, module.block is not None) if reader == VLLM else None
+    reason = linear_refusal(scheme) if reader == VLLM else None
     if scheme.half_only and dtype != "bfloat16":
         what = f"compressed-tensors unpacks {scheme.format} to bfloat16, which a model in {dtype} cannot multiply"
         refused.add(module, what, "run with model.dtype=bfloat16")
@@ -70,6 +73,8 @@ def _linear(module: ModulePlan, said: Translation, refused: _Refusals, reader: s
         refused.add(module, reason, _READER_REMEDY)
     else:
         said.schemes[module.name] = scheme
+        if module.block is None:
+            said.outside.append(module.name)
 
 
 def _cache(plan: Plan, said: Translation, refused: _Refusals, reader: str) -> None:

@@ -1,8 +1,7 @@
 """The checkpoint format of compressed-tensors, which transformers and vLLM load.
 
 `config.json` says under `quantization_config` how each layer is quantized, and the tensors lie in `model.safetensors`
-under the names of the library. Embeddings and norms stay as they are, and so does the output layer unless it is
-quantized and the reader is transformers.
+under the names of the library. Embeddings and norms stay as they are.
 """
 
 from __future__ import annotations
@@ -14,19 +13,22 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from packaging.version import Version
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from wrapq.errors import ModelError, PlanError, Problem
-from wrapq.export.checks import Translation, translate
+from wrapq.export.checks import VLLM, Translation, translate
 from wrapq.export.reload import PLAIN, read
 from wrapq.export.scheme import DENSE, MIXED, Args, Scheme
 from wrapq.export.tensors import CACHE_NAMES, activation_tensors, linear_tensors
+from wrapq.export.vllm import linear_note
 from wrapq.resolve.exporter import EXPORTERS, Exporter, Folder, Reading
 from wrapq.resolve.plan import Plan
 from wrapq.runtime.module import QuantizedModule, QuantizedWeight
 
-LIBRARY = "compressed-tensors"
+LIBRARY, OLDEST = "compressed-tensors", "0.15.0"
+"""What transformers takes; up to 0.18 some formats do not load, which the comparison of every export shows."""
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 _ROUNDING = {"float32": 1e-5, "bfloat16": 3e-2, "float16": 1e-2}
 _STEP = {"float32": 1e-2, "bfloat16": 5e-2, "float16": 5e-2}
@@ -39,7 +41,11 @@ _COARSE_STEP = 0.25
 _FINE_BITS = 8
 
 
-_DEQUANTIZED = "this transformers loads it with quantization_config=CompressedTensorsConfig(dequantize=True) only"
+_DEQUANTIZED = (
+    "transformers with compressed-tensors {version} loads it with "
+    "quantization_config=CompressedTensorsConfig(dequantize=True) only: since 0.18 they misread packed zero points, "
+    "those that compressed-tensors itself writes included; 0.15 to 0.17 read them"
+)
 _MX_INPUTS = (
     "transformers scales the inputs of MX formats by compressed-tensors' rule, which takes the next power of two from "
     "1.75 times one on, where the MX specification, and the run, always takes the one below"
@@ -66,9 +72,11 @@ class CompressedTensors(Exporter):
 
     def check(self, plan: Plan) -> Iterable[Problem]:
         """See `Exporter.check`."""
-        if _version() is None:
-            what = f"the export is loaded by transformers to check it, which needs {LIBRARY}"
-            yield Problem("export.format", what, (), f"pip install {LIBRARY}")
+        found = _version()
+        if found is None or Version(found) < Version(OLDEST):
+            what = f"the export is loaded by transformers to check it, which needs {LIBRARY} {OLDEST} or newer"
+            here = "is not installed" if found is None else f"is {found} here"
+            yield Problem("export.format", f"{what}; it {here}", (), "pip install 'wrapq[export]'")
         yield from self._translate(plan).problems
 
     def export(self, model: nn.Module, plan: Plan, folder: Folder) -> None:
@@ -91,13 +99,15 @@ class CompressedTensors(Exporter):
         logits, reason = read(folder, ids, device)
         if not logits:
             raise ModelError(f"transformers does not load the export: {reason}")
-        return Reading(next(iter(logits.values())), () if PLAIN in logits else (_DEQUANTIZED,))
+        return reading(logits)
 
     def notes(self, plan: Plan) -> Iterable[str]:
         """See `Exporter.notes`."""
         dtype, specs = plan.recipe.model.dtype, [spec for points in plan.specs().values() for spec in points.values()]
         if any(spec.scale_dtype == "e8m0" and spec.dynamic for spec in specs):
             yield _MX_INPUTS
+        if self.options.reader == VLLM:
+            yield from dict.fromkeys(filter(None, map(linear_note, self._translate(plan).schemes.values())))
         if dtype != "float32" and any(spec.scale_dtype == "float32" and not spec.dynamic for spec in specs):
             yield f"scales are rounded to {dtype}, the model's dtype; scale={dtype} in a spec calibrates with such ones"
 
@@ -114,6 +124,12 @@ class CompressedTensors(Exporter):
         return translate(plan, self.options.reader)
 
 
+def reading(logits: Mapping[str, Tensor]) -> Reading:
+    """What `reload` found, with how it had to load."""
+    notes = () if PLAIN in logits else (_DEQUANTIZED.format(version=_version()),)
+    return Reading(next(iter(logits.values())), notes)
+
+
 def quantization_config(said: Translation, layers: Iterable[str]) -> Args:
     """The section of `config.json`; `layers` are all linear layers of the model."""
     targets: dict[str, list[str]] = {}
@@ -121,8 +137,9 @@ def quantization_config(said: Translation, layers: Iterable[str]) -> Args:
         targets.setdefault(scheme.key, []).append(name)
     schemes = {scheme.key: scheme for scheme in said.schemes.values()}
     one = len(schemes) == 1
+    everything = ["Linear", *said.outside]  # vLLM's output layer has another class
     groups = {
-        f"group_{i}": schemes[key].group(["Linear"] if one else names) for i, (key, names) in enumerate(targets.items())
+        f"group_{i}": schemes[key].group(everything if one else names) for i, (key, names) in enumerate(targets.items())
     }
     formats = sorted({scheme.format for scheme in schemes.values()})
     return {

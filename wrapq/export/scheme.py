@@ -156,9 +156,11 @@ def _byte_scales(spec: QuantSpec) -> Args:
 
 
 def _format(weights: Args, inputs: Args | None) -> str:
-    """The layout that compressed-tensors and vLLM expect for the scheme (`COMPRESSION_FORMAT_PRIORITY`)."""
+    """The layout that vLLM reads for the scheme; where it reads several, the first of `COMPRESSION_FORMAT_PRIORITY`."""
     if weights["type"] == "int":
-        return PACK if inputs is None else INT
+        # a byte for each weight is what int-quantized stores, and vLLM's kernels for fewer bits do not read
+        narrow = weights["num_bits"] < MOST_BITS and weights["symmetric"]
+        return PACK if inputs is None or (narrow and inputs["dynamic"]) else INT
     if weights["num_bits"] == 4:
         return NVFP4 if weights["strategy"] == "tensor_group" else MXFP4
     if weights.get("scale_dtype") == _BYTE_SCALES["e8m0"]:
