@@ -96,3 +96,11 @@ def test_processes_at_once_see_whole_entries_or_none(tmp_path: Path):
     assert [worker.exitcode for worker in workers] == [0, 0, 0]
     assert failures.empty()
     assert not list(tmp_path.rglob("tmp*"))
+
+
+def test_the_table_stands_damaged_entries(tmp_path: Path):
+    store = Store(tmp_path, 1e9)
+    put(store)
+    put(store, OTHER)
+    file_of(store, OTHER).write_bytes(b"\xff" * 12)
+    assert sorted(len(entry.facts()) for entry in store.entries()) == [0, 2]

@@ -9,21 +9,22 @@ processes that write the same entry write the same bytes.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock
-from safetensors import safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
 from wrapq.errors import OutputError
 
+_LARGEST_HEADER = 100_000_000  # the format's own limit
 _log = logging.getLogger(__name__)
 
 
@@ -36,9 +37,12 @@ class Entry:
     used: float
 
     def facts(self) -> dict[str, str]:
-        """What it says of itself."""
-        with safe_open(self.path, "pt") as file:
-            return file.metadata() or {}
+        """What it says of itself; nothing when it is damaged or was collected meanwhile."""
+        try:
+            with self.path.open("rb") as file:
+                return _facts(file.read(8), file.read)
+        except (OSError, ValueError):
+            return {}
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ class Store:
                 _log.warning("%s is damaged: removed, what it held is gathered again", path)
                 path.unlink(missing_ok=True)
                 continue
-            return Stored(load(data), Entry(path, len(data), 0).facts())
+            return Stored(load(data), _facts(data[:8], lambda size: data[8 : 8 + size]))
         return None
 
     def put(self, key: str, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> int:
@@ -117,3 +121,11 @@ class Store:
                 entry.path.unlink(missing_ok=True)
                 removed, freed = removed + 1, freed + entry.size
         return removed, freed
+
+
+def _facts(start: bytes, read: Callable[[int], bytes]) -> dict[str, str]:
+    """The metadata in a safetensors file, whose first 8 bytes are the length of the JSON header that follows."""
+    length = int.from_bytes(start, "little")
+    if length > _LARGEST_HEADER:
+        raise ValueError("no safetensors file")
+    return json.loads(read(length)).get("__metadata__", {})

@@ -21,8 +21,9 @@ def cache_table(store: Store) -> Table:
     rows: dict[str, tuple[int, int, float, float]] = {}
     for entry in entries:
         facts = entry.facts()
-        count, size, seconds, _ = rows.get(facts["kind"], (0, 0, 0.0, 0.0))
-        rows[facts["kind"]] = count + 1, size + entry.size, seconds + float(facts["seconds"]), entry.used
+        kind = facts.get("kind", "damaged")
+        count, size, seconds, _ = rows.get(kind, (0, 0, 0.0, 0.0))
+        rows[kind] = count + 1, size + entry.size, seconds + float(facts.get("seconds", 0)), entry.used
     for kind, (count, size, seconds, used) in rows.items():
         when = datetime.fromtimestamp(used).strftime("%Y-%m-%d %H:%M")
         table.add_row(kind, str(count), megabytes(size), f"{seconds:.1f}", when)
