@@ -6,10 +6,9 @@ pytest -m bench -n 0 tests/bench/bench_runtime.py              prints it and che
 
 from __future__ import annotations
 
-import copy
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,9 +20,11 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import wrapq
+from tests.runtime.sizes import weight_bytes
 from wrapq.runtime import choose_kernels, resident_bytes
+from wrapq.runtime.module import QuantizedWeight
 
-PROMPT, ROUNDS, DECODED = 128, 5, 8
+PROMPT, ROUNDS, DECODED = 128, 8, 8
 SCHEMES = {"W8A8": ("int8:channel", "int8:token:dyn"), "W8A8 static": ("int8:channel", "int8:tensor")}
 SCHEMES |= {"W8A16": ("int8:channel", None), "W4A8": ("int4:g128", "int8:token:dyn")}
 SCHEMES |= {"W4A16": ("int4:g128", None), "W4A16 asym": ("uint4:g128:asym", None)}
@@ -33,16 +34,22 @@ KERNELS = {"W8A8": ("int8_mm", "int8_onednn", "auto"), "W8A16": ("int8_weight",)
 
 @dataclass
 class Row:
-    """One model: seconds, bytes, and how far its logits are from the float model's, in dB."""
+    """One model: seconds of it and of float32 beside it, bytes, and how far its logits are from float32's, in dB."""
 
     name: str
-    model: nn.Module
     file: int
     ideal: int
     sqnr: float
+    resident: int
     prefill: float = float("inf")
     decode: float = float("inf")
-    resident: int = 0
+    float_prefill: float = float("inf")
+    float_decode: float = float("inf")
+
+    @property
+    def speeds(self) -> tuple[float, float]:
+        """How many times faster than float32 prefill and decode are."""
+        return self.float_prefill / self.prefill, self.float_decode / self.decode
 
 
 def llama() -> nn.Module:
@@ -56,13 +63,6 @@ def llama() -> nn.Module:
         vocab_size=4096,
     )
     return LlamaForCausalLM(config).eval().requires_grad_(False)
-
-
-def quantized(weight: str, activation: str | None, ids: Tensor) -> tuple[nn.Module, nn.Module]:
-    """The fake-quantized and the converted model; only the layers' projections are quantized."""
-    points = {"weight": weight} | ({"input": activation} if activation else {})
-    prepared = prepare(points, ids)
-    return fake(points, ids), wrapq.convert(prepared)
 
 
 def prepare(points: dict[str, str], ids: Tensor) -> nn.Module:
@@ -85,35 +85,44 @@ def fake(points: dict[str, str], ids: Tensor) -> nn.Module:
     return model
 
 
+def models(ids: Tensor) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
+    """Every model by name, as a function that makes it; only the layers' projections are quantized."""
+
+    def on(points: dict[str, str], kernel: str | None) -> nn.Module:
+        model = wrapq.convert(prepare(points, ids))
+        if kernel:
+            choose_kernels(model, kernel)
+        return model
+
+    yield "bfloat16", lambda: llama().bfloat16()
+    for scheme, (weight, activation) in SCHEMES.items():
+        points = {"weight": weight} | ({"input": activation} if activation else {})
+        if scheme in ("W8A8", "W8A8 static", "W4A16"):
+            yield f"{scheme} fake-quantized", lambda points=points: fake(points, ids)
+        for kernel in (None, *KERNELS.get(scheme.split()[0], ("int4_cpu",))):
+            yield f"{scheme} {kernel or 'reference'}", lambda points=points, kernel=kernel: on(points, kernel)
+
+
 @torch.no_grad()
 def measure(threads: int = 1) -> list[Row]:
+    """One model at a time, in turn with float32, so that what else the machine does meets both."""
     torch.set_num_threads(threads)
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, 4096, (1, PROMPT), generator=generator)
-    rows = []
+    ids = torch.randint(0, 4096, (1, PROMPT), generator=torch.Generator().manual_seed(1))
     base = llama()
     logits = base(ids).logits
-
-    def add(name: str, model: nn.Module) -> None:
-        rows.append(Row(name, model, file_bytes(model), ideal_bytes(model), sqnr(logits, model(ids).logits)))
-
-    add("float32", base)
-    add("bfloat16", llama().bfloat16())
-    for scheme, (weight, activation) in SCHEMES.items():
-        fake_quantized, converted = quantized(weight, activation, ids)
-        if scheme in ("W8A8", "W8A8 static", "W4A16"):
-            add(f"{scheme} fake-quantized", fake_quantized)
-        add(f"{scheme} reference", converted)
-        for kernel in KERNELS.get(scheme.split()[0], ("int4_cpu",)):
-            model = copy.deepcopy(converted)
-            choose_kernels(model, kernel)
-            add(f"{scheme} {kernel}", model)
-    for _ in range(ROUNDS):  # every model in every round, so that what else the machine does meets them all
-        for row in rows:
-            row.prefill = min(row.prefill, seconds(lambda model=row.model: model(ids)))
-            row.decode = min(row.decode, decode_seconds(row.model, ids))
-    for row in rows:
-        row.resident = resident_bytes(row.model)
+    size = file_bytes(base)
+    rows = [Row("float32", size, size, float("inf"), resident_bytes(base))]
+    for name, make in models(ids):
+        model = make()
+        row = Row(name, file_bytes(model), ideal_bytes(model), sqnr(logits, model(ids).logits), resident_bytes(model))
+        for _ in range(ROUNDS):
+            row.float_prefill = min(row.float_prefill, seconds(lambda: base(ids)))
+            row.prefill = min(row.prefill, seconds(lambda model=model: model(ids)))
+            row.float_decode = min(row.float_decode, decode_seconds(base, ids))
+            row.decode = min(row.decode, decode_seconds(model, ids))
+        rows.append(row)
+    rows[0].prefill = rows[0].float_prefill = min(row.float_prefill for row in rows)
+    rows[0].decode = rows[0].float_decode = min(row.float_decode for row in rows)
     return rows
 
 
@@ -141,17 +150,20 @@ def file_bytes(model: nn.Module) -> int:
         return path.stat().st_size
 
 
-def ideal_bytes(model: nn.Module) -> int:
+def ideal_bytes(model: nn.Module) -> float:
     """Float tensors as they are, quantized weights at their bits, scales and zero points at theirs."""
+    weights = {f"{name}.weight_" for name, module in model.named_modules() if isinstance(module, QuantizedWeight)}
     state = model.state_dict()
-    return sum(t.nbytes for name, t in state.items() if not name.endswith("weight_shape"))
+    kept = sum(t.nbytes for name, t in state.items() if not any(name.startswith(start) for start in weights))
+    modules = (module for module in model.modules() if isinstance(module, QuantizedWeight))
+    return kept + sum(weight_bytes(module.matrix_shape, module.specs["weight"]) for module in modules)
 
 
 def table(rows: list[Row]) -> str:
     base = rows[0]
     lines = [f"{'':28}{'prefill':>9}{'decode':>9}{'resident':>10}{'/ideal':>8}{'file':>8}{'/ideal':>8}{'dB':>8}"]
     for row in rows:
-        speed = f"{base.prefill / row.prefill:8.2f}x{base.decode / row.decode:8.2f}x"
+        speed = "".join(f"{part:8.2f}x" for part in row.speeds)
         resident = f"{row.resident / base.resident:10.3f}{row.resident / row.ideal:8.3f}"
         file = f"{row.file / base.file:8.3f}{row.file / row.ideal:8.3f}"
         lines.append(f"{row.name:28}{speed}{resident}{file}{row.sqnr:8.2f}")
@@ -163,14 +175,9 @@ def table(rows: list[Row]) -> str:
 def test_targets() -> None:
     rows = {row.name: row for row in measure()}
     sys.stdout.write(table(list(rows.values())) + "\n")
-    base = rows["float32"]
-
-    def speed(name: str) -> tuple[float, float]:
-        return base.prefill / rows[name].prefill, base.decode / rows[name].decode
-
-    prefill, decode = speed("W8A8 auto")
+    prefill, decode = rows["W8A8 auto"].speeds
     assert prefill >= 2.5 and decode >= 1.8
-    prefill, decode = speed("W4A16 int4_cpu")
+    prefill, decode = rows["W4A16 int4_cpu"].speeds
     assert prefill >= 0.9 and decode >= 2.5
     for scheme, kernel in (("W8A8", "auto"), ("W8A8 static", "auto"), ("W4A16", "int4_cpu")):
         assert rows[f"{scheme} {kernel}"].sqnr == pytest.approx(rows[f"{scheme} fake-quantized"].sqnr, abs=0.1)

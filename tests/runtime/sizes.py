@@ -8,6 +8,7 @@ from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from wrapq.engine.checkpoint import WEIGHTS, save_model
 from wrapq.engine.folder import RunFolder
 from wrapq.quant.affine import scale_shape
 from wrapq.quant.spec import QuantSpec
-from wrapq.runtime import KERNELS
+from wrapq.runtime import KERNELS, resident_bytes
 from wrapq.runtime.module import QuantizedWeight
 
 _FOLDER = Path(__file__).parents[2] / "conf" / "scheme"
@@ -36,19 +37,26 @@ def converted(model: nn.Module, name: str, ids: Tensor) -> nn.Module:
     if everywhere := scheme.get("activations"):
         points |= {"input": everywhere, "output": everywhere}
     target = "*.self_attn" if "match" in scheme else "*_proj"
-    prepared = wrapq.prepare(model, wrapq.PTQConfig(overrides={**_ELSEWHERE, target: points}))
+    prepared = wrapq.prepare(model, wrapq.PTQConfig(activation=None, overrides={**_ELSEWHERE, target: points}))
     prepared(ids)
     return wrapq.convert(prepared)
 
 
-def use_kernels(model: nn.Module, ids: Tensor) -> set[str]:
-    """Let every module run on the first kernel that supports it, make all layouts, and name the kernels."""
+def bytes_on_kernels(model: nn.Module, ids: Tensor) -> dict[str, int]:
+    """For each kernel that supports some module, what the model holds after a forward on it; then without kernels."""
     modules = [module for module in model.modules() if isinstance(module, QuantizedWeight)]
+    sizes = {}
+    for name in KERNELS:
+        kernel = KERNELS.get(name)
+        for module in modules:
+            module.use_kernel(kernel if kernel.unsupported(module) is None else None)
+        if any(module.kernel_type for module in modules):
+            model(ids)
+            sizes[name] = held_bytes(model)
+            assert resident_bytes(model) == pytest.approx(sizes[name], rel=1e-3)
     for module in modules:
-        usable = (KERNELS.get(name) for name in KERNELS)
-        module.use_kernel(next((kernel for kernel in usable if kernel.unsupported(module) is None), None))
-    model(ids)
-    return {module.kernel_type.name for module in modules if module.kernel_type}
+        module.use_kernel(None)
+    return sizes
 
 
 def ideal_bytes(floats: nn.Module, quantized: nn.Module) -> float:

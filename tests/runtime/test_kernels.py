@@ -348,6 +348,30 @@ def test_loading_with_a_kernel(tmp_path: Path) -> None:
     assert torch.equal(fast(ids).logits, model(ids).logits)
 
 
+@pytest.mark.parametrize(("weight", "activation"), [("int4:g32", None), ("int8:channel", None)])
+def test_a_model_in_half_precision_generates_saves_and_loads(
+    weight: str, activation: str | None, tmp_path: Path
+) -> None:
+    from wrapq.engine.checkpoint import save_model
+    from wrapq.engine.folder import RunFolder
+
+    ids = torch.randint(0, 320, (1, 24))
+    model = converted(llama(eos_token_id=0), weight, activation, ids)
+    logits, scales = model(ids).logits, [m.weight_scale.clone() for m in model.modules() if hasattr(m, "weight_scale")]
+    choose_kernels(model, "int4_cpu" if weight.startswith("int4") else "int8_weight")
+    model(ids)
+    model.to(torch.bfloat16)
+    assert model.dtype == torch.bfloat16 and sqnr(logits, model(ids).logits.float()) > 30
+    assert model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (1, 27)
+    after = [m.weight_scale for m in model.modules() if hasattr(m, "weight_scale")]
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(after, scales, strict=True))
+    choose_kernels(model, "reference")
+    folder = RunFolder.create(tmp_path, "model", 0)
+    save_model(model, folder)
+    again = wrapq.load(folder.path)
+    assert again.dtype == torch.bfloat16 and torch.equal(again(ids).logits, model(ids).logits)
+
+
 def test_a_kernel_of_ones_own() -> None:
     @KERNELS.register("plain_matmul")
     class PlainMatmul(Kernel):

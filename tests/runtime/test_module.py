@@ -1,6 +1,7 @@
 """The module that remains: what it holds, what it gives back, how it is copied and moved."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -64,6 +65,30 @@ def test_copies_and_devices():
     other = quantized()[1]
     other.load_state_dict(module.state_dict())
     assert torch.equal(other(x), expected)
+
+
+def stored(module: nn.Module) -> dict[str, tuple[torch.dtype, bytes]]:
+    """The dtype and the bytes of everything but the bias."""
+    tensors = {name: tensor.contiguous() for name, tensor in module.state_dict().items() if name != "bias"}
+    return {name: (t.dtype, t.flatten().view(torch.uint8).numpy().tobytes()) for name, t in tensors.items()}
+
+
+@pytest.mark.parametrize("cast", [nn.Module.half, nn.Module.bfloat16, nn.Module.double, lambda m: m.type(torch.half)])
+@pytest.mark.parametrize("weight", ["int4:g8:sym", "uint4:g8:asym", "int8:g8:scale=bfloat16", "nvfp4", "mxfp4"])
+def test_another_dtype_is_computed_in_and_changes_no_scale(weight: str, cast: Callable[[nn.Module], nn.Module]):
+    layer = nn.Linear(32, 12).requires_grad_(False)
+    prepared = prepare(layer, PTQConfig(weight=weight, activation="int8:tensor:asym"))
+    prepared(torch.randn(5, 32))
+    module = convert(prepared)
+    before, values, x = stored(module), module.weight, torch.randn(3, 32)
+    expected = module(x)
+    assert stored(cast(module)) == before
+    dtype = module.bias.dtype
+    assert dtype != torch.float32 and module.weight.dtype == dtype
+    assert torch.equal(module.weight, values.to(dtype))
+    y = module(x.to(dtype))
+    assert y.dtype == dtype and (y - expected).norm() < 0.05 * expected.norm()
+    assert torch.equal(module.float().weight, values)
 
 
 def test_gradients_reach_the_input_side_nothing_else():

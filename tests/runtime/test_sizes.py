@@ -7,9 +7,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.runtime.sizes import SCHEMES, converted, file_bytes, held_bytes, ideal_bytes, use_kernels
-from wrapq.runtime import resident_bytes
-from wrapq.runtime.module import QuantizedWeight
+from tests.runtime.sizes import SCHEMES, bytes_on_kernels, converted, file_bytes, held_bytes, ideal_bytes
 
 WITHIN = 0.02
 
@@ -26,23 +24,17 @@ def llama() -> nn.Module:
 def test_file_and_memory_are_what_the_bits_cost(scheme: str, tmp_path: Path) -> None:
     ids = torch.randint(0, 64, (1, 24), generator=torch.Generator().manual_seed(1))
     floats, model = llama(), converted(llama(), scheme, ids)
-    ideal = ideal_bytes(floats, model)
-    sizes = {"file": file_bytes(model, tmp_path), "reference": _after_a_forward(model, ids)}
-    expected = model(ids).logits
-    kernels = use_kernels(model, ids)
-    sizes[" + ".join(kernels) or "no kernel"] = _after_a_forward(model, ids)
+    ideal, logits = ideal_bytes(floats, model), model(ids).logits
+    sizes = {"file": file_bytes(model, tmp_path), "reference": held_bytes(model)} | bytes_on_kernels(model, ids)
     over = {what: size / ideal - 1 for what, size in sizes.items()}
     assert all(abs(part) <= WITHIN for part in over.values()), over
-    assert resident_bytes(model) == pytest.approx(held_bytes(model), rel=1e-3)
-    for module in model.modules():
-        if isinstance(module, QuantizedWeight):
-            module.use_kernel(None)
-    assert torch.equal(model(ids).logits, expected)
+    assert torch.equal(model(ids).logits, logits) and held_bytes(model) == sizes["reference"]
 
 
-def _after_a_forward(model: nn.Module, ids: torch.Tensor) -> int:
-    model(ids)
-    return held_bytes(model)
+def test_the_schemes_that_have_kernels_are_measured_on_them() -> None:
+    ids = torch.zeros(1, 4, dtype=torch.int64)
+    assert set(bytes_on_kernels(converted(llama(), "w4a16", ids), ids)) == {"int4_cpu"}
+    assert {"int8_mm"} <= set(bytes_on_kernels(converted(llama(), "w8a8", ids), ids))
 
 
 def test_what_is_held_is_found_wherever_it_hangs() -> None:

@@ -136,7 +136,7 @@ class Int4CPU(_Int4):
             if middle := _MIDDLE + self.dtype.qmin:
                 shift.add_(middle)
             words.add_(_upper_half(self.scale * shift), alpha=1 << 16)
-        return words.view(torch.bfloat16).view(*self.scale.shape, 2)
+        return words.view(torch.bfloat16)
 
     def _many(self, rows: Tensor) -> Tensor:
         """Dequantize some blocks of the weight to float32, multiply, and forget them."""
@@ -226,12 +226,12 @@ class Int4CUDA(_Int4):
 
 
 def _by_group(module: QuantizedWeight, name: str) -> Tensor:
-    """The module's tensor `name` [N, K / g] as [K / g, N], contiguous, in memory that both share from here on."""
+    """The module's tensor `name` [N, K / g] as [K / g, N, 1], contiguous, in memory that both share from here on."""
     tensor = cast(Tensor, getattr(module, name))
     by_group = tensor.detach().expand(module.matrix_shape[0], -1).t().contiguous()
     if tensor.shape == by_group.t().shape:
         tensor.data = by_group.t()
-    return by_group
+    return by_group.unsqueeze(-1)
 
 
 def _upper_half(x: Tensor) -> Tensor:

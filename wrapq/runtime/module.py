@@ -22,6 +22,8 @@ from wrapq.runtime.kernel import Kernel
 
 _log = logging.getLogger(__name__)
 
+_PARTS = ("packed", "shape", "scale", "zero_point", "permutation", "global_scale")
+"""What a point's tensors are called after the point."""
 _CONTAINERS = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
 
 
@@ -55,7 +57,7 @@ class QuantizedModule(nn.Module):
     """Base of converted modules: plain tensors under compressed-tensors' names, no observers.
 
     It holds, for each point with fixed parameters, `<point>_scale` and, where it has one, `<point>_zero_point`. Dynamic
-    points need no tensor.
+    points need no tensor. `half()` or `to(dtype)` changes what is computed in, and leaves these tensors as they are.
     """
 
     specs: dict[str, QuantSpec]
@@ -87,6 +89,16 @@ class QuantizedModule(nn.Module):
                 self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
             else:
                 self.register_buffer(name, tensor)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedModule:
+        tables = {**self._buffers, **self._parameters}
+        own = {id(tables.get(f"{point}_{part}")) for point in self.specs for part in _PARTS}
+
+        def apply(tensor: Tensor) -> Tensor:
+            changed = fn(tensor)
+            return changed if id(tensor) not in own or changed.dtype == tensor.dtype else tensor.to(changed.device)
+
+        return super()._apply(apply, recurse)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{point}={spec}" for point, spec in self.specs.items())
@@ -193,8 +205,9 @@ class QuantizedWeight(QuantizedModule):
             return self.__dict__.copy()
         return {**self.__dict__, "_kernel": None, "_buffers": {**self._buffers, "weight_packed": self._packed()}}
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedWeight:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedModule:
         self.forget_kernel()
+        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device=self.weight_device)).dtype
         return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
