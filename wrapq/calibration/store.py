@@ -13,10 +13,12 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
+from typing import IO
 
 from filelock import FileLock
 from safetensors.torch import load, save
@@ -40,7 +42,7 @@ class Entry:
         """What it says of itself; nothing when it is damaged or was collected meanwhile."""
         try:
             with self.path.open("rb") as file:
-                return _facts(file.read(8), file.read)
+                return _facts(file)
         except (OSError, ValueError):
             return {}
 
@@ -76,7 +78,7 @@ class Store:
                 _log.warning("%s is damaged: removed, what it held is gathered again", path)
                 path.unlink(missing_ok=True)
                 continue
-            return Stored(load(data), _facts(data[:8], lambda size: data[8 : 8 + size]))
+            return Stored(load(data), _facts(BytesIO(data)))
         return None
 
     def put(self, key: str, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> int:
@@ -123,9 +125,9 @@ class Store:
         return removed, freed
 
 
-def _facts(start: bytes, read: Callable[[int], bytes]) -> dict[str, str]:
-    """The metadata in a safetensors file, whose first 8 bytes are the length of the JSON header that follows."""
-    length = int.from_bytes(start, "little")
+def _facts(file: IO[bytes]) -> dict[str, str]:
+    """The metadata of a safetensors file, whose first 8 bytes are the length of the JSON header that follows."""
+    length = int.from_bytes(file.read(8), "little")
     if length > _LARGEST_HEADER:
         raise ValueError("no safetensors file")
-    return json.loads(read(length)).get("__metadata__", {})
+    return json.loads(file.read(length)).get("__metadata__", {})
