@@ -93,7 +93,7 @@ def test_the_log_tells_the_steps(finished: RunResult) -> None:
         "Saving and checking",
     ]
     for step, line in zip(steps, lines, strict=False):
-        assert f"INFO    wrapq.engine.run: {step}" in line
+        assert f"INFO    wrapq.engine.context: {step}" in line
 
 
 def test_the_lock_repeats_recipe_and_results(finished: RunResult) -> None:

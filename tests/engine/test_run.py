@@ -126,7 +126,7 @@ def test_secrets_in_the_settings_do_not_reach_the_record(tmp_path: Path) -> None
 def test_without_tracking_there_is_no_database(tmp_path: Path) -> None:
     result = run_small("demo", tmp_path)
     assert result.run_id is None
-    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "demo"]
 
 
 # --- the numbers

@@ -16,7 +16,7 @@ from wrapq.recipe.schema import Recipe
 from wrapq.resolve.plan import Estimate, ModulePlan
 
 _PARAMETER_BYTES = 4
-"""Of a word of packed integers (int32), a zero point (int32) and a global scale (float32)."""
+"""Of a word of packed integers (int32) and of a global scale (float32)."""
 _SHAPE_BYTES = 16
 """Of a packed weight's own shape, two int64."""
 _STREAM_COPIES = 4
@@ -29,8 +29,9 @@ def weight_bytes(shape: tuple[int, int], spec: QuantSpec) -> int:
     packed = rows * packed_columns(columns, spec.dtype) * _PARAMETER_BYTES
     scales = math.prod(scale_shape(shape, spec))
     zero_points = 0 if spec.symmetric and spec.dtype.signed else scales
-    parameters = zero_points + (1 if spec.global_scale else 0)
-    return packed + scales * SCALE_BITS[spec.scale_dtype] // 8 + parameters * _PARAMETER_BYTES
+    zero_bytes = zero_points * storage_dtype(spec.dtype).itemsize
+    global_scale = _PARAMETER_BYTES if spec.global_scale else 0
+    return packed + scales * SCALE_BITS[spec.scale_dtype] // 8 + zero_bytes + global_scale
 
 
 def estimate(model: nn.Module, modules: Sequence[ModulePlan], recipe: Recipe, needs_data: bool) -> Estimate:
