@@ -30,7 +30,7 @@ PLAN_SECONDS, PLAN_GIGABYTES = 10, 1.5
     ("spec", "bits"),
     [
         ("int4:g128:sym", 4 + 32 / 128),
-        ("uint4:g128:asym", 4 + 64 / 128),
+        ("uint4:g128:asym", 4 + 40 / 128),
         ("int8:channel:sym", 8 + 32 / 512),
         ("int3:g64:sym", 3 + 32 / 64),
         ("int8:tensor:sym", 8 + 32 / (256 * 512)),
