@@ -9,14 +9,14 @@ from pathlib import Path
 
 from wrapq.calibration.data import Samples
 from wrapq.calibration.sources.base import Source
-from wrapq.engine.checkpoint import WEIGHTS
+from wrapq.engine.checkpoint import weight_files
 from wrapq.engine.context import Run
 from wrapq.engine.export import EXPORTS, Exported
 from wrapq.engine.folder import RunFolder
 from wrapq.engine.kernels import KERNELS_FILE
 from wrapq.engine.lock import device_class, environment
 from wrapq.engine.measure import FLOAT, QUANTIZED, Quality
-from wrapq.engine.resume import Keeper
+from wrapq.engine.resume import forget_progress
 from wrapq.recipe.dump import to_yaml
 from wrapq.tracking import Tracker
 
@@ -76,7 +76,10 @@ def record_data(run: Run, context: str, source: Source, samples: Samples) -> Non
 
 def close_record(run: Run, quality: Quality, exported: Exported | None) -> RunResult:
     """Write down how the run ended; its result."""
-    sizes = {FLOAT: run.plan.estimate.float_bytes, QUANTIZED: (run.folder.path / WEIGHTS).stat().st_size}
+    sizes = {
+        FLOAT: run.plan.estimate.float_bytes,
+        QUANTIZED: sum(file.stat().st_size for file in weight_files(run.folder.path)),
+    }
     facts = {
         "stages": quality.stages,
         "sizes": sizes,
@@ -100,7 +103,7 @@ def close_record(run: Run, quality: Quality, exported: Exported | None) -> RunRe
             run.tracker.artifact(run.folder.path / name)
     run_id, url = run.tracker.run_id, run.tracker.run_url
     run.tracker.finish()
-    Keeper(run.folder, {}).clear()
+    forget_progress(run.folder)
     notes = (*run.notes, *run.tracker.problems)
     return RunResult(
         run.folder.path, quality.stages, sizes, run.seconds, run.digests, notes, run_id, url, exported, run.kernels
