@@ -47,7 +47,7 @@ def calibrate(
 ) -> Calibrated:
     """Run `batches` through a prepared model and decide all its points by the algorithms of `stack`; then `convert` it.
 
-    Weights that multiply no matrix, such as those of norms and embeddings, are rounded to nearest where the stack's
+    Weights that multiply no matrix, such as those of norms, embeddings and grouped convolutions, are rounded to nearest where the stack's
     algorithm needs the statistics of an input. Static activations take the range that their observer finds unless the
     stack names another algorithm for them.
 
@@ -73,7 +73,7 @@ def calibrate(
     rounders, setters = _assign(model, _check(stack, schedule))
     walker = Walker(model, rounders, setters)
     walker.run([_as_batch(model, batch) for batch in batches], schedule)
-    return Calibrated(rounders | setters, walker.reports, walker.fallbacks, walker.statistics)
+    return Calibrated({**rounders, **setters}, walker.reports, walker.fallbacks, walker.statistics)
 
 
 def _check(stack: Mapping[str, str | Mapping[str, Any]], schedule: Schedule) -> list[StackEntry]:
@@ -118,7 +118,7 @@ def _assign(model: nn.Module, entries: Sequence[StackEntry]) -> tuple[dict[str, 
             if not isinstance(quantizer, WeightQuantizer):
                 setters[quantizer.where] = setter
                 continue
-            usable = rounder is not None and (module.wrapper.multiplies or not rounder.needs)
+            usable = rounder is not None and (module.wrapper.multiplies(module) or not rounder.needs)
             chosen = rounder if rounder is not None and usable else nearest
             rounders[quantizer.where] = chosen
             if (reason := chosen.unsupported(quantizer.spec)) is not None:
