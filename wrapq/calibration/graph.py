@@ -203,7 +203,9 @@ def _stream(found: Trace, group: Sequence[str]) -> Stream | None:
     for total in found.sums:
         if total.source.name in group:
             parts = [found.sources[part] for ids in (total.left, total.right) for part in _parts(found, ids)]
-            whole = [s.width == width and _is_all(ids, s) for ids, s in zip((total.left, total.right), parts, strict=False)]
+            whole = [
+                s.width == width and _is_all(ids, s) for ids, s in zip((total.left, total.right), parts, strict=False)
+            ]
             if len(parts) != 2 or not all(whole):
                 return None  # channels of one tensor added to others of it, as in rotary embeddings
             why |= dict.fromkeys(total.path - {"gain"})

@@ -27,6 +27,7 @@ from wrapq.engine.measure import Quality, forward_logits, measure_stages
 from wrapq.engine.progress import Progress
 from wrapq.engine.record import RunResult, close_record, open_record, record_data, record_failure
 from wrapq.engine.resume import find_unfinished
+from wrapq.engine.transform import transform
 from wrapq.errors import ModelError
 from wrapq.recipe.compose import compose
 from wrapq.recipe.schema import Settings
@@ -127,7 +128,8 @@ def _calibrate(run: Run, source: ModelSource, calibration: Samples | None) -> tu
     with run.step("load", "Loading the model"):
         model = source.load(run.device)
         run.digests["model"] = source.digest()
-        model = wrap_model(model, run.plan.specs())
+    transform(run, model, source, calibration)
+    model = wrap_model(model, run.plan.specs())
     return model, calibrate(run, model, calibration)
 
 
