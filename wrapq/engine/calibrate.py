@@ -116,6 +116,7 @@ def _fingerprint(run: Run) -> dict[str, str]:
 
 
 def make_batches(samples: Samples, size: int, device: torch.device) -> list[Batch]:
+    """Samples as the arguments of forwards, `size` sequences at a time."""
     batches = []
     for ids, mask in samples.batches(size):
         ids, mask = ids.to(device), None if mask is None else mask.to(device)
