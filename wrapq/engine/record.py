@@ -62,7 +62,7 @@ def open_record(run: Run) -> None:
     versions = {f"version.{name}": version for name, version in environment().items()}
     tags = {"recipe": recipe.name, "description": recipe.description, "folder": str(run.folder.path.resolve())}
     tags |= {**versions, "device": device_class(run.device), **_digest_tags(run)}
-    run.tracker.start(recipe.name, tags, recipe.model_dump(), wait=False)
+    run.tracker.start(recipe.name, tags, recipe.model_dump(), run.folder.path, wait=False)
 
 
 def record_data(run: Run, context: str, source: Source, samples: Samples) -> None:
@@ -72,6 +72,13 @@ def record_data(run: Run, context: str, source: Source, samples: Samples) -> Non
     run.digests[context] = samples.digest
     profile = {"tokens": samples.tokens, "windows": len(samples.input_ids), "seq_len": samples.input_ids.shape[1]}
     run.tracker.dataset(source.describe(), samples.digest, source.describe(), context, profile)
+
+
+def tell_problems(run: Run) -> None:
+    """Say what the tracker could not record, once."""
+    for problem in run.tracker.problems:
+        if (text := f"tracking: {problem}") not in run.notes:
+            run.note(text)
 
 
 def close_record(run: Run, quality: Quality, exported: Exported | None) -> RunResult:
@@ -98,12 +105,21 @@ def close_record(run: Run, quality: Quality, exported: Exported | None) -> RunRe
     for name in _ARTIFACTS:
         if (run.folder.path / name).exists():
             run.tracker.artifact(run.folder.path / name)
-    run_id, url = run.tracker.run_id, run.tracker.run_url
     run.tracker.finish()
+    tell_problems(run)
+    run_id, url = run.tracker.run_id, run.tracker.run_url
     Keeper(run.folder, {}).clear()
-    notes = (*run.notes, *run.tracker.problems)
     return RunResult(
-        run.folder.path, quality.stages, sizes, run.seconds, run.digests, notes, run_id, url, exported, run.kernels
+        run.folder.path,
+        quality.stages,
+        sizes,
+        run.seconds,
+        run.digests,
+        tuple(run.notes),
+        run_id,
+        url,
+        exported,
+        run.kernels,
     )
 
 

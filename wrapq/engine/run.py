@@ -25,7 +25,7 @@ from wrapq.engine.kernels import check_kernels, record_kernels
 from wrapq.engine.lock import lock_text
 from wrapq.engine.measure import Quality, forward_logits, measure_stages
 from wrapq.engine.progress import Progress
-from wrapq.engine.record import RunResult, close_record, open_record, record_data, record_failure
+from wrapq.engine.record import RunResult, close_record, open_record, record_data, record_failure, tell_problems
 from wrapq.engine.resume import find_unfinished
 from wrapq.errors import ModelError
 from wrapq.recipe.compose import compose
@@ -108,7 +108,8 @@ def _execute(run: Run) -> RunResult:
     open_record(run)
     with run.step("data", "Reading data"):
         calibration, evaluation = _read_data(run, source.tokenizer())
-        run.tracker.ready()  # opened beside the reading; a store that cannot be opened must not cost a calibration
+        run.tracker.ready()  # opened beside the reading; a store that refuses the run must not cost a calibration
+        tell_problems(run)
     model, walker = _calibrate(run, source, calibration)
     quality = _measure(run, model, evaluation)
     with run.step("convert", "Converting"):
