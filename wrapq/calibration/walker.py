@@ -113,7 +113,7 @@ class Walker(Decider):
 
     def _forget(self) -> None:
         self.blocks = Blocks()
-        for table in (self.hessians, self.statistics, self.reports, self.fallbacks, self._tied):
+        for table in (self.inputs, self.statistics, self.reports, self.fallbacks, self._tied):
             table.clear()
         for quantizer in self._points:
             quantizer.observe()
