@@ -10,7 +10,7 @@ from tests.conftest import build_model
 from wrapq.calibration.forward import Batch
 from wrapq.calibration.gather import Gathered, Gatherer
 from wrapq.calibration.graph import find_graph
-from wrapq.calibration.hessian import Hessian
+from wrapq.calibration.statistics import InputStatistics
 from wrapq.calibration.surgery import Surgeon
 from wrapq.engine.transform import checked, outputs
 from wrapq.errors import ModelError
@@ -45,7 +45,7 @@ def test_each_block_is_handed_out_once_with_what_hooks_would_see(family: str, to
 
     def done(gathered: Gathered) -> None:
         groups.append(sorted(gathered))
-        got.update({name: statistic.matrix.clone() for name, statistic in gathered.items()})
+        got.update({name: statistic.get("hessian", name).clone() for name, statistic in gathered.items()})
         for feed in {feed.producer: feed for name in gathered for feed in graph.by_reader[name]}.values():
             if feed.leaf.kind == "linear" and feed.closed:  # what comes after must not notice
                 surgeon.scale(feed, torch.full((len(feed.channels),), 2.0))
@@ -57,7 +57,7 @@ def test_each_block_is_handed_out_once_with_what_hooks_would_see(family: str, to
 
 
 def test_modules_with_one_input_share_its_statistic(token_batches: list[Tensor]) -> None:
-    seen: dict[str, Hessian] = {}
+    seen: dict[str, InputStatistics] = {}
     names = [f"model.layers.0.self_attn.{x}_proj" for x in "qkvo"]
     gatherer = Gatherer(build_model("llama"), dict.fromkeys(names, NEEDS), seen.update)
     gatherer.run([Batch({"input_ids": ids}) for ids in token_batches])

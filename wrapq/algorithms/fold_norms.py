@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from wrapq.calibration.algorithm import ALGORITHMS, Found, Transform
 from wrapq.calibration.graph import Feed, Graph
-from wrapq.calibration.hessian import Hessian
+from wrapq.calibration.statistics import InputStatistics
 from wrapq.calibration.surgery import Surgeon
 from wrapq.wrappers.model import Specs
 
@@ -38,7 +38,7 @@ class FoldNorms(Transform):
         left = {feed.producer: reason for feed in norms if (reason := self._unfit(feed, graph)) is not None}
         return Found(tuple(feed.producer for feed in norms if feed.producer not in left), left)
 
-    def apply(self, surgeon: Surgeon, target: str, statistics: Mapping[str, Hessian]) -> Mapping[str, float]:
+    def apply(self, surgeon: Surgeon, target: str, statistics: Mapping[str, InputStatistics]) -> Mapping[str, float]:
         """See `Transform.apply`."""
         feed = surgeon.graph.by_producer[target]
         for name in (feed.producer, *(reader.module for reader in feed.readers)):

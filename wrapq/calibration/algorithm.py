@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from wrapq.calibration.graph import Graph
-from wrapq.calibration.hessian import Hessian
+from wrapq.calibration.statistics import InputStatistics
 from wrapq.calibration.surgery import Surgeon
 from wrapq.observers.base import Observer
 from wrapq.quant.qparams import QParams
@@ -47,9 +47,9 @@ class Algorithm(ABC):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """The statistics of its input that a weight's rounder must be given: `hessian`, with `float64` for its
-        precision and `cross` for the cross term (`wrapq.calibration.hessian`). What the ranges of activations need,
-        the observers of the specs say.
+        """The statistics of a weight's input that it must be given, by the names of
+        `wrapq.calibration.statistics.InputStatistics`. What the ranges of activations need, the observers of the specs
+        say.
         """
         return ()
 
@@ -73,10 +73,10 @@ class Rounder(Algorithm):
         return None
 
     @abstractmethod
-    def round(self, weight: Tensor, spec: QuantSpec, where: str, hessian: Hessian | None = None) -> Rounded:
+    def round(self, weight: Tensor, spec: QuantSpec, where: str, statistics: InputStatistics | None = None) -> Rounded:
         """The codes for `weight` [N, K], float; `where` names the point in errors.
 
-        `hessian`, of what the weight is multiplied with, is there when `needs` says so.
+        `statistics`, of what the weight is multiplied with, are there when `needs` names any.
         """
 
 
@@ -124,7 +124,7 @@ class Transform(Algorithm):
         return None
 
     @abstractmethod
-    def apply(self, surgeon: Surgeon, target: str, statistics: Mapping[str, Hessian]) -> Mapping[str, float]:
+    def apply(self, surgeon: Surgeon, target: str, statistics: Mapping[str, InputStatistics]) -> Mapping[str, float]:
         """Change `target`; returns figures worth keeping.
 
         Args:

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from wrapq.calibration.blocks import find_blocks
 from wrapq.calibration.border import made_for_all
 from wrapq.calibration.forward import Batch, Run
-from wrapq.calibration.hessian import Hessian
 from wrapq.calibration.lockstep import Stop, run_lockstep, wait_at
 from wrapq.calibration.offload import Offload
 from wrapq.calibration.processes import Processes
 from wrapq.calibration.slots import find_leaf
+from wrapq.calibration.statistics import InputStatistics
 from wrapq.calibration.stops import Gate
 from wrapq.wrappers.quantizer import STREAM, real_tokens
 
-Gathered = Mapping[str, Hessian]
+Gathered = Mapping[str, InputStatistics]
 
 
 class Gatherer:
@@ -46,7 +46,7 @@ class Gatherer:
         self.processes = Processes()
         self._blocks = find_blocks(model)
         self._groups: dict[int, list[str]] = {}
-        self._gathered: dict[str, Hessian] = {}
+        self._gathered: dict[str, InputStatistics] = {}
         seen_blocks = False
         for name, _ in model.named_modules():
             index = self._blocks.index(name)
@@ -97,10 +97,12 @@ class Gatherer:
 
     def _finish(self, index: int) -> None:
         """Hand out what was gathered of a group, summed over all processes."""
-        gathered = {name: self._gathered.pop(name, Hessian(self.needs[name])) for name in self._groups.pop(index)}
+        gathered = {
+            name: self._gathered.pop(name, InputStatistics(self.needs[name])) for name in self._groups.pop(index)
+        }
         for name, statistic in gathered.items():
             if not statistic.complete:
-                self.processes.sum_hessian(statistic, _width(self.model.get_submodule(name)))
+                self.processes.reduce(statistic, _width(self.model.get_submodule(name)))
                 statistic.complete = True
         self.done(gathered)
 
@@ -112,7 +114,7 @@ class Gatherer:
         known = stream.last[1] if stream.last is not None and stream.last[0] is args[0] else None
         if known is not None and known.needs != needs:
             known = None
-        statistic = self._gathered.setdefault(name, known or Hessian(needs))
+        statistic = self._gathered.setdefault(name, known or InputStatistics(needs))
         if statistic is not known:
             with made_for_all():
                 statistic.add(_rows(module, args[0].detach()))
@@ -126,7 +128,7 @@ class FloatRun(Run):
 
     def __init__(self, model: nn.Module, batch: Batch, index: int) -> None:
         super().__init__(model, batch, index)
-        self.last: tuple[Tensor, Hessian] | None = None
+        self.last: tuple[Tensor, InputStatistics] | None = None
 
 
 def _rows(module: nn.Module, x: Tensor) -> Tensor:

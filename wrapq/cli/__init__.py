@@ -9,10 +9,10 @@ import click
 
 import wrapq
 from wrapq.cli.library import presets, schema
-from wrapq.cli.records import cache, evaluate, export, ui
+from wrapq.cli.records import cache, evaluate, export, sync, ui
 from wrapq.cli.runs import plan, run
 
-_COMMANDS = (run, plan, presets, schema, ui, evaluate, export, cache)
+_COMMANDS = (run, plan, presets, schema, ui, evaluate, export, cache, sync)
 
 
 def _stop(signum: int, frame: Any) -> None:

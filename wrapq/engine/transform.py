@@ -14,7 +14,7 @@ from wrapq.calibration.data import Samples
 from wrapq.calibration.forward import Batch
 from wrapq.calibration.gather import Gathered, Gatherer
 from wrapq.calibration.graph import find_graph
-from wrapq.calibration.hessian import Hessian
+from wrapq.calibration.statistics import InputStatistics
 from wrapq.calibration.surgery import Surgeon
 from wrapq.engine.calibrate import make_batches
 from wrapq.engine.context import Run
@@ -117,7 +117,7 @@ def synthetic(model: nn.Module) -> Batch:
 def _walk(surgeon: Surgeon, algorithm: Transform, targets: Sequence[str], batches: Sequence[Batch], run: Run) -> None:
     inputs = {target: algorithm.inputs(surgeon.graph, target) for target in targets}
     waiting = dict(inputs)
-    held: dict[str, Hessian] = {}
+    held: dict[str, InputStatistics] = {}
 
     def done(gathered: Gathered) -> None:
         held.update(gathered)
