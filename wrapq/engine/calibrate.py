@@ -79,7 +79,11 @@ def _root(run: Run, model: nn.Module) -> dict[str, str]:
     """All that every statistic of the run depends on, beside what is decided in its course."""
     recipe = run.plan.recipe
     replaced = sorted(name for name, module in iter_wrapped(model) if module.wrapper.replaces_forward)
-    how = {"dtype": recipe.model.dtype, "batch_size": recipe.calibration.batch_size, "forwards": replaced}
+    how: dict[str, object] = {
+        "dtype": recipe.model.dtype,
+        "batch_size": recipe.calibration.batch_size,
+        "forwards": replaced,
+    }
     changed = [(s.algorithm, s.options, s.targets) for s in run.plan.stages if s.phase == "transform"]
     how |= {"transforms": changed} if changed else {}
     machine = {key: value for key, value in _fingerprint(run).items() if key != "plan"}

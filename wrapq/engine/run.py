@@ -105,6 +105,9 @@ def check_streaming(plan: Plan, settings: Settings, processes: Processes) -> Non
         problems.append(("transforms change the model as a whole", "leave them out, or use runtime.load=whole"))
     if processes.count > 1:
         problems.append(("several processes cannot stream one model yet", "use one process, or runtime.load=whole"))
+    if any(stage.phase == "transform" for stage in plan.stages):
+        what = "transforms change the float model as a whole before the first block is calibrated"
+        problems.append((what, "leave runtime.load as it is, or remove the transforms"))
     if problems:
         raise PlanError([Problem("runtime.load", f"streaming: {what}", (), remedy) for what, remedy in problems])
 

@@ -84,7 +84,8 @@ def plan_stages(
     sources: Sources,
 ) -> tuple[tuple[StagePlan, ...], list[Problem]]:
     """The stages with the points each decides; every point left over or decided twice is a problem."""
-    stages, problems = [], []
+    stages: list[StagePlan] = []
+    problems: list[Problem] = []
     owner: dict[str, str] = {}
     for entry in entries:
         named = entry.stage.rules
@@ -136,7 +137,8 @@ def _stage(entry: StackEntry, targets: tuple[str, ...], needs: tuple[str, ...], 
 def _plan_transform(
     entry: StackEntry, allowed: frozenset[str] | None, transforms: Transforms, sources: Sources
 ) -> tuple[StagePlan, list[Problem]]:
-    where, targets = sources.where(f"stack.{entry.name}"), ()
+    where = sources.where(f"stack.{entry.name}")
+    targets: tuple[str, ...] = ()
     algorithm = cast(Transform, entry.algorithm(entry.options))
     try:
         found = transforms.ask(entry.name, entry.stage.algorithm, algorithm, allowed)
