@@ -21,6 +21,7 @@ from wrapq.calibration.residency import FloatBlocks
 from wrapq.calibration.store import Store
 from wrapq.calibration.walker import Batch, Walker
 from wrapq.engine.context import Run
+from wrapq.engine.folder import SCRATCH
 from wrapq.engine.lock import code_digest, device_class, environment
 from wrapq.engine.resume import Keeper
 from wrapq.resolve.plan import Plan
@@ -93,7 +94,7 @@ def _root(run: Run, model: nn.Module) -> dict[str, str]:
 @contextmanager
 def offloading(run: Run, walk: Walker) -> Iterator[Offload]:
     """What waiting forwards hold is kept within the limit that the settings set."""
-    with tempfile.TemporaryDirectory(dir=run.folder.path, prefix=".activations-") as folder:
+    with tempfile.TemporaryDirectory(dir=run.folder.path, prefix=SCRATCH) as folder:
         offload = Offload(Path(folder), run.settings.runtime.offload_gb * 1e9, partial(shared_tensors, walk))
         yield offload
     if offload.written:
