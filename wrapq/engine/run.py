@@ -21,6 +21,7 @@ from wrapq.engine.checkpoint import MANIFEST, WEIGHTS, load, qparams_tensors, sa
 from wrapq.engine.context import Run
 from wrapq.engine.export import Exported, export_model
 from wrapq.engine.folder import RunFolder
+from wrapq.engine.histograms import absmax_curves, value_histograms
 from wrapq.engine.kernels import check_kernels, record_kernels
 from wrapq.engine.lock import lock_text
 from wrapq.engine.measure import Quality, forward_logits, measure_stages
@@ -113,9 +114,11 @@ def _execute(run: Run) -> RunResult:
     model, walker = _calibrate(run, source, calibration)
     quality = _measure(run, model, evaluation)
     with run.step("convert", "Converting"):
+        values = value_histograms(model, walker)
         model, outputs = _convert(model, evaluation, run)
     with run.step("save", "Saving and checking the saved model"), run.folder.all_or_none(WEIGHTS, MANIFEST):
         _save(run, model, walker, source)
+        run.folder.write_text("histograms.json", json.dumps(values) + "\n")
         _check_saved(run, evaluation, outputs)
     exported = _export(run, model)
     with run.step("kernels", "Measuring kernels"):
@@ -181,7 +184,7 @@ def _save(run: Run, model: nn.Module, walker: Walker, source: ModelSource) -> No
     own = {name: tensor.clone() for name, tensor in qparams.items()}  # tied weights share theirs, which a file may not
     run.folder.write("qparams.safetensors", lambda path: save_file(own, path))
     run.folder.write_text("modules.json", json.dumps(walker.reports, indent=1) + "\n")
-    run.tracker.curves(weight_curves(walker))
+    run.tracker.curves(weight_curves(walker) | absmax_curves(walker))
     if walker.statistics:
         run.folder.write("statistics.safetensors", lambda path: save_file(walker.statistics, path))
     run.folder.write_files(source.tokenizer().save_pretrained)
