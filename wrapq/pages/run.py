@@ -260,7 +260,7 @@ def _plan(plan: Plan) -> dict[str, Table]:
             s.name,
             s.algorithm,
             s.phase,
-            _options(s.options),
+            ", ".join(f"{key}={value}" for key, value in s.options.items()),
             f"{len(s.targets)} points",
             ", ".join(s.needs) or "no data",
             s.source,
