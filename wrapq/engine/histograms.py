@@ -5,29 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from wrapq.calibration.walker import Walker
-from wrapq.wrappers.model import iter_quantizers
 from wrapq.wrappers.quantizer import WeightQuantizer
 
 BINS = 33  # odd, so that zero has a bin of its own
 MOST = 1 << 20  # elements of a weight that are counted
 
 
-def value_histograms(model: nn.Module, walker: Walker) -> dict[str, dict[str, Any]]:
-    """For each rounded weight of a wrapped model its histogram, for each static activation what calibration saw.
+def value_histograms(walker: Walker, weights: bool = True) -> dict[str, dict[str, Any]]:
+    """For each rounded weight of a model its histogram, for each static activation what calibration saw.
 
     Args:
-        model: wrapped, every weight rounded.
-        walker: after its run.
+        walker: after its run, its model not converted yet.
+        weights: False where the weights are not in memory.
     """
-    weights = {
-        q.where: _of_weight(q)
-        for q in iter_quantizers(model)
-        if isinstance(q, WeightQuantizer) and q.integers is not None
-    }
-    return {"weights": weights, "activations": _of_activations(walker.statistics)}
+    rounded = [q for q in walker.points() if isinstance(q, WeightQuantizer) and q.integers is not None]
+    histograms = {quantizer.where: _of_weight(quantizer) for quantizer in rounded} if weights else {}
+    return {"weights": histograms, "activations": _of_activations(walker.statistics)}
 
 
 def absmax_curves(walker: Walker) -> dict[str, list[float]]:
