@@ -168,9 +168,9 @@ def _shade(figure: str, value: float | None, low: float, high: float) -> float:
     if value is None or high == low:
         return 0.0
     if figure == "weight_sqnr_db":
-        return round(0.55 * (high - value) / (high - low), 3)
+        return round(0.5 * (high - value) / (high - low), 3)
     low, high, value = (math.log(max(v, 1e-12)) for v in (low, high, value))
-    return round(0.55 * (value - low) / ((high - low) or 1.0), 3)
+    return round(0.5 * (value - low) / ((high - low) or 1.0), 3)
 
 
 def _worst(reports: Mapping[str, Mapping[str, float]]) -> Table | None:
@@ -274,7 +274,7 @@ def _plan(plan: Plan) -> dict[str, Table]:
     ]
     left = [Column("module", code=True), Column("type"), Column("parameters", number=True), Column("why")]
     return {
-        "plan": table("Quantization points", [*columns, Column("set by")], rows),
+        "plan": table("Quantization points", columns, rows),
         "algorithms": table("Stages", [Column(head) for head in heads], stages),
         "floats": table("Left in float", left, floats),
     }

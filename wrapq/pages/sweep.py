@@ -75,7 +75,13 @@ def _plot(records: Sequence[Mapping[str, Any]], cost: str) -> Chart | None:
     ]
     points = [(x, y, str(r["name"]), kind, "") for (x, y), kind, r in zip(places, kinds, measured, strict=True)]
     label, show = _FIGURES[quality]
-    return scatter(f"{label} against {_COSTS[cost]}", _COSTS[cost], label, points, (short, show))
+    return scatter(
+        f"{label} against {_COSTS[cost]}",
+        _COSTS[cost],
+        label,
+        points,
+        (short, show if quality == "perplexity_increase" else short),
+    )
 
 
 def _jobs(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Table:
