@@ -23,6 +23,7 @@ from wrapq.engine.checkpoint import MANIFEST, WEIGHTS, load, qparams_tensors, sa
 from wrapq.engine.context import Run
 from wrapq.engine.export import Exported, export_model
 from wrapq.engine.folder import RunFolder
+from wrapq.engine.histograms import absmax_curves, value_histograms
 from wrapq.engine.kernels import check_kernels, record_kernels
 from wrapq.engine.lock import lock_text
 from wrapq.engine.measure import Quality, device_of, forward_logits, measure_stages
@@ -150,10 +151,11 @@ def _execute(run: Run) -> RunResult:
 def _finish(run: Run, model: nn.Module, walker: Walker, source: ModelSource, evaluation: Samples) -> Exported | None:
     """Convert, save, check, export, and measure kernels."""
     with run.step("convert", "Converting"):
+        values = value_histograms(walker)
         model, outputs = _convert(model, evaluation, run)
     with run.step("save", "Saving and checking the saved model"), run.folder.all_or_none(MANIFEST, WEIGHTS):
         save_model(model, run.folder)
-        _save_record(run, qparams_tensors(model), walker, source)
+        _save_record(run, qparams_tensors(model), walker, source, values)
         _check_saved(run, _first_logits(load(run.folder.path, run.device), evaluation), outputs)
     exported = _export(run, model)
     with run.step("kernels", "Measuring kernels"):
@@ -169,7 +171,7 @@ def _finish_blockwise(run: Run, walker: Walker, source: ModelSource, evaluation:
     files = blockwise_files(walker.blocks)
     with run.step("save", "Converting, saving and checking block by block"), run.folder.all_or_none(MANIFEST, *files):
         qparams = save_blockwise(walker.model, walker.residency, run.folder)
-        _save_record(run, qparams, walker, source)
+        _save_record(run, qparams, walker, source, value_histograms(walker, weights=False))
         saved, residency = load_blockwise(run.folder.path, run.device, walker.blocks)
         _check_saved(run, _first_logits(saved, evaluation, residency), outputs)
     if run.settings.runtime.kernels != REFERENCE:
@@ -228,13 +230,16 @@ def _convert(model: nn.Module, samples: Samples, run: Run) -> tuple[nn.Module, T
     return model, after
 
 
-def _save_record(run: Run, qparams: Mapping[str, Tensor], walker: Walker, source: ModelSource) -> None:
+def _save_record(
+    run: Run, qparams: Mapping[str, Tensor], walker: Walker, source: ModelSource, values: Mapping[str, Any]
+) -> None:
     """What is written beside the model's own files."""
     run.digests["qparams"] = tensors_digest(qparams)
     own = {name: tensor.clone() for name, tensor in qparams.items()}  # tied weights share theirs, which a file may not
     run.folder.write("qparams.safetensors", lambda path: save_file(own, path))
     run.folder.write_text("modules.json", json.dumps(walker.reports, indent=1) + "\n")
-    run.tracker.curves(weight_curves(walker))
+    run.folder.write_text("histograms.json", json.dumps(values) + "\n")
+    run.tracker.curves(weight_curves(walker) | absmax_curves(walker))
     if walker.statistics:
         run.folder.write("statistics.safetensors", lambda path: save_file(walker.statistics, path))
     run.folder.write_files(source.tokenizer().save_pretrained)
