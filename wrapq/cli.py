@@ -19,6 +19,8 @@ from wrapq.errors import WrapqError
 
 _INTERRUPTED = 130
 _DEFECT = 70
+_GOALS_MISSED = 10
+_JOBS_FAILED = 11
 _EXPORT_KEYS = ("export", "runtime", "paths")
 Command = Callable[..., Any]
 
@@ -93,6 +95,7 @@ def main() -> None:
     wrapq presets                                      what there is to choose from
     wrapq plan recipe=w8a8_static model=hf model.path=PATH
     wrapq run  recipe=w8a8_static model=hf model.path=PATH rules.linear.weight.observer=mse
+    wrapq sweep recipe=w4a16_rtn,w4a16_gptq            every combination of the values given
 
     Every argument is a Hydra override of the recipe. Tab completion for bash: eval "$(_WRAPQ_COMPLETE=bash_source
     wrapq)" (zsh_source, fish_source likewise).
@@ -105,7 +108,7 @@ def main() -> None:
 @_takes_recipe
 @_reports_errors
 def run(overrides: tuple[str, ...], config_dirs: tuple[Path, ...], resume: bool) -> None:
-    """Run a recipe: quantize, measure, save, record."""
+    """Run a recipe: quantize, measure, save, record. The exit status is 10 when a goal of the recipe is missed."""
     from wrapq.recipe.compose import compose
 
     composed = compose(overrides, config_dirs)
@@ -126,7 +129,36 @@ def run(overrides: tuple[str, ...], config_dirs: tuple[Path, ...], resume: bool)
         )
         result = execute(plan, composed.settings, ConsoleProgress(console), resume, tracker)
     if result is not None:
+        from wrapq.engine.goals import all_met
+
         show_result(console, result, int(next(iter(result.metrics.values()))["tokens"]))
+        if not all_met(result.goals):
+            sys.exit(_GOALS_MISSED)
+
+
+@main.command()
+@_takes_recipe
+@_reports_errors
+def sweep(overrides: tuple[str, ...], config_dirs: tuple[Path, ...]) -> None:
+    """Run a recipe many times: wrapq sweep recipe=w4a16_rtn,w4a16_gptq rules.linear.weight.group_size=32,64,128
+
+    Several values, range(1,9,2) or glob(w4*) give a job for every combination; sweep=optuna chooses among them and from
+    interval(0.001,0.1). launcher=joblib, slurm or ray runs jobs side by side. The same command goes on with a sweep
+    that was interrupted. The exit status is 11 when a job failed, 10 when no job meets all goals.
+    """
+    from wrapq.recipe.axes import parse_axes
+
+    parse_axes(overrides, config_dirs)  # what can be said at once
+    from wrapq.report.sweep import ConsoleSweep, show_sweep
+    from wrapq.sweep.run import sweep as run_sweep
+
+    console = _console()
+    result = run_sweep(overrides, config_dirs, ConsoleSweep(console))
+    show_sweep(console, result)
+    if result.table.failed:
+        sys.exit(_JOBS_FAILED)
+    if result.table.has_goals and result.table.winner is None:
+        sys.exit(_GOALS_MISSED)
 
 
 @main.command()

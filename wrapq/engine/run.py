@@ -12,13 +12,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from wrapq.calibration.data import Samples, build_samples
+from wrapq.calibration.data import Samples
 from wrapq.calibration.processes import Processes
-from wrapq.calibration.sources.base import make_source
 from wrapq.calibration.walker import Walker
 from wrapq.engine.calibrate import calibrate, weight_curves
 from wrapq.engine.checkpoint import MANIFEST, WEIGHTS, load, qparams_tensors, save_model, tensors_digest
-from wrapq.engine.context import Run
+from wrapq.engine.context import Label, Run
 from wrapq.engine.export import Exported, export_model
 from wrapq.engine.folder import RunFolder
 from wrapq.engine.kernels import check_kernels, record_kernels
@@ -27,6 +26,7 @@ from wrapq.engine.measure import Quality, forward_logits, measure_stages
 from wrapq.engine.progress import Progress
 from wrapq.engine.record import RunResult, close_record, open_record, record_data, record_failure
 from wrapq.engine.resume import find_unfinished
+from wrapq.engine.samples import calibration_samples, evaluation_samples
 from wrapq.errors import ModelError
 from wrapq.recipe.compose import compose
 from wrapq.recipe.schema import Settings
@@ -54,14 +54,21 @@ def run(
 
 
 def execute(
-    plan: Plan, settings: Settings, progress: Progress, resume: bool = False, tracker: Tracker | None = None
+    plan: Plan,
+    settings: Settings,
+    progress: Progress,
+    resume: bool = False,
+    tracker: Tracker | None = None,
+    folder: RunFolder | None = None,
+    label: Label = Label(),  # noqa: B008 - immutable
 ) -> RunResult | None:
     """Execute a plan and leave its folder and its tracked run.
 
     Under `torchrun` the processes share the calibration data; the first does all the rest and has the result, None is
     the others'.
 
-    With `resume` the newest run of the recipe that did not finish is taken up after its last finished block.
+    With `resume` the newest run of the recipe that did not finish is taken up after its last finished block; with
+    `folder` the run is made in that one, and taken up if it holds a part of it. `label` tells the run from others.
 
     Whatever happens, the folder says how the run ended and the tracked run is closed; files are whole or absent.
 
@@ -73,14 +80,14 @@ def execute(
     processes = Processes.from_environment()
     device = use_machine(settings, plan.recipe.seed, processes)
     with processes.joined(device):
-        folder = _folder(plan, settings, resume, processes)
+        folder = folder or _folder(plan, settings, resume, processes)
         if processes.rank:
-            _assist(Run(plan, settings, folder, NullTracker(), Progress(), device, processes))
+            _assist(Run(plan, settings, folder, NullTracker(), Progress(), device, processes, label))
             return None
         tracker = tracker or make_tracker(settings)
         with folder.log():
             try:
-                return _execute(Run(plan, settings, folder, tracker, progress, device, processes))
+                return _execute(Run(plan, settings, folder, tracker, progress, device, processes, label))
             except BaseException as error:
                 record_failure(folder, tracker, error)
                 raise
@@ -133,16 +140,11 @@ def _calibrate(run: Run, source: ModelSource, calibration: Samples | None) -> tu
 
 def _read_data(run: Run, tokenizer: Any) -> tuple[Samples | None, Samples]:
     """Calibration samples, None where no stage looks at data, and evaluation samples."""
-    recipe, calibration = run.plan.recipe, None
-    if run.plan.needs_calibration:
-        config = recipe.calibration
-        source = make_source(config.source, config.options)
-        calibration = build_samples(source, tokenizer, config.samples, config.seq_len, config.seed, config.pack)
-        record_data(run, "calibration", source, calibration)
-    measured = recipe.evaluation
-    source = make_source(measured.source, measured.options)
-    windows = max(1, measured.tokens // measured.seq_len)
-    evaluation = build_samples(source, tokenizer, windows, measured.seq_len, seed=None)
+    calibration = None
+    if (found := calibration_samples(run.plan, tokenizer)) is not None:
+        calibration = found[1]
+        record_data(run, "calibration", *found)
+    source, evaluation = evaluation_samples(run.plan, tokenizer)
     record_data(run, "evaluation", source, evaluation)
     if calibration is not None and calibration.digest == evaluation.digest:
         run.note("calibration and evaluation read the same tokens: the quality measured is too good")

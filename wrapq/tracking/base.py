@@ -38,8 +38,19 @@ class Tracker(ABC):
         """Begin, beside the caller's work, what opening the run will need; writes nothing and never raises."""
 
     @abstractmethod
-    def start(self, name: str, tags: Mapping[str, Any], params: Mapping[str, Any], *, wait: bool = True) -> None:
-        """Open the run; raises `TrackingError`. With `wait=False` the store opens in the background: see `ready`."""
+    def start(
+        self,
+        name: str,
+        tags: Mapping[str, Any],
+        params: Mapping[str, Any],
+        *,
+        wait: bool = True,
+        run_id: str | None = None,
+    ) -> None:
+        """Open the run, or again the one called `run_id` where the store holds it; raises `TrackingError`.
+
+        With `wait=False` the store opens in the background: see `ready`.
+        """
 
     @abstractmethod
     def ready(self) -> None:

@@ -63,8 +63,16 @@ class MLflowTracker(Tracker):
         """Start the process that imports MLflow."""
         self.store.start()
 
-    def start(self, name: str, tags: Mapping[str, Any], params: Mapping[str, Any], *, wait: bool = True) -> None:
-        """Open the run and record its tags and parameters.
+    def start(
+        self,
+        name: str,
+        tags: Mapping[str, Any],
+        params: Mapping[str, Any],
+        *,
+        wait: bool = True,
+        run_id: str | None = None,
+    ) -> None:
+        """Open the run, or again the one called `run_id`, and record its tags and parameters.
 
         A process of its own imports MLflow and opens the store, which takes two seconds, four when the database is
         new. With `wait=False` that happens beside the caller's work.
@@ -76,7 +84,7 @@ class MLflowTracker(Tracker):
             raise TrackingError("the run was started before: a tracker records one run")
         self.store.start()
         all_tags = _texts(tags, TAG_LENGTH) | {"mlflow.source.name": "wrapq", "mlflow.user": _user()}
-        self._thread = threading.Thread(target=self._work, args=(name, all_tags), name="wrapq-tracking", daemon=True)
+        self._thread = threading.Thread(target=self._work, args=(name, all_tags, run_id), daemon=True)
         self._thread.start()
         if wait:
             self.ready()
@@ -175,9 +183,9 @@ class MLflowTracker(Tracker):
         else:
             self._events.put(Event(method, arguments))
 
-    def _work(self, name: str, tags: dict[str, str]) -> None:
+    def _work(self, name: str, tags: dict[str, str], run_id: str | None) -> None:
         try:
-            self.store.open(name, tags)
+            self.store.open(name, tags, run_id)
         except BaseException as error:
             self._error = error
             self.store.close()

@@ -59,8 +59,12 @@ class Store:
             raise TrackingError("the tracking store is not open")
         return self._client
 
-    def open(self, name: str, tags: Mapping[str, str]) -> None:
-        """Open the store, find or create the experiment, create the run; raises `TrackingError`."""
+    def open(self, name: str, tags: Mapping[str, str], run_id: str | None = None) -> None:
+        """Open the store, find or create the experiment, create the run or open `run_id` again.
+
+        Raises:
+            TrackingError: the store cannot be opened.
+        """
         from mlflow import MlflowClient
 
         try:
@@ -68,7 +72,9 @@ class Store:
             with _one_at_a_time(self._database_file()):  # two processes must not both create the tables
                 self._client = MlflowClient(tracking_uri=self.uri)
                 experiment = self._experiment_id()
-            self.run_id = self._client.create_run(experiment, tags=dict(tags), run_name=name).info.run_id
+            self.run_id = self._reopen(run_id) if run_id else None
+            if self.run_id is None:
+                self.run_id = self._client.create_run(experiment, tags=dict(tags), run_name=name).info.run_id
         except TrackingError:
             raise
         except Exception as error:  # MLflow, SQLAlchemy, requests and the file system each have their own
@@ -133,6 +139,16 @@ class Store:
         database = self._database_file()
         if database is not None:
             database.parent.mkdir(parents=True, exist_ok=True)
+
+    def _reopen(self, run_id: str) -> str | None:
+        """Mark a run as going on; None when the store does not hold it."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self.client.update_run(run_id, status="RUNNING")
+        except MlflowException:
+            return None
+        return run_id
 
     def _experiment_id(self) -> str:
         from mlflow.exceptions import MlflowException

@@ -12,7 +12,15 @@ from wrapq.tracking.base import FINISHED, Tracker
 class NullTracker(Tracker):
     """What the engine is given when tracking is off."""
 
-    def start(self, name: str, tags: Mapping[str, Any], params: Mapping[str, Any], *, wait: bool = True) -> None:
+    def start(
+        self,
+        name: str,
+        tags: Mapping[str, Any],
+        params: Mapping[str, Any],
+        *,
+        wait: bool = True,
+        run_id: str | None = None,
+    ) -> None:
         """Do nothing."""
 
     def ready(self) -> None:

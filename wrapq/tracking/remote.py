@@ -40,11 +40,11 @@ class RemoteStore:
         command = [sys.executable, "-m", "wrapq.tracking.serve"]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def open(self, name: str, tags: Mapping[str, str]) -> None:
-        """Open the store and create the run; raises `TrackingError`."""
+    def open(self, name: str, tags: Mapping[str, str], run_id: str | None = None) -> None:
+        """Open the store and create the run, or open `run_id` again; raises `TrackingError`."""
         # the address may hold a password: it goes through the pipe, not on the command line, which all can read
         where = {"uri": self.uri, "experiment": self.experiment, "outputs": str(self.outputs)}
-        opened = self.call("open", name=name, tags=dict(tags), **where)
+        opened = self.call("open", name=name, tags=dict(tags), run_id=run_id, **where)
         self.run_id, self.run_url = opened["run_id"], opened["run_url"]
 
     def call(self, method: str, **arguments: Any) -> Any:

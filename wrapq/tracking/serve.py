@@ -51,9 +51,9 @@ def serve(calls: TextIO, answers: TextIO) -> None:
         store.finish("KILLED", int(time.time() * 1000))
 
 
-def _open(uri: str, experiment: str, outputs: str, name: str, tags: dict[str, str]) -> Store:
+def _open(uri: str, experiment: str, outputs: str, name: str, tags: dict[str, str], run_id: str | None = None) -> Store:
     store = Store(uri, experiment, Path(outputs))
-    store.open(name, tags)
+    store.open(name, tags, run_id)
     return store
 
 
