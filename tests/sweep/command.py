@@ -59,16 +59,17 @@ def finished_runs(outputs: Path) -> list[Path]:
     return [path.parent for path in runs if json.loads(path.read_text())["status"] == "FINISHED"]
 
 
-def kill_after(outputs: Path, jobs: int, *overrides: str, seconds: float = 1500) -> None:
-    """Start a sweep and kill it, and all it started, once `jobs` of its runs finished and another one is under way."""
+def kill_after(outputs: Path, jobs: int, *overrides: str, block: int = 0, seconds: float = 1500) -> None:
+    """Start a sweep and kill it once `jobs` of its runs finished and another one is under way, behind its `block`."""
     process = subprocess.Popen(
         command(outputs, *overrides), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
     end = time.monotonic() + seconds
     while time.monotonic() < end and process.poll() is None:
-        begun = len(list(outputs.glob("sweep/*/jobs/*.json")))
-        if len(finished_runs(outputs)) >= jobs and begun > jobs:
+        begun = len(list(outputs.glob("sweep/*/jobs/*.json"))) > jobs
+        begun &= not block or any(outputs.glob(f"*/*/resume/points-{block}.safetensors"))
+        if begun and len(finished_runs(outputs)) >= jobs:
             process.send_signal(signal.SIGKILL)
             break
-        time.sleep(0.01)
+        time.sleep(0.002)
     assert process.wait() == -signal.SIGKILL

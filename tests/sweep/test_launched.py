@@ -74,7 +74,7 @@ def test_ten_runs_of_one_recipe_have_one_digest(tmp_path: Path) -> None:
     for name, overrides in {"local": (), **LAUNCHERS}.items():
         sweep(tmp_path / name, *ONE, "tracking=none", *overrides)
         digests.append(_digest(tmp_path / name))
-    kill_after(tmp_path / "killed", 0, *ONE, "tracking=none")
+    kill_after(tmp_path / "killed", 0, *ONE, "tracking=none", block=2)
     sweep(tmp_path / "killed", *ONE, "tracking=none")
     digests.append(_digest(tmp_path / "killed"))
     assert len(digests) == 10

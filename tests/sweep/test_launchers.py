@@ -126,5 +126,5 @@ def test_a_wrong_option_is_named(config: Config, said: str) -> None:
 def test_options_that_submitit_does_not_take_are_named(jobs: list[Job], tmp_path: Path) -> None:
     made = make_launcher(Config(kind="slurm", cluster="local", options={"timout_min": 3}))
     made.folder = tmp_path
-    with pytest.raises(WrapqError, match="submitit takes no jobs here: .*timout_min"):
+    with pytest.raises(WrapqError, match=r"submitit takes no jobs here: .*timout_min"):
         list(made.run(finish, jobs))

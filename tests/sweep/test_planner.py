@@ -49,7 +49,7 @@ def test_what_one_recipe_reads_the_others_may_leave() -> None:
     rtn, gptq = jobs("recipe=w4a16_rtn,w4a16_gptq", "calibration.samples=8")
     assert gptq.plan.recipe.calibration.samples == 8
     assert not rtn.plan.needs_calibration
-    with pytest.raises(SweepError, match="all 2 jobs: override calibration.samples=8: .*nothing reads it"):
+    with pytest.raises(SweepError, match=r"all 2 jobs: override calibration.samples=8: .*nothing reads it"):
         jobs("recipe=w4a16_rtn,w8a16", "calibration.samples=8")
 
 
