@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from wrapq.calibration.hessian import Hessian
+from wrapq.calibration.statistics import InputStatistics
 from wrapq.observers.base import Observer
 from wrapq.quant.qparams import QParams
 from wrapq.quant.spec import QuantSpec
@@ -44,9 +44,9 @@ class Algorithm(ABC):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """The statistics of its input that a weight's rounder must be given: `hessian`, with `float64` for its
-        precision and `cross` for the cross term (`wrapq.calibration.hessian`). What the ranges of activations need,
-        the observers of the specs say.
+        """The statistics of a weight's input that it must be given, by the names of
+        `wrapq.calibration.statistics.InputStatistics`. What the ranges of activations need, the observers of the specs
+        say.
         """
         return ()
 
@@ -70,10 +70,10 @@ class Rounder(Algorithm):
         return None
 
     @abstractmethod
-    def round(self, weight: Tensor, spec: QuantSpec, where: str, hessian: Hessian | None = None) -> Rounded:
+    def round(self, weight: Tensor, spec: QuantSpec, where: str, statistics: InputStatistics | None = None) -> Rounded:
         """The codes for `weight` [N, K], float; `where` names the point in errors.
 
-        `hessian`, of what the weight is multiplied with, is there when `needs` says so.
+        `statistics`, of what the weight is multiplied with, are there when `needs` names any.
         """
 
 

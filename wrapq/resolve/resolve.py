@@ -147,7 +147,7 @@ def _plan_modules(sites: Sequence[Site], drafted: Drafted) -> tuple[list[ModuleP
                     type=type(site.module).__name__,
                     wrapper=site.wrapper.__name__,
                     block=site.block,
-                    multiplies=site.wrapper.multiplies,
+                    multiplies=site.wrapper.multiplies(site.module),
                     weight_shape=weight_shape(site),
                     points=tuple(points),
                 )

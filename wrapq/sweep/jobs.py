@@ -184,10 +184,11 @@ def _reuse(job: Job, place: Workplace) -> Outcome | None:
 
 def _record_reuse(job: Job, place: Workplace, outcome: Outcome) -> Outcome:
     """A child of the sweep's MLflow run that stands for a run made elsewhere."""
-    label = _label(job, place)
+    label, folder = _label(job, place), place.folder / "reused" / job.key[:16]
+    folder.mkdir(parents=True, exist_ok=True)
     with make_tracker(job.settings) as tracker:
         tags = {**label.tags, "recipe": job.plan.recipe.name, "reused": outcome.folder, "folder": outcome.folder}
-        tracker.start(label.name, tags, job.plan.recipe.model_dump())
+        tracker.start(label.name, tags, job.plan.recipe.model_dump(), folder)
         tracker.metrics({_METRICS.get(name, name): value for name, value in outcome.figures.items()})
         record_goals(tracker, outcome.goals)
         return replace(outcome, run_id=tracker.run_id)

@@ -7,6 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 
+from wrapq.calibration.processes import Processes
+from wrapq.engine.kernels import check_kernels
+from wrapq.engine.run import check_streaming
 from wrapq.errors import ModelError, Problem, ProblemsError, Unread
 from wrapq.recipe.axes import Axes
 from wrapq.recipe.compose import compose
@@ -98,6 +101,8 @@ class Planner:
                 runtime = settings.runtime.model_copy(update={"threads": self.threads})
                 settings = settings.model_copy(update={"runtime": runtime})
             plan = resolve(composed.recipe, composed.sources, settings.runtime.trust_remote_code)
+            check_streaming(plan, settings, Processes.from_environment())
+            check_kernels(settings.runtime.kernels)
             self._jobs[overrides] = Job(number, values, plan, settings)
         return replace(self._jobs[overrides], number=number, values=values)
 

@@ -51,12 +51,9 @@ class SweepRecord:
         before = _unfinished(outputs.expanduser() / name, facts["identity"])
         folder = RunFolder(before[0]) if before else RunFolder.create(outputs, name, _SPACE)
         lock = _lock(folder.path) if before is None else before[2]
-        run_id = before[1].get("run_id") if before else None
-        tags = {"sweep": name, "jobs": facts["total"], "folder": str(folder.path.resolve())}
-        params = {"overrides": " ".join(facts["overrides"]), "minimize": facts["minimize"], "sampler": facts["sampler"]}
-        tracker.start(
-            name, tags, params | {f"axes.{axis}": said for axis, said in facts["axes"].items()}, run_id=run_id
-        )
+        tags = {"sweep": name, "overrides": " ".join(facts["overrides"]), "folder": str(folder.path.resolve())}
+        params = {key: facts[key] for key in ("axes", "sampler", "options", "minimize", "total")}
+        tracker.start(name, tags, params, folder.path)
         record = cls(folder, {**facts, "run_id": tracker.run_id}, tracker, before is not None, lock)
         record.write(RUNNING)
         return record

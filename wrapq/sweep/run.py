@@ -14,6 +14,7 @@ from typing import Any
 from wrapq.calibration.processes import Processes
 from wrapq.engine.earlier import find_equal
 from wrapq.engine.lock import code_digest, environment
+from wrapq.engine.run import use_machine
 from wrapq.errors import Problem, WrapqError
 from wrapq.recipe.axes import Axes, parse_axes
 from wrapq.recipe.schema import Settings
@@ -83,6 +84,7 @@ def sweep(
     settings = planner.settings()
     launcher, sampler = make_launcher(settings.launcher), _make_sampler(settings, axes)
     if launcher.shares_machine:
+        use_machine(settings, seed=0)  # a device that is not there is found at once
         planner.share_cores(min(launcher.width, sampler.total))
     planned = planner.jobs(sampler.preview())
     with make_tracker(settings) as tracker:

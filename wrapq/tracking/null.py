@@ -13,13 +13,7 @@ class NullTracker(Tracker):
     """What the engine is given when tracking is off."""
 
     def start(
-        self,
-        name: str,
-        tags: Mapping[str, Any],
-        params: Mapping[str, Any],
-        *,
-        wait: bool = True,
-        run_id: str | None = None,
+        self, name: str, tags: Mapping[str, Any], params: Mapping[str, Any], folder: Path, *, wait: bool = True
     ) -> None:
         """Do nothing."""
 
@@ -57,6 +51,9 @@ class NullTracker(Tracker):
         """Do nothing."""
 
     def text(self, name: str, content: str) -> None:
+        """Do nothing."""
+
+    def register(self, name: str, alias: str | None, description: str, tags: Mapping[str, Any]) -> None:
         """Do nothing."""
 
     def finish(self, status: str = FINISHED, reason: str | None = None) -> None:

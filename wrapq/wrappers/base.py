@@ -54,8 +54,6 @@ class Wrapper(nn.Module):
     """The name that a rule's `type` may use for every class this wrapper stands in for."""
     replaces_forward: ClassVar[bool] = False
     """The wrapper computes the module's function itself instead of calling `super().forward`."""
-    multiplies: ClassVar[bool] = False
-    """The weight is multiplied with a matrix, `input_matrix(x)`, so that it has a Hessian."""
     matches: ClassVar[Callable[[nn.Module], bool] | None] = None
     """Whether an unregistered module is of this kind, by looking at it."""
 
@@ -66,6 +64,11 @@ class Wrapper(nn.Module):
     def meet(self, raw: Tensor, x: Tensor) -> Tensor:
         """Announce that the weight is about to multiply `x`, which is `raw` after quantization; returns `x`."""
         return x
+
+    @classmethod
+    def multiplies(cls, module: nn.Module) -> bool:
+        """Whether the weight of `module` multiplies a matrix, `input_matrix(x)`, so that it has a Hessian."""
+        return False
 
     @classmethod
     def width(cls, module: nn.Module, point: str) -> int | None:
