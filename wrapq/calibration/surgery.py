@@ -169,7 +169,9 @@ class Surgeon:
     def _check(self, feed: Feed, factors: Tensor) -> None:
         kept = factors.cpu()[~feed.channels] if factors.dim() else factors[:0]
         if factors.shape != feed.channels.shape or not bool((kept == 1).all()):
-            raise ModelError(f"{feed.name}: factors other than 1 for channels that others see: {', '.join(feed.seen_by)}")
+            raise ModelError(
+                f"{feed.name}: factors other than 1 for channels that others see: {', '.join(feed.seen_by)}"
+            )
         if not bool(torch.isfinite(factors).all()) or bool((factors == 0).any()):
             raise ModelError(f"{feed.name}: a factor is zero or not finite")
         if "positive" in feed.path and bool((factors < 0).any()):

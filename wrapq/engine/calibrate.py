@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wrapq.calibration.algorithm import ALGORITHMS, RangeSetter, Rounder
+from wrapq.calibration.algorithm import ALGORITHMS, RangeSetter, Rounder, Transform
 from wrapq.calibration.data import Samples
 from wrapq.calibration.offload import Offload, shared_tensors
 from wrapq.calibration.recall import Recall
@@ -39,7 +39,7 @@ def calibrate(
         weights: where the parameters of blocks are read from; None where all of them are in memory.
     """
     config, runtime = run.plan.recipe.calibration, run.settings.runtime
-    batches = [] if samples is None else _batches(samples, config.batch_size, run.device)
+    batches = [] if samples is None else make_batches(samples, config.batch_size, run.device)
     walker = Walker(model, *_algorithms(run.plan))
     walker.processes = run.processes
     keeper = Keeper(run.folder, _fingerprint(run), run.device)
@@ -68,6 +68,8 @@ def _algorithms(plan: Plan) -> tuple[dict[str, Rounder], dict[str, RangeSetter]]
     for stage in plan.stages:
         kind = ALGORITHMS.get(stage.algorithm)
         algorithm = kind(kind.Options(**stage.options))
+        if isinstance(algorithm, Transform):
+            continue
         table: dict[str, Any] = rounders if isinstance(algorithm, Rounder) else setters
         table |= dict.fromkeys(stage.targets, algorithm)
     return rounders, setters
@@ -78,6 +80,8 @@ def _root(run: Run, model: nn.Module) -> dict[str, str]:
     recipe = run.plan.recipe
     replaced = sorted(name for name, module in iter_wrapped(model) if module.wrapper.replaces_forward)
     how = {"dtype": recipe.model.dtype, "batch_size": recipe.calibration.batch_size, "forwards": replaced}
+    changed = [(s.algorithm, s.options, s.targets) for s in run.plan.stages if s.phase == "transform"]
+    how |= {"transforms": changed} if changed else {}
     machine = {key: value for key, value in _fingerprint(run).items() if key != "plan"}
     return machine | {"how": json.dumps(how)}
 
@@ -127,7 +131,8 @@ def _fingerprint(run: Run) -> dict[str, str]:
     return digests | machine | {"code": code_digest()}
 
 
-def _batches(samples: Samples, size: int, device: torch.device) -> list[Batch]:
+def make_batches(samples: Samples, size: int, device: torch.device) -> list[Batch]:
+    """Samples as the arguments of forwards, `size` sequences at a time."""
     batches = []
     for ids, mask in samples.batches(size):
         ids, mask = ids.to(device), None if mask is None else mask.to(device)

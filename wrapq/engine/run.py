@@ -29,6 +29,7 @@ from wrapq.engine.progress import Progress
 from wrapq.engine.record import RunResult, close_record, open_record, record_data, record_failure, tell_problems
 from wrapq.engine.resume import find_unfinished
 from wrapq.engine.samples import calibration_samples, evaluation_samples
+from wrapq.engine.transform import transform
 from wrapq.errors import ModelError, PlanError, Problem
 from wrapq.recipe.compose import compose
 from wrapq.recipe.schema import Settings
@@ -107,6 +108,8 @@ def check_streaming(plan: Plan, settings: Settings, processes: Processes) -> Non
     if plan.recipe.export.format != NONE:
         what = f"the export {plan.recipe.export.format} is made and compared with the whole model in memory"
         problems.append((what, "leave the export to `wrapq export`, where there is memory"))
+    if any(stage.phase == "transform" for stage in plan.stages):
+        problems.append(("transforms change the model as a whole", "leave them out, or use runtime.load=whole"))
     if processes.count > 1:
         problems.append(("several processes cannot stream one model yet", "use one process, or runtime.load=whole"))
     if problems:
@@ -181,7 +184,8 @@ def _calibrate(run: Run, source: ModelSource, calibration: Samples | None) -> tu
     with run.step("load", "Loading the model"):
         model, weights = source.open_blocks(run.device) if run.streaming else (source.load(run.device), None)
         run.digests["model"] = source.digest()
-        model = wrap_model(model, run.plan.specs())
+    transform(run, model, source, calibration)
+    model = wrap_model(model, run.plan.specs())
     return model, calibrate(run, model, calibration, weights)
 
 
