@@ -12,15 +12,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from wrapq.calibration.data import Samples, build_samples
+from wrapq.calibration.data import Samples
 from wrapq.calibration.processes import Processes
 from wrapq.calibration.residency import Residency, run_blockwise
-from wrapq.calibration.sources.base import make_source
 from wrapq.calibration.walker import Walker
 from wrapq.engine.blockwise import blockwise_files, load_blockwise, save_blockwise
 from wrapq.engine.calibrate import calibrate, offloading, weight_curves
 from wrapq.engine.checkpoint import MANIFEST, WEIGHTS, load, qparams_tensors, save_model, tensors_digest
-from wrapq.engine.context import Run
+from wrapq.engine.context import Label, Run
 from wrapq.engine.export import Exported, export_model
 from wrapq.engine.folder import RunFolder
 from wrapq.engine.histograms import absmax_curves, value_histograms
@@ -30,6 +29,7 @@ from wrapq.engine.measure import Quality, device_of, forward_logits, measure_sta
 from wrapq.engine.progress import Progress
 from wrapq.engine.record import RunResult, close_record, open_record, record_data, record_failure, tell_problems
 from wrapq.engine.resume import find_unfinished
+from wrapq.engine.samples import calibration_samples, evaluation_samples
 from wrapq.engine.transform import transform
 from wrapq.errors import ModelError, PlanError, Problem
 from wrapq.recipe.compose import compose
@@ -59,14 +59,21 @@ def run(
 
 
 def execute(
-    plan: Plan, settings: Settings, progress: Progress, resume: bool = False, tracker: Tracker | None = None
+    plan: Plan,
+    settings: Settings,
+    progress: Progress,
+    resume: bool = False,
+    tracker: Tracker | None = None,
+    folder: RunFolder | None = None,
+    label: Label = Label(),  # noqa: B008 - immutable
 ) -> RunResult | None:
     """Execute a plan and leave its folder and its tracked run.
 
     Under `torchrun` the processes share the calibration data; the first does all the rest and has the result, None is
     the others'.
 
-    With `resume` the newest run of the recipe that did not finish is taken up after its last finished block.
+    With `resume` the newest run of the recipe that did not finish is taken up after its last finished block; with
+    `folder` the run is made in that one, and taken up if it holds a part of it. `label` tells the run from others.
 
     Whatever happens, the folder says how the run ended and the tracked run is closed; files are whole or absent.
 
@@ -79,14 +86,14 @@ def execute(
     check_streaming(plan, settings, processes)
     device = use_machine(settings, plan.recipe.seed, processes)
     with processes.joined(device):
-        folder = _folder(plan, settings, resume, processes)
+        folder = folder or _folder(plan, settings, resume, processes)
         if processes.rank:
-            _assist(Run(plan, settings, folder, NullTracker(), Progress(), device, processes))
+            _assist(Run(plan, settings, folder, NullTracker(), Progress(), device, processes, label))
             return None
         tracker = tracker or make_tracker(settings)
         with folder.log():
             try:
-                return _execute(Run(plan, settings, folder, tracker, progress, device, processes))
+                return _execute(Run(plan, settings, folder, tracker, progress, device, processes, label))
             except BaseException as error:
                 record_failure(folder, tracker, error)
                 raise
@@ -189,16 +196,11 @@ def _calibrate(run: Run, source: ModelSource, calibration: Samples | None) -> tu
 
 def _read_data(run: Run, tokenizer: Any) -> tuple[Samples | None, Samples]:
     """Calibration samples, None where no stage looks at data, and evaluation samples."""
-    recipe, calibration = run.plan.recipe, None
-    if run.plan.needs_calibration:
-        config = recipe.calibration
-        source = make_source(config.source, config.options)
-        calibration = build_samples(source, tokenizer, config.samples, config.seq_len, config.seed, config.pack)
-        record_data(run, "calibration", source, calibration)
-    measured = recipe.evaluation
-    source = make_source(measured.source, measured.options)
-    windows = max(1, measured.tokens // measured.seq_len)
-    evaluation = build_samples(source, tokenizer, windows, measured.seq_len, seed=None)
+    calibration = None
+    if (found := calibration_samples(run.plan, tokenizer)) is not None:
+        calibration = found[1]
+        record_data(run, "calibration", *found)
+    source, evaluation = evaluation_samples(run.plan, tokenizer)
     record_data(run, "evaluation", source, evaluation)
     if calibration is not None and calibration.digest == evaluation.digest:
         run.note("calibration and evaluation read the same tokens: the quality measured is too good")
