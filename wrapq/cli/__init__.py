@@ -8,11 +8,12 @@ from typing import Any
 import click
 
 import wrapq
+from wrapq.cli.compare import compare, diff, recipe, verify
 from wrapq.cli.library import presets, schema
 from wrapq.cli.records import cache, evaluate, export, ui
 from wrapq.cli.runs import plan, run
 
-_COMMANDS = (run, plan, presets, schema, ui, evaluate, export, cache)
+_COMMANDS = (run, plan, diff, compare, verify, recipe, presets, schema, evaluate, export, ui, cache)
 
 
 def _stop(signum: int, frame: Any) -> None:

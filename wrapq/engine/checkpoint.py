@@ -27,8 +27,8 @@ WEIGHTS, MANIFEST, GENERATION = "model.safetensors", "manifest.json", "generatio
 FORMAT = 1
 
 
-def save_model(model: nn.Module, folder: RunFolder) -> None:
-    """Write a converted transformers model into `folder`: weights, manifest and the model's configuration."""
+def save_model(model: nn.Module, folder: RunFolder) -> str:
+    """Write a converted model into `folder`: weights, manifest and configuration; the digest of its tensors."""
     for module in model.modules():
         if isinstance(module, QuantizedWeight):
             module.forget_kernel()
@@ -49,6 +49,7 @@ def save_model(model: nn.Module, folder: RunFolder) -> None:
     if (generation := getattr(model, "generation_config", None)) is not None:
         folder.write_text(GENERATION, generation.to_json_string())
     folder.write_text(MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    return str(manifest["tensors"])
 
 
 def load(path: str | Path, device: str | torch.device = "cpu", runtime: str = REFERENCE) -> nn.Module:
@@ -109,6 +110,15 @@ def qparams_tensors(model: nn.Module) -> dict[str, Tensor]:
         if isinstance(module, QuantizedModule)
         for key, tensor in (*module.named_buffers(recurse=False), *module.named_parameters(recurse=False))
         if key.endswith(ends)
+    }
+
+
+def module_digests(model: nn.Module) -> dict[str, str]:
+    """For each quantized module, in the model's order, the digest of its tensors."""
+    return {
+        name: tensors_digest(dict(chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))))
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedModule)
     }
 
 

@@ -14,7 +14,7 @@ from wrapq.engine.context import Run
 from wrapq.engine.export import EXPORTS, Exported
 from wrapq.engine.folder import RunFolder
 from wrapq.engine.kernels import KERNELS_FILE
-from wrapq.engine.lock import device_class, environment
+from wrapq.engine.lock import LOCK, device_class, environment
 from wrapq.engine.measure import FLOAT, QUANTIZED, Quality
 from wrapq.engine.resume import Keeper
 from wrapq.recipe.dump import to_yaml
@@ -84,6 +84,8 @@ def close_record(run: Run, quality: Quality, exported: Exported | None) -> RunRe
         "digests": run.digests,
         "notes": run.notes,
         "kernels": run.kernels,
+        "curves": quality.curves,
+        "run_id": run.tracker.run_id,
     }
     if exported is not None:
         sizes[EXPORTS] = exported.size
@@ -110,7 +112,7 @@ def close_record(run: Run, quality: Quality, exported: Exported | None) -> RunRe
 _ARTIFACTS = (
     "recipe.yaml",
     "plan.json",
-    "recipe.lock.yaml",
+    LOCK,
     "manifest.json",
     "modules.json",
     "qparams.safetensors",

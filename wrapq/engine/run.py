@@ -17,12 +17,12 @@ from wrapq.calibration.processes import Processes
 from wrapq.calibration.sources.base import make_source
 from wrapq.calibration.walker import Walker
 from wrapq.engine.calibrate import calibrate, weight_curves
-from wrapq.engine.checkpoint import MANIFEST, WEIGHTS, load, qparams_tensors, save_model, tensors_digest
+from wrapq.engine.checkpoint import MANIFEST, WEIGHTS, load, module_digests, qparams_tensors, save_model, tensors_digest
 from wrapq.engine.context import Run
 from wrapq.engine.export import Exported, export_model
 from wrapq.engine.folder import RunFolder
 from wrapq.engine.kernels import check_kernels, record_kernels
-from wrapq.engine.lock import lock_text
+from wrapq.engine.lock import LOCK, Lock, code_digest, device_class, environment
 from wrapq.engine.measure import Quality, forward_logits, measure_stages
 from wrapq.engine.progress import Progress
 from wrapq.engine.record import RunResult, close_record, open_record, record_data, record_failure
@@ -114,7 +114,7 @@ def _execute(run: Run) -> RunResult:
     with run.step("convert", "Converting"):
         model, outputs = _convert(model, evaluation, run)
     with run.step("save", "Saving and checking the saved model"), run.folder.all_or_none(WEIGHTS, MANIFEST):
-        _save(run, model, walker, source)
+        _save(run, model, walker, source, quality)
         _check_saved(run, evaluation, outputs)
     exported = _export(run, model)
     with run.step("kernels", "Measuring kernels"):
@@ -173,10 +173,10 @@ def _convert(model: nn.Module, samples: Samples, run: Run) -> tuple[nn.Module, T
     return model, after
 
 
-def _save(run: Run, model: nn.Module, walker: Walker, source: ModelSource) -> None:
+def _save(run: Run, model: nn.Module, walker: Walker, source: ModelSource, quality: Quality) -> None:
     qparams = qparams_tensors(model)
     run.digests["qparams"] = tensors_digest(qparams)
-    save_model(model, run.folder)
+    run.digests["tensors"] = save_model(model, run.folder)
     own = {name: tensor.clone() for name, tensor in qparams.items()}  # tied weights share theirs, which a file may not
     run.folder.write("qparams.safetensors", lambda path: save_file(own, path))
     run.folder.write_text("modules.json", json.dumps(walker.reports, indent=1) + "\n")
@@ -184,8 +184,19 @@ def _save(run: Run, model: nn.Module, walker: Walker, source: ModelSource) -> No
     if walker.statistics:
         run.folder.write("statistics.safetensors", lambda path: save_file(walker.statistics, path))
     run.folder.write_files(source.tokenizer().save_pretrained)
-    lock = lock_text(run.plan.recipe.model_dump(mode="json"), run.digests, run.device)
-    run.folder.write_text("recipe.lock.yaml", lock)
+    run.folder.write_text(LOCK, _lock(run, model, quality).to_yaml())
+
+
+def _lock(run: Run, model: nn.Module, quality: Quality) -> Lock:
+    return Lock(
+        recipe=run.plan.recipe,
+        presets=run.plan.presets,
+        digests=run.digests | {"code": code_digest()},
+        environment=environment(),
+        device=device_class(run.device),
+        metrics=quality.stages,
+        modules=module_digests(model),
+    )
 
 
 def _check_saved(run: Run, samples: Samples, outputs: Tensor) -> None:

@@ -92,6 +92,7 @@ def resolve_model(recipe: Recipe, model: nn.Module, stack: Sequence[StackEntry],
         untouched=resolved.untouched,
         stages=stages,
         estimate=estimate(model, resolved.modules, recipe, needs_data),
+        presets=sources.origins(),
     )
     check_export(plan)
     return plan
