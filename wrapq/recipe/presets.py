@@ -58,6 +58,7 @@ class Preset:
     description: str
     origin: str
     path: Path
+    version: str = ""
 
 
 def preset_roots(extra_dirs: Sequence[Path] = ()) -> list[Root]:
@@ -119,12 +120,12 @@ def _presets_of(root: Root) -> Iterator[Preset]:
     for group in GROUPS:
         for name in option_names(root.conf / group):
             path = root.conf / group / f"{name}{SUFFIX}"
-            yield Preset(group, name, _first_comment(path), root.name, path)
+            yield Preset(group, name, _first_comment(path), root.name, path, root.version)
     for name in option_names(root.recipes):
         flat = root.recipes == root.conf
         if not (flat and name.partition("/")[0] in GROUPS):
             path = root.recipes / f"{name}{SUFFIX}"
-            yield Preset("recipe", name, _description(path), root.name, path)
+            yield Preset("recipe", name, _description(path), root.name, path, root.version)
 
 
 def _description(path: Path) -> str:
@@ -136,8 +137,11 @@ def _description(path: Path) -> str:
 
 
 def _first_comment(path: Path) -> str:
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            if line.startswith("#") and not line.startswith(("# @", "# yaml-language-server")):
-                return line.lstrip("# ").strip()
+    try:
+        text = read_document(path, path.name).text
+    except WrapqError:
+        return "(cannot be read)"
+    for line in text.splitlines():
+        if line.startswith("#") and not line.startswith(("# @", "# yaml-language-server")):
+            return line.lstrip("# ").strip()
     return ""
