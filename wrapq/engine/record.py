@@ -16,7 +16,7 @@ from wrapq.engine.export import EXPORTS, Exported
 from wrapq.engine.folder import RunFolder
 from wrapq.engine.goals import Verdict, all_met, figures, judge
 from wrapq.engine.kernels import KERNELS_FILE
-from wrapq.engine.lock import device_class, environment
+from wrapq.engine.lock import LOCK, device_class, environment
 from wrapq.engine.measure import FLOAT, QUANTIZED, Quality
 from wrapq.engine.resume import forget_progress
 from wrapq.pages.run import REPORT, render_run
@@ -102,6 +102,7 @@ def close_record(run: Run, quality: Quality, exported: Exported | None) -> RunRe
         "digests": run.digests,
         "notes": run.notes,
         "kernels": run.kernels,
+        "run_id": run.tracker.run_id,
     }
     bits = run.plan.estimate.bits_per_weight
     reached = figures(quality.stages, sizes, run.seconds, bits)
@@ -158,7 +159,7 @@ _ARTIFACTS = (
     REPORT,
     "recipe.yaml",
     "plan.json",
-    "recipe.lock.yaml",
+    LOCK,
     "manifest.json",
     "modules.json",
     "histograms.json",

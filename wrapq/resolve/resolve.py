@@ -96,6 +96,7 @@ def resolve_model(recipe: Recipe, model: nn.Module, stack: Sequence[StackEntry],
         stages=stages,
         estimate=estimate(model, resolved.modules, recipe, needs_data),
         notes=tuple(transforms.notes),
+        presets=sources.origins(),
     )
     check_export(plan)
     return plan
