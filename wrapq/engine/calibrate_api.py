@@ -48,9 +48,8 @@ def calibrate(
     """Run `batches` through a prepared model and decide all its points by the algorithms of `stack`; then `convert` it.
 
     Weights that multiply no matrix, such as those of norms, embeddings and grouped convolutions, are rounded to nearest
-    where the stack's
-    algorithm needs the statistics of an input. Static activations take the range that their observer finds unless the
-    stack names another algorithm for them.
+    where the stack's algorithm needs the statistics of an input. Static activations take the range that their observer
+    finds unless the stack names another algorithm for them.
 
     Args:
         model: what `prepare` returned.
