@@ -18,7 +18,7 @@ from wrapq.calibration.data import Samples
 from wrapq.calibration.offload import Offload, shared_tensors
 from wrapq.calibration.recall import Recall
 from wrapq.calibration.store import Store
-from wrapq.calibration.walker import Batch, Walker
+from wrapq.calibration.walker import Batch, Schedule, Walker
 from wrapq.engine.context import Run
 from wrapq.engine.lock import code_digest, device_class, environment
 from wrapq.engine.resume import Keeper
@@ -28,10 +28,9 @@ from wrapq.wrappers.model import iter_wrapped
 
 def calibrate(run: Run, model: nn.Module, samples: Samples | None) -> Walker:
     """Decide every point of a wrapped model: round weights, choose activation ranges."""
-    config, runtime = run.plan.recipe.calibration, run.settings.runtime
+    config = run.plan.recipe.calibration
     batches = [] if samples is None else _batches(samples, config.batch_size, run.device)
-    walker = Walker(model, *_algorithms(run.plan))
-    walker.processes = run.processes
+    walker = _walker(run, model, bool(batches))
     keeper = Keeper(run.folder, _fingerprint(run))
     border = keeper.take_up(walker, run.device)
     if border is not None:
@@ -39,13 +38,33 @@ def calibrate(run: Run, model: nn.Module, samples: Samples | None) -> Walker:
     walker.on_hidden = keeper.keep_hidden
     if not run.processes.rank:
         walker.on_border = partial(keeper.keep, walker)
-    if batches and runtime.cache_gb:
-        walker.recall = Recall(Store(run.settings.paths.cache_folder(), runtime.cache_gb * 1e9), _root(run, model))
     title = "Calibrating" if batches else "Rounding weights"
     with run.step("calibrate", title, *walker.steps()) as advance, _offload(run, walker):
         walker.advance = advance
         walker.run(batches, config.schedule, border)
     _tell(run, walker)
+    return walker
+
+
+def calibrate_otherwise(run: Run, model: nn.Module, samples: Samples) -> Schedule:
+    """Decide every point of a wrapped model under the schedule that the recipe does not ask for: which that is.
+
+    Statistics are read from the store and kept there like those of the run itself; nothing is put aside for resuming.
+    """
+    config = run.plan.recipe.calibration
+    other: Schedule = "parallel" if config.schedule == "sequential" else "sequential"
+    walker = _walker(run, model, looks_at_data=True)
+    with run.step("calibrate_otherwise", f"Calibrating {other}", *walker.steps()) as advance, _offload(run, walker):
+        walker.advance = advance
+        walker.run(_batches(samples, config.batch_size, run.device), other)
+    return other
+
+
+def _walker(run: Run, model: nn.Module, looks_at_data: bool) -> Walker:
+    walker, runtime = Walker(model, *_algorithms(run.plan)), run.settings.runtime
+    walker.processes = run.processes
+    if looks_at_data and runtime.cache_gb:
+        walker.recall = Recall(Store(run.settings.paths.cache_folder(), runtime.cache_gb * 1e9), _root(run, model))
     return walker
 
 

@@ -16,14 +16,14 @@ from wrapq.calibration.data import Samples, build_samples
 from wrapq.calibration.processes import Processes
 from wrapq.calibration.sources.base import make_source
 from wrapq.calibration.walker import Walker
-from wrapq.engine.calibrate import calibrate, weight_curves
+from wrapq.engine.calibrate import calibrate, calibrate_otherwise, weight_curves
 from wrapq.engine.checkpoint import MANIFEST, WEIGHTS, load, qparams_tensors, save_model, tensors_digest
 from wrapq.engine.context import Run
 from wrapq.engine.export import Exported, export_model
 from wrapq.engine.folder import RunFolder
 from wrapq.engine.kernels import check_kernels, record_kernels
 from wrapq.engine.lock import lock_text
-from wrapq.engine.measure import Quality, forward_logits, measure_stages
+from wrapq.engine.measure import QUANTIZED, Quality, forward_logits, measure_stages
 from wrapq.engine.progress import Progress
 from wrapq.engine.record import RunResult, close_record, open_record, record_data, record_failure, tell_problems
 from wrapq.engine.resume import find_unfinished
@@ -98,8 +98,9 @@ def _folder(plan: Plan, settings: Settings, resume: bool, processes: Processes) 
 def _assist(run: Run) -> None:
     """The part of a process that only walks its share of the calibration data."""
     source = ModelSource(run.plan.recipe.model, run.settings.runtime.trust_remote_code)
-    calibration, _ = _read_data(run, source.tokenizer())
+    calibration, evaluation = _read_data(run, source.tokenizer())
     _calibrate(run, source, calibration)
+    _compare_schedules(run, source, calibration, evaluation, None)
 
 
 def _execute(run: Run) -> RunResult:
@@ -112,6 +113,7 @@ def _execute(run: Run) -> RunResult:
         tell_problems(run)
     model, walker = _calibrate(run, source, calibration)
     quality = _measure(run, model, evaluation)
+    _compare_schedules(run, source, calibration, evaluation, quality)
     with run.step("convert", "Converting"):
         model, outputs = _convert(model, evaluation, run)
     with run.step("save", "Saving and checking the saved model"), run.folder.all_or_none(WEIGHTS, MANIFEST):
@@ -158,6 +160,24 @@ def _measure(run: Run, model: nn.Module, samples: Samples) -> Quality:
         run.tracker.metrics({f"{stage}/{name}": value for name, value in metrics.items() if name != "tokens"})
     run.tracker.curves(quality.curves)
     return quality
+
+
+def _compare_schedules(
+    run: Run, source: ModelSource, calibration: Samples | None, evaluation: Samples, quality: Quality | None
+) -> None:
+    """State what the recipe's schedule costs or gains next to the other one, where it asks for that."""
+    recipe = run.plan.recipe
+    if calibration is None or not recipe.evaluation.compare_schedules:
+        return
+    model = wrap_model(source.load(run.device), run.plan.specs())
+    other = calibrate_otherwise(run, model, calibration)
+    if quality is None:
+        return
+    with run.step("evaluate_otherwise", f"Measuring quality with {other} calibration"):
+        found = measure_stages(model, evaluation, recipe.evaluation.batch_size, lambda: None).stages[QUANTIZED]
+    run.tracker.metrics({f"{other}/{name}": value for name, value in found.items() if name != "tokens"})
+    said = {recipe.calibration.schedule: quality.stages[QUANTIZED], other: found}
+    run.note("; ".join(f"{name}: perplexity {m['perplexity']:.3f}, KL {m['kl']:.5f}" for name, m in said.items()))
 
 
 def _convert(model: nn.Module, samples: Samples, run: Run) -> tuple[nn.Module, Tensor]:
