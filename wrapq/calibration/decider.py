@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import cast
 
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from wrapq.calibration.algorithm import RangeSetter, Rounded, Rounder
 from wrapq.calibration.processes import Processes
@@ -47,7 +48,8 @@ class Decider:
         self.modules: dict[Quantizer, QuantModuleBase] = {
             quantizer: module for _, module in iter_wrapped(model) for quantizer in module.point_quantizers().values()
         }
-        self._tied: dict[tuple[int, str], Rounded] = {}
+        # a weight that is released takes its entry with it, and none that takes its place in memory is mistaken for it
+        self._tied: MutableMapping[Tensor, dict[str, Rounded]] = WeakTensorKeyDictionary()
         self._since = 0.0
 
     def points(self) -> Iterator[Quantizer]:
@@ -90,8 +92,8 @@ class Decider:
 
     def _round(self, quantizer: WeightQuantizer) -> None:
         module, where = self.modules[quantizer], quantizer.where
-        key = (module.float_weight().data_ptr(), str(quantizer.spec))  # tied weights share their integers
-        if key not in self._tied:
+        tied = self._tied.setdefault(module.float_weight(), {})  # tied weights share their integers
+        if (spec := str(quantizer.spec)) not in tied:
             weight = module.float_matrix()
             statistics = self._inputs(quantizer, weight.shape[1]) if self.needs(quantizer) else None
             try:
@@ -100,9 +102,9 @@ class Decider:
                 self.fallbacks.append(str(error))
                 qparams = observe_tensor(weight, quantizer.spec, where)
                 rounded = Rounded(qparams.quantize(weight), qparams, {"fallback": 1.0})
-            self._tied[key] = rounded
+            tied[spec] = rounded
             self.reports[where] = rounding_report(weight, rounded, statistics)
-        quantizer.set_rounded(self._tied[key].integers, self._tied[key].qparams)
+        quantizer.set_rounded(tied[spec].integers, tied[spec].qparams)
 
     def _inputs(self, quantizer: WeightQuantizer, columns: int) -> InputStatistics:
         """What all processes gathered for the weight; it is put together once for all weights that share it."""

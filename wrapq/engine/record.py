@@ -9,14 +9,14 @@ from pathlib import Path
 
 from wrapq.calibration.data import Samples
 from wrapq.calibration.sources.base import Source
-from wrapq.engine.checkpoint import WEIGHTS
+from wrapq.engine.checkpoint import weight_files
 from wrapq.engine.context import Run
 from wrapq.engine.export import EXPORTS, Exported
 from wrapq.engine.folder import RunFolder
 from wrapq.engine.kernels import KERNELS_FILE
 from wrapq.engine.lock import device_class, environment
 from wrapq.engine.measure import FLOAT, QUANTIZED, Quality
-from wrapq.engine.resume import Keeper
+from wrapq.engine.resume import forget_progress
 from wrapq.recipe.dump import to_yaml
 from wrapq.tracking import Tracker
 
@@ -83,7 +83,10 @@ def tell_problems(run: Run) -> None:
 
 def close_record(run: Run, quality: Quality, exported: Exported | None) -> RunResult:
     """Write down how the run ended; its result."""
-    sizes = {FLOAT: run.plan.estimate.float_bytes, QUANTIZED: (run.folder.path / WEIGHTS).stat().st_size}
+    sizes = {
+        FLOAT: run.plan.estimate.float_bytes,
+        QUANTIZED: sum(file.stat().st_size for file in weight_files(run.folder.path)),
+    }
     facts = {
         "stages": quality.stages,
         "sizes": sizes,
@@ -108,7 +111,7 @@ def close_record(run: Run, quality: Quality, exported: Exported | None) -> RunRe
     run.tracker.finish()
     tell_problems(run)
     run_id, url = run.tracker.run_id, run.tracker.run_url
-    Keeper(run.folder, {}).clear()
+    forget_progress(run.folder)
     return RunResult(
         run.folder.path,
         quality.stages,

@@ -34,6 +34,8 @@ def plan_tables(plan: Plan, full: bool = False) -> Iterator[RenderableType]:
     if plan.untouched:
         yield _untouched(plan, prefix)
     yield _stages(plan)
+    if plan.notes:
+        yield Text("\n".join(f"note: {note}" for note in plan.notes))
     if (exporter := make_exporter(plan.recipe.export)) is not None:
         yield _export(plan, exporter)
     yield _estimates(plan)
@@ -69,7 +71,7 @@ def _stages(plan: Plan) -> Table:
             stage.name,
             _called(stage.algorithm, stage.options),
             stage.phase,
-            f"{len(stage.targets)} points",
+            f"{len(stage.targets)} {'places' if stage.phase == 'transform' else 'points'}",
             needs,
             stage.source,
         )
