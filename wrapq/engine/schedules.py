@@ -9,6 +9,7 @@ from wrapq.calibration.walker import Schedule
 from wrapq.engine.calibrate import make_batches, make_walker, offloading
 from wrapq.engine.context import Run
 from wrapq.engine.measure import QUANTIZED, Quality, measure_stages
+from wrapq.engine.transform import transform
 from wrapq.resolve.model import ModelSource
 from wrapq.wrappers.model import wrap_model
 
@@ -20,7 +21,9 @@ def compare_schedules(
     recipe = run.plan.recipe
     if calibration is None or not recipe.evaluation.compare_schedules:
         return
-    model = wrap_model(source.load(run.device), run.plan.specs())
+    model = source.load(run.device)
+    transform(run, model, source, calibration)
+    model = wrap_model(model, run.plan.specs())
     other = _calibrate_otherwise(run, model, calibration)
     if quality is None:
         return
