@@ -49,6 +49,9 @@ def check_streaming(plan: Plan, settings: Settings, processes: Processes) -> Non
     if plan.recipe.export.format != NONE:
         what = f"the export {plan.recipe.export.format} is made and compared with the whole model in memory"
         problems.append((what, "leave the export to `wrapq export`, where there is memory"))
+    if plan.recipe.evaluation.compare_schedules:
+        what = "the result of the other schedule is held in memory"
+        problems.append((what, "set evaluation.compare_schedules=false, or use runtime.load=whole"))
     if processes.count > 1:
         problems.append(("several processes cannot stream one model yet", "use one process, or runtime.load=whole"))
     if any(stage.phase == "transform" for stage in plan.stages):

@@ -24,6 +24,7 @@ from wrapq.engine.progress import Progress
 from wrapq.engine.record import RunResult, close_record, open_record, record_data, record_failure, tell_problems
 from wrapq.engine.resume import find_unfinished
 from wrapq.engine.samples import calibration_samples, evaluation_samples
+from wrapq.engine.schedules import compare_schedules
 from wrapq.engine.transform import transform
 from wrapq.errors import ModelError
 from wrapq.recipe.compose import compose
@@ -103,8 +104,9 @@ def _folder(plan: Plan, settings: Settings, resume: bool, processes: Processes) 
 def _assist(run: Run) -> None:
     """The part of a process that only walks its share of the calibration data."""
     source = ModelSource(run.plan.recipe.model, run.settings.runtime.trust_remote_code)
-    calibration, _ = _read_data(run, source.tokenizer())
+    calibration, evaluation = _read_data(run, source.tokenizer())
     _calibrate(run, source, calibration)
+    compare_schedules(run, source, calibration, evaluation, None)
 
 
 def _execute(run: Run) -> RunResult:
@@ -117,6 +119,7 @@ def _execute(run: Run) -> RunResult:
         tell_problems(run)
     model, walker = _calibrate(run, source, calibration)
     quality = _measure(run, walker, evaluation)
+    compare_schedules(run, source, calibration, evaluation, quality)
     exported = None
     if run.streaming:
         finish_blockwise(run, walker, source, evaluation, quality)

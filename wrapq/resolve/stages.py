@@ -48,9 +48,11 @@ def check_stack(recipe: Recipe, sources: Sources) -> tuple[list[StackEntry], lis
             valid = [*algorithm.Options.model_fields, *Stage.model_fields]
             problems += option_problems(error, f"stack.{name}", valid, stage.algorithm, sources)
             continue
-        if "cross" in algorithm(options).needs and recipe.calibration.schedule == "parallel":
+        parallel = recipe.calibration.schedule == "parallel"
+        if "cross" in algorithm(options).needs and (parallel or recipe.evaluation.compare_schedules):
             what = "asymmetric calibration looks at what the quantized blocks before give, and parallel runs none"
-            remedy = "set calibration.schedule=sequential"
+            said = "calibration.schedule=sequential" if parallel else "evaluation.compare_schedules=false"
+            remedy = f"set {said}"
             problems.append(Problem(sources.where(f"stack.{name}"), what, (), remedy))
         for rule in stage.rules or ():
             if rule not in recipe.rules:
