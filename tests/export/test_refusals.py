@@ -105,10 +105,6 @@ def test_mixtures_that_fuse_nothing_are_no_matter() -> None:
             cache_of("int8:tensor"),
             "vLLM's quantized cache is fp8_e4m3, with one scale by tensor or head",
         ),
-        "global scales of their own": (
-            weights("nvfp4", "model.dtype=bfloat16"),
-            "model.layers.0.self_attn and 3 more: vLLM reads one NVFP4 global scale for q_proj, k_proj and v_proj",
-        ),
         "fp4 in float32": (
             weights("nvfp4"),
             """compressed-tensors unpacks nvfp4-pack-quantized to bfloat16, which a model in float32 cannot multiply

@@ -28,6 +28,7 @@ from wrapq.observers.base import Observer, observe_tensor
 from wrapq.wrappers.base import QuantModuleBase
 from wrapq.wrappers.model import iter_wrapped
 from wrapq.wrappers.quantizer import Quantizer, State, WeightQuantizer
+from wrapq.wrappers.siblings import sharing_global_scale
 
 Schedule = Literal["sequential", "parallel"]
 __all__ = ["Batch", "Schedule", "Walker"]
@@ -265,12 +266,13 @@ class Walker:
         if key not in self._tied:
             weight = module.float_matrix()
             hessian = self._hessian(quantizer, weight.shape[1]) if self.needs(quantizer) else None
-            try:
-                rounded = self.rounders[where].round(weight, quantizer.spec, where, hessian)
-            except UnusableHessianError as error:
-                self.fallbacks.append(str(error))
-                qparams = observe_tensor(weight, quantizer.spec, where)
-                rounded = Rounded(qparams.quantize(weight), qparams, {"fallback": 1.0})
+            with sharing_global_scale(where.removesuffix(".weight"), self.wrapped):
+                try:
+                    rounded = self.rounders[where].round(weight, quantizer.spec, where, hessian)
+                except UnusableHessianError as error:
+                    self.fallbacks.append(str(error))
+                    qparams = observe_tensor(weight, quantizer.spec, where)
+                    rounded = Rounded(qparams.quantize(weight), qparams, {"fallback": 1.0})
             self._tied[key] = rounded
             self.reports[where] = rounding_report(weight, rounded, hessian)
         quantizer.set_rounded(self._tied[key].integers, self._tied[key].qparams)

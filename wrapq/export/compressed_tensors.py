@@ -22,7 +22,7 @@ from wrapq.export.checks import VLLM, Translation, translate
 from wrapq.export.reload import PLAIN, read
 from wrapq.export.scheme import DENSE, MIXED, Args, Scheme
 from wrapq.export.tensors import CACHE_NAMES, activation_tensors, linear_tensors
-from wrapq.export.vllm import linear_note
+from wrapq.export.vllm import linear_note, unequal_global_scales
 from wrapq.resolve.exporter import EXPORTERS, Exporter, Folder, Reading
 from wrapq.resolve.plan import Plan
 from wrapq.runtime.module import QuantizedModule, QuantizedWeight
@@ -87,6 +87,8 @@ class CompressedTensors(Exporter):
         if said.problems:
             raise PlanError(said.problems)
         tensors = _tensors(model, said.schemes, getattr(torch, plan.recipe.model.dtype))
+        if self.options.reader == VLLM and (wrong := next(unequal_global_scales(tensors), None)):
+            raise ModelError(f"{wrong}: run the recipe again, or give vLLM up with export.reader=transformers")
         folder.write(WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
         config = json.loads(cast(Any, model).config.to_json_string())
         config.pop("_name_or_path", None)  # where the float model lay on this machine
