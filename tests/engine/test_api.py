@@ -265,3 +265,23 @@ def test_overrides_alone_quantize_what_they_name():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     prepared = prepare(model, PTQConfig(None, None, {"1": {"weight": "int8:channel", "input": None}}))
     assert [name for name, _ in iter_wrapped(prepared)] == ["1"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("int8:channel@-1", "that axis of input is as long as the data: use channel@-3, or tensor"),
+        ("int8:channel@1", "use channel@-3"),
+        ("int8:g8", "the last axis of input is as long as the data, so it has no groups"),
+        ("int8:head", "one scale for each attention head"),
+    ],
+)
+def test_images_have_their_channels_before_their_sides(spec: str, said: str):
+    with pytest.raises(PlanError, match=said):
+        prepare(SmallCNN(), PTQConfig(None, None, {"conv1": {"input": spec}}))
+
+
+def test_one_range_for_each_channel_of_images():
+    prepared = prepare(SmallCNN().eval(), PTQConfig(None, None, {"conv1": {"input": "int8:channel@-3"}}))
+    prepared(torch.randn(2, 3, 16, 16))
+    assert convert(prepared).conv1.input_scale.shape == (1, 3, 1, 1)

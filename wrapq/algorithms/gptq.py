@@ -15,7 +15,8 @@ from torch import Tensor
 
 from wrapq.algorithms.seqmse import search_ranges, unread_observer
 from wrapq.calibration.algorithm import ALGORITHMS, Rounded, Rounder
-from wrapq.calibration.hessian import Factor, Hessian
+from wrapq.calibration.factor import Factor
+from wrapq.calibration.statistics import InputStatistics
 from wrapq.observers.base import observe_tensor
 from wrapq.quant.affine import quantize_elements, round_to_grid
 from wrapq.quant.qparams import QParams
@@ -59,14 +60,16 @@ class GPTQ(Rounder):
         """See `Rounder.unsupported`."""
         return unread_observer(spec) if self.options.ranges == "hessian" else None
 
-    def round(self, weight: Tensor, spec: QuantSpec, where: str, hessian: Hessian | None = None) -> Rounded:
+    def round(self, weight: Tensor, spec: QuantSpec, where: str, statistics: InputStatistics | None = None) -> Rounded:
         """See `Rounder.round`."""
-        hessian = hessian or Hessian()
-        factor = hessian.factor(self.options.damp, self.options.act_order, where)
-        if self.options.asymmetric and hessian.cross is not None:
-            weight = weight + self.options.asymmetric * input_correction(weight, hessian.cross.float(), factor)
+        statistics = statistics or InputStatistics()
+        factor = statistics.factor(self.options.damp, self.options.act_order, where)
+        if self.options.asymmetric and "cross" in statistics.sums:
+            weight = weight + self.options.asymmetric * input_correction(
+                weight, statistics.sums["cross"].float(), factor
+            )
         if self.options.ranges == "hessian":
-            qparams = search_ranges(weight, spec, hessian.check(where).float(), where)
+            qparams = search_ranges(weight, spec, statistics.get("hessian", where).float(), where)
         else:
             qparams = observe_tensor(weight, spec, where)
         report = {"damp": factor.damp, "dead_columns": float(factor.dead.sum())}

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from wrapq.calibration.algorithm import ALGORITHMS, Rounded, Rounder
-from wrapq.calibration.hessian import Hessian
+from wrapq.calibration.statistics import InputStatistics
 from wrapq.observers.base import checked_qparams
 from wrapq.observers.mse import MX_FACTORS
 from wrapq.quant.affine import range_to_qparams, reduce_range, scale_shape
@@ -48,9 +48,9 @@ class SeqMSE(Rounder):
         """See `Rounder.unsupported`."""
         return unread_observer(spec)
 
-    def round(self, weight: Tensor, spec: QuantSpec, where: str, hessian: Hessian | None = None) -> Rounded:
+    def round(self, weight: Tensor, spec: QuantSpec, where: str, statistics: InputStatistics | None = None) -> Rounded:
         """See `Rounder.round`."""
-        matrix = (hessian or Hessian()).check(where)
+        matrix = (statistics or InputStatistics()).get("hessian", where)
         qparams = search_ranges(weight, spec, matrix, where, self.options.candidates, self.options.smallest)
         return Rounded(qparams.quantize(weight), qparams)
 

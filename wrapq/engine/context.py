@@ -36,6 +36,11 @@ class Run:
     notes: list[str] = field(default_factory=list)
     kernels: str = ""
 
+    @property
+    def streaming(self) -> bool:
+        """Whether the model's blocks are brought into memory one at a time."""
+        return self.settings.runtime.load == "streaming"
+
     @contextmanager
     def step(self, name: str, title: str, total: int | None = None, unit: str = "") -> Iterator[Callable[[], None]]:
         """A step of the run, timed and shown."""

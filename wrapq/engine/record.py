@@ -9,14 +9,14 @@ from pathlib import Path
 
 from wrapq.calibration.data import Samples
 from wrapq.calibration.sources.base import Source
-from wrapq.engine.checkpoint import WEIGHTS
+from wrapq.engine.checkpoint import weight_files
 from wrapq.engine.context import Run
 from wrapq.engine.export import EXPORTS, Exported
 from wrapq.engine.folder import RunFolder
 from wrapq.engine.kernels import KERNELS_FILE
 from wrapq.engine.lock import device_class, environment
 from wrapq.engine.measure import FLOAT, QUANTIZED, Quality
-from wrapq.engine.resume import Keeper
+from wrapq.engine.resume import forget_progress
 from wrapq.recipe.dump import to_yaml
 from wrapq.tracking import Tracker
 
@@ -62,7 +62,7 @@ def open_record(run: Run) -> None:
     versions = {f"version.{name}": version for name, version in environment().items()}
     tags = {"recipe": recipe.name, "description": recipe.description, "folder": str(run.folder.path.resolve())}
     tags |= {**versions, "device": device_class(run.device), **_digest_tags(run)}
-    run.tracker.start(recipe.name, tags, recipe.model_dump(), wait=False)
+    run.tracker.start(recipe.name, tags, recipe.model_dump(), run.folder.path, wait=False)
 
 
 def record_data(run: Run, context: str, source: Source, samples: Samples) -> None:
@@ -74,9 +74,19 @@ def record_data(run: Run, context: str, source: Source, samples: Samples) -> Non
     run.tracker.dataset(source.describe(), samples.digest, source.describe(), context, profile)
 
 
+def tell_problems(run: Run) -> None:
+    """Say what the tracker could not record, once."""
+    for problem in run.tracker.problems:
+        if (text := f"tracking: {problem}") not in run.notes:
+            run.note(text)
+
+
 def close_record(run: Run, quality: Quality, exported: Exported | None) -> RunResult:
     """Write down how the run ended; its result."""
-    sizes = {FLOAT: run.plan.estimate.float_bytes, QUANTIZED: (run.folder.path / WEIGHTS).stat().st_size}
+    sizes = {
+        FLOAT: run.plan.estimate.float_bytes,
+        QUANTIZED: sum(file.stat().st_size for file in weight_files(run.folder.path)),
+    }
     facts = {
         "stages": quality.stages,
         "sizes": sizes,
@@ -98,12 +108,21 @@ def close_record(run: Run, quality: Quality, exported: Exported | None) -> RunRe
     for name in _ARTIFACTS:
         if (run.folder.path / name).exists():
             run.tracker.artifact(run.folder.path / name)
-    run_id, url = run.tracker.run_id, run.tracker.run_url
     run.tracker.finish()
-    Keeper(run.folder, {}).clear()
-    notes = (*run.notes, *run.tracker.problems)
+    tell_problems(run)
+    run_id, url = run.tracker.run_id, run.tracker.run_url
+    forget_progress(run.folder)
     return RunResult(
-        run.folder.path, quality.stages, sizes, run.seconds, run.digests, notes, run_id, url, exported, run.kernels
+        run.folder.path,
+        quality.stages,
+        sizes,
+        run.seconds,
+        run.digests,
+        tuple(run.notes),
+        run_id,
+        url,
+        exported,
+        run.kernels,
     )
 
 

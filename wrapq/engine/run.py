@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +14,30 @@ from torch import Tensor, nn
 
 from wrapq.calibration.data import Samples, build_samples
 from wrapq.calibration.processes import Processes
+from wrapq.calibration.residency import Residency, run_blockwise
 from wrapq.calibration.sources.base import make_source
 from wrapq.calibration.walker import Walker
-from wrapq.engine.calibrate import calibrate, weight_curves
+from wrapq.engine.blockwise import blockwise_files, load_blockwise, save_blockwise
+from wrapq.engine.calibrate import calibrate, offloading, weight_curves
 from wrapq.engine.checkpoint import MANIFEST, WEIGHTS, load, qparams_tensors, save_model, tensors_digest
 from wrapq.engine.context import Run
 from wrapq.engine.export import Exported, export_model
 from wrapq.engine.folder import RunFolder
 from wrapq.engine.kernels import check_kernels, record_kernels
 from wrapq.engine.lock import lock_text
-from wrapq.engine.measure import Quality, forward_logits, measure_stages
+from wrapq.engine.measure import Quality, device_of, forward_logits, measure_stages
 from wrapq.engine.progress import Progress
-from wrapq.engine.record import RunResult, close_record, open_record, record_data, record_failure
+from wrapq.engine.record import RunResult, close_record, open_record, record_data, record_failure, tell_problems
 from wrapq.engine.resume import find_unfinished
-from wrapq.errors import ModelError
+from wrapq.engine.transform import transform
+from wrapq.errors import ModelError, PlanError, Problem
 from wrapq.recipe.compose import compose
 from wrapq.recipe.schema import Settings
 from wrapq.resolve.exporter import NONE
 from wrapq.resolve.model import ModelSource
 from wrapq.resolve.plan import Plan
 from wrapq.resolve.resolve import resolve
+from wrapq.runtime.kernel import REFERENCE
 from wrapq.tracking import Tracker, make_tracker
 from wrapq.tracking.null import NullTracker
 from wrapq.wrappers.model import convert_model, wrap_model
@@ -71,6 +75,7 @@ def execute(
     """
     check_kernels(settings.runtime.kernels)
     processes = Processes.from_environment()
+    check_streaming(plan, settings, processes)
     device = use_machine(settings, plan.recipe.seed, processes)
     with processes.joined(device):
         folder = _folder(plan, settings, resume, processes)
@@ -84,6 +89,27 @@ def execute(
             except BaseException as error:
                 record_failure(folder, tracker, error)
                 raise
+
+
+def check_streaming(plan: Plan, settings: Settings, processes: Processes) -> None:
+    """Raise `PlanError` where the settings ask for streaming and it cannot be done."""
+    if settings.runtime.load != "streaming":
+        return
+    problems = []
+    if not plan.model.block_count:
+        problems.append((f"{plan.model.type} has no repeated blocks to bring in one at a time", "leave it out"))
+    if plan.recipe.export.format != NONE:
+        what = f"the export {plan.recipe.export.format} is made and compared with the whole model in memory"
+        problems.append((what, "leave the export to `wrapq export`, where there is memory"))
+    if any(stage.phase == "transform" for stage in plan.stages):
+        problems.append(("transforms change the model as a whole", "leave them out, or use runtime.load=whole"))
+    if processes.count > 1:
+        problems.append(("several processes cannot stream one model yet", "use one process, or runtime.load=whole"))
+    if any(stage.phase == "transform" for stage in plan.stages):
+        what = "transforms change the float model as a whole before the first block is calibrated"
+        problems.append((what, "leave runtime.load as it is, or remove the transforms"))
+    if problems:
+        raise PlanError([Problem("runtime.load", f"streaming: {what}", (), remedy) for what, remedy in problems])
 
 
 def _folder(plan: Plan, settings: Settings, resume: bool, processes: Processes) -> RunFolder:
@@ -108,27 +134,55 @@ def _execute(run: Run) -> RunResult:
     open_record(run)
     with run.step("data", "Reading data"):
         calibration, evaluation = _read_data(run, source.tokenizer())
-        run.tracker.ready()  # opened beside the reading; a store that cannot be opened must not cost a calibration
+        run.tracker.ready()  # opened beside the reading; a store that refuses the run must not cost a calibration
+        tell_problems(run)
     model, walker = _calibrate(run, source, calibration)
-    quality = _measure(run, model, evaluation)
-    with run.step("convert", "Converting"):
-        model, outputs = _convert(model, evaluation, run)
-    with run.step("save", "Saving and checking the saved model"), run.folder.all_or_none(WEIGHTS, MANIFEST):
-        _save(run, model, walker, source)
-        _check_saved(run, evaluation, outputs)
-    exported = _export(run, model)
-    with run.step("kernels", "Measuring kernels"):
-        run.kernels = record_kernels(model, run.settings.runtime.kernels, run.folder, run.tracker)
+    quality = _measure(run, walker, evaluation)
+    if run.streaming:
+        exported = None
+        _finish_blockwise(run, walker, source, evaluation)
+    else:
+        exported = _finish(run, model, walker, source, evaluation)
     run.seconds["total"] = time.perf_counter() - start
     return close_record(run, quality, exported)
 
 
+def _finish(run: Run, model: nn.Module, walker: Walker, source: ModelSource, evaluation: Samples) -> Exported | None:
+    """Convert, save, check, export, and measure kernels."""
+    with run.step("convert", "Converting"):
+        model, outputs = _convert(model, evaluation, run)
+    with run.step("save", "Saving and checking the saved model"), run.folder.all_or_none(MANIFEST, WEIGHTS):
+        save_model(model, run.folder)
+        _save_record(run, qparams_tensors(model), walker, source)
+        _check_saved(run, _first_logits(load(run.folder.path, run.device), evaluation), outputs)
+    exported = _export(run, model)
+    with run.step("kernels", "Measuring kernels"):
+        run.kernels = record_kernels(model, run.settings.runtime.kernels, run.folder, run.tracker)
+    return exported
+
+
+def _finish_blockwise(run: Run, walker: Walker, source: ModelSource, evaluation: Samples) -> None:
+    """Convert, save and check, one block at a time; what is saved must have the outputs of the model it comes from."""
+    with run.step("convert", "Computing what the saved model must give"):
+        outputs = _first_logits(walker.model, evaluation, walker.residency)
+        run.digests["outputs"] = tensors_digest({"logits": outputs})
+    files = blockwise_files(walker.blocks)
+    with run.step("save", "Converting, saving and checking block by block"), run.folder.all_or_none(MANIFEST, *files):
+        qparams = save_blockwise(walker.model, walker.residency, run.folder)
+        _save_record(run, qparams, walker, source)
+        saved, residency = load_blockwise(run.folder.path, run.device, walker.blocks)
+        _check_saved(run, _first_logits(saved, evaluation, residency), outputs)
+    if run.settings.runtime.kernels != REFERENCE:
+        run.note("kernels are not measured where blocks are streamed; wrapq.load(..., runtime='auto') measures them")
+
+
 def _calibrate(run: Run, source: ModelSource, calibration: Samples | None) -> tuple[nn.Module, Walker]:
     with run.step("load", "Loading the model"):
-        model = source.load(run.device)
+        model, weights = source.open_blocks(run.device) if run.streaming else (source.load(run.device), None)
         run.digests["model"] = source.digest()
-        model = wrap_model(model, run.plan.specs())
-    return model, calibrate(run, model, calibration)
+    transform(run, model, source, calibration)
+    model = wrap_model(model, run.plan.specs())
+    return model, calibrate(run, model, calibration, weights)
 
 
 def _read_data(run: Run, tokenizer: Any) -> tuple[Samples | None, Samples]:
@@ -149,10 +203,11 @@ def _read_data(run: Run, tokenizer: Any) -> tuple[Samples | None, Samples]:
     return calibration, evaluation
 
 
-def _measure(run: Run, model: nn.Module, samples: Samples) -> Quality:
+def _measure(run: Run, walker: Walker, samples: Samples) -> Quality:
     size = run.plan.recipe.evaluation.batch_size
-    with run.step("evaluate", "Measuring quality", -(-len(samples.input_ids) // size), "batch") as advance:
-        quality = measure_stages(model, samples, size, advance)
+    steps = (walker.blocks.count, "block") if run.streaming else (-(-len(samples.input_ids) // size), "batch")
+    with run.step("evaluate", "Measuring quality", *steps) as advance, offloading(run, walker) as offload:
+        quality = measure_stages(walker.model, samples, size, advance, walker.residency, offload)
     for stage, metrics in quality.stages.items():
         run.tracker.metrics({f"{stage}/{name}": value for name, value in metrics.items() if name != "tokens"})
     run.tracker.curves(quality.curves)
@@ -173,10 +228,9 @@ def _convert(model: nn.Module, samples: Samples, run: Run) -> tuple[nn.Module, T
     return model, after
 
 
-def _save(run: Run, model: nn.Module, walker: Walker, source: ModelSource) -> None:
-    qparams = qparams_tensors(model)
+def _save_record(run: Run, qparams: Mapping[str, Tensor], walker: Walker, source: ModelSource) -> None:
+    """What is written beside the model's own files."""
     run.digests["qparams"] = tensors_digest(qparams)
-    save_model(model, run.folder)
     own = {name: tensor.clone() for name, tensor in qparams.items()}  # tied weights share theirs, which a file may not
     run.folder.write("qparams.safetensors", lambda path: save_file(own, path))
     run.folder.write_text("modules.json", json.dumps(walker.reports, indent=1) + "\n")
@@ -188,10 +242,10 @@ def _save(run: Run, model: nn.Module, walker: Walker, source: ModelSource) -> No
     run.folder.write_text("recipe.lock.yaml", lock)
 
 
-def _check_saved(run: Run, samples: Samples, outputs: Tensor) -> None:
+def _check_saved(run: Run, outputs: Tensor, expected: Tensor) -> None:
     """The files give back the model, to the bit."""
-    if not torch.equal(_first_logits(load(run.folder.path, run.device), samples), outputs):
-        raise ModelError(f"{run.folder.path / WEIGHTS} loads as a model with other outputs; this is a defect of wrapq")
+    if not torch.equal(outputs, expected):
+        raise ModelError(f"{run.folder.path} loads as a model with other outputs; this is a defect of wrapq")
 
 
 def _export(run: Run, model: nn.Module) -> Exported | None:
@@ -204,11 +258,20 @@ def _export(run: Run, model: nn.Module) -> Exported | None:
     return exported
 
 
-def _first_logits(model: nn.Module, samples: Samples) -> Tensor:
+@torch.no_grad()
+def _first_logits(model: nn.Module, samples: Samples, residency: Residency | None = None) -> Tensor:
+    """The logits [1, T, V] of the first sample."""
     ids, mask = next(samples.batches(1))
-    device = next(model.parameters()).device
-    with torch.no_grad():
-        return forward_logits(model, ids.to(device), None if mask is None else mask.to(device)).cpu()
+    device, logits = device_of(model), []
+
+    def forward() -> None:
+        logits.append(forward_logits(model, ids.to(device), None if mask is None else mask.to(device)).cpu())
+
+    if residency is None:
+        forward()
+    else:
+        run_blockwise(model, residency, [forward])
+    return logits[0]
 
 
 def use_machine(settings: Settings, seed: int, processes: Processes | None = None) -> torch.device:

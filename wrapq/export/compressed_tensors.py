@@ -7,6 +7,7 @@ under the names of the library. Embeddings and norms stay as they are.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,7 +23,7 @@ from wrapq.export.checks import VLLM, Translation, translate
 from wrapq.export.reload import PLAIN, read
 from wrapq.export.scheme import DENSE, MIXED, Args, Scheme
 from wrapq.export.tensors import CACHE_NAMES, activation_tensors, linear_tensors
-from wrapq.export.vllm import linear_note, unequal_global_scales
+from wrapq.export.vllm import describe, linear_note, unequal_global_scales, words
 from wrapq.resolve.exporter import EXPORTERS, Exporter, Folder, Reading
 from wrapq.resolve.plan import Plan
 from wrapq.runtime.module import QuantizedModule, QuantizedWeight
@@ -102,6 +103,16 @@ class CompressedTensors(Exporter):
         if not logits:
             raise ModelError(f"transformers does not load the export: {reason}")
         return reading(logits)
+
+    def layers(self, plan: Plan) -> Iterable[str]:
+        """See `Exporter.layers`."""
+        said = self._translate(plan)
+        schemes = {scheme.key: scheme for scheme in said.schemes.values()}
+        counts = Counter(scheme.key for scheme in said.schemes.values())
+        for key, scheme in schemes.items():
+            yield f"{scheme.format}: {counts[key]} layers, {describe(scheme).removeprefix('is ')}"
+        if said.cache is not None:
+            yield f"kv_cache_scheme: {words(said.cache)}"
 
     def notes(self, plan: Plan) -> Iterable[str]:
         """See `Exporter.notes`."""

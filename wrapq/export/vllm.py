@@ -102,11 +102,12 @@ def describe(scheme: Scheme | None) -> str:
     """The scheme in a few words, for messages."""
     if scheme is None:
         return "is float"
-    inputs = f" with {_words(scheme.inputs)} inputs" if scheme.inputs else ""
-    return f"is {_words(scheme.weights)}{inputs}"
+    inputs = f" with {words(scheme.inputs)} inputs" if scheme.inputs else ""
+    return f"is {words(scheme.weights)}{inputs}"
 
 
-def _words(arguments: Args) -> str:
+def words(arguments: Args) -> str:
+    """`QuantizationArgs` in a few words."""
     size = f" of {arguments['group_size']}" if "group_size" in arguments else ""
     kind = "" if arguments["symmetric"] else " asymmetric"
     return f"{arguments['num_bits']}-bit{kind} by {arguments['strategy']}{size}"

@@ -230,6 +230,8 @@ class Runtime(_Closed):
     """How much the statistics that runs share may take on disk, in GB; 0 keeps none."""
     offload_gb: Annotated[float, Field(ge=0)] = 8
     """How much memory waiting calibration batches may take, in GB; the rest goes to files in the run's folder."""
+    load: Literal["whole", "streaming"] = "whole"
+    """`streaming` brings the model's blocks in one at a time, for models larger than memory; the result is the same."""
     trust_remote_code: bool = False
     """Whether code that comes with a model may run. Only the command line can say so."""
 

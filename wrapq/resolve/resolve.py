@@ -21,6 +21,7 @@ from wrapq.resolve.plan import ModelFacts, ModulePlan, Plan, PointPlan, Untouche
 from wrapq.resolve.rules import Drafted, Sources, draft_points
 from wrapq.resolve.selectors import Site, find_sites
 from wrapq.resolve.stages import StackEntry, check_stack, option_problems, plan_stages
+from wrapq.resolve.transforms import Transforms
 
 
 def resolve(recipe: Recipe, sources: Mapping[str, Any] | None = None, trust_remote_code: bool = False) -> Plan:
@@ -74,7 +75,9 @@ def resolve_model(recipe: Recipe, model: nn.Module, stack: Sequence[StackEntry],
     if not resolved.modules:
         what = "no rule quantizes anything in this model: the run would change nothing"
         raise PlanError([Problem("rules", what, (), "wrapq evaluate measures a model as it is")])
-    stages, problems = plan_stages(stack, resolved.modules, resolved.selected, sources)
+    specs = {m.name: {p.name: p.quant_spec for p in m.points} for m in resolved.modules}
+    transforms = Transforms(model, specs)
+    stages, problems = plan_stages(stack, resolved.modules, resolved.selected, transforms, sources)
     needs_data = any(stage.needs for stage in stages)
     if problems := problems + _unread(recipe, needs_data, sources):
         raise PlanError(problems)
@@ -92,6 +95,7 @@ def resolve_model(recipe: Recipe, model: nn.Module, stack: Sequence[StackEntry],
         untouched=resolved.untouched,
         stages=stages,
         estimate=estimate(model, resolved.modules, recipe, needs_data),
+        notes=tuple(transforms.notes),
     )
     check_export(plan)
     return plan
@@ -147,7 +151,7 @@ def _plan_modules(sites: Sequence[Site], drafted: Drafted) -> tuple[list[ModuleP
                     type=type(site.module).__name__,
                     wrapper=site.wrapper.__name__,
                     block=site.block,
-                    multiplies=site.wrapper.multiplies,
+                    multiplies=site.wrapper.multiplies(site.module),
                     weight_shape=weight_shape(site),
                     points=tuple(points),
                 )
