@@ -24,7 +24,7 @@ def postgres() -> Iterator[str]:
         pytest.skip(f"PostgreSQL does not start here: {error}")
     try:
         server.psql("CREATE DATABASE mlflow;")
-        yield server.get_uri("mlflow")
+        yield server.get_uri("mlflow").replace("postgresql:", "postgresql+psycopg2:", 1)  # the driver that is installed
     finally:
         server.cleanup()
         shutil.rmtree(folder, ignore_errors=True)

@@ -38,7 +38,7 @@ class Server:
         self.process = subprocess.Popen([*command, "--port", str(self.port)], stdout=log, stderr=log,
                                         start_new_session=True, env=os.environ | quiet)  # fmt: skip
         end = time.monotonic() + seconds
-        while time.monotonic() < end:
+        while time.monotonic() < end and self.process.poll() is None:
             try:
                 urlopen(f"{self.uri}/health", timeout=5).read()
                 return self

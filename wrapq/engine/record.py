@@ -10,15 +10,16 @@ from typing import Any
 
 from wrapq.calibration.data import Samples
 from wrapq.calibration.sources.base import Source
-from wrapq.engine.checkpoint import weight_files
+from wrapq.engine.checkpoint import MANIFEST, weight_files
 from wrapq.engine.context import Run
 from wrapq.engine.export import EXPORTS, Exported
-from wrapq.engine.folder import RunFolder
+from wrapq.engine.folder import STATUS_FILE, RunFolder
 from wrapq.engine.goals import Verdict, all_met, figures, judge
 from wrapq.engine.kernels import KERNELS_FILE
 from wrapq.engine.lock import LOCK, device_class, environment
 from wrapq.engine.measure import FLOAT, QUANTIZED, Quality
 from wrapq.engine.resume import forget_progress
+from wrapq.pages.note import run_note
 from wrapq.pages.run import REPORT, render_run
 from wrapq.recipe.dump import to_yaml
 from wrapq.tracking import Tracker
@@ -115,7 +116,7 @@ def close_record(run: Run, quality: Quality, exported: Exported | None) -> RunRe
         run.tracker.metrics({"export/relative_error": exported.error})
     run.folder.write_status("FINISHED", recipe=run.plan.recipe.name, **facts)
     write_report(run.folder)
-    run.tracker.tags(_digest_tags(run))
+    run.tracker.tags({**_digest_tags(run), "mlflow.note.content": run_note(run.plan, quality.stages, sizes)})
     run.tracker.metrics({f"size/{stage}_mb": size / 1e6 for stage, size in sizes.items()})
     run.tracker.metrics({f"seconds/{step}": value for step, value in run.seconds.items()})
     if bits is not None:
@@ -124,6 +125,7 @@ def close_record(run: Run, quality: Quality, exported: Exported | None) -> RunRe
     for name in _ARTIFACTS:
         if (run.folder.path / name).exists():
             run.tracker.artifact(run.folder.path / name)
+    _register(run, quality)
     run.tracker.finish()
     tell_problems(run)
     run_id, url = run.tracker.run_id, run.tracker.run_url
@@ -170,9 +172,25 @@ _ARTIFACTS = (
 )
 
 
+def _register(run: Run, quality: Quality) -> None:
+    """Upload the model and enter it in the model registry, where the settings say so."""
+    if (entry := run.settings.tracking.register_as) is None:
+        return
+    for file in sorted(run.folder.path.iterdir()):
+        if file.is_file() and file.suffix in _MODEL_FILES and file.name not in _RECORDS:
+            run.tracker.artifact(file, "model")
+    figures = {f"{stage}.perplexity": f"{metrics['perplexity']:.4f}" for stage, metrics in quality.stages.items()}
+    tags = {"recipe": run.plan.recipe.name, **figures, **_digest_tags(run)}
+    run.tracker.register(entry.name, entry.alias, run.plan.recipe.description, tags)
+
+
 def write_report(folder: RunFolder) -> None:
     """The page that shows the run."""
     folder.write_text(REPORT, render_run(folder.path))
+
+
+_MODEL_FILES = {".safetensors", ".json", ".txt", ".model", ".jinja"}
+_RECORDS = {*_ARTIFACTS, STATUS_FILE} - {MANIFEST}
 
 
 def record_failure(folder: RunFolder, tracker: Tracker, error: BaseException) -> None:

@@ -251,6 +251,15 @@ class Recipe(_Closed):
         return hashlib.sha256(text.encode()).hexdigest()
 
 
+class Register(_Closed):
+    """The entry of a finished model in MLflow's model registry."""
+
+    name: Annotated[str, Field(min_length=1, pattern=r"^[^/:.]+$")]
+    """The registered model, of which the run becomes the next version."""
+    alias: Annotated[str, Field(min_length=1, pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")] | None = None
+    """What the version is called from then on, such as `candidate`."""
+
+
 class Tracking(_Closed):
     """Where the record of runs goes."""
 
@@ -260,6 +269,8 @@ class Tracking(_Closed):
     """A tracking server; the local database under the outputs folder when not given."""
     experiment: Annotated[str, Field(min_length=1)] = "wrapq"
     """The MLflow experiment."""
+    register_as: Register | None = None
+    """Enters the model of every run that finishes in the registry, its files being uploaded; null: none."""
 
 
 class Runtime(_Closed):

@@ -94,6 +94,7 @@ def show_result(console: Console, result: RunResult, tokens: int) -> None:
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in result.seconds.items() if name != "total")
     console.print(f"\nmeasured on {tokens:,} tokens; {result.seconds['total']:.1f} s in all: {seconds}")
     console.print(f"model and record: {result.folder}")
+    console.print(f"to read: {result.folder / 'report.html'}")
     if result.kernels:
         console.print(f"kernels here: {result.kernels}")
     if result.run_id:
