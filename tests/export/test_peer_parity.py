@@ -22,6 +22,11 @@ From a bfloat16 model the same, and
 |                             | of q, k and v and of gate and up for all         | gate and up for all                         |
 | NVFP4 scale                 | `max / 6` in bfloat16, then `* global`           | in float32                                  |
 
+Neither side's rule loses least everywhere, and ours stay the defaults: float32 scales are what wrapq's own files keep,
+and MX scales are the specification's. On the shipped model's weights `scale=bfloat16`, for a model in bfloat16, takes 8 %
+off the squared error of an exported W8A8 and 0.1 % off that of W4A16; `observer: mse` takes 5 % off MXFP4's and 20 % off
+MXFP8's.
+
 With the scales and zero points given, the MX and NVFP4 codes are equal to the bit. Each difference is asserted: both
 sides are recomputed here from the weights, in plain torch and in the dtype that the table says.
 
