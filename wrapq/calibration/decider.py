@@ -10,14 +10,15 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from wrapq.calibration.algorithm import RangeSetter, Rounded, Rounder
-from wrapq.calibration.hessian import Hessian, UnusableHessianError
 from wrapq.calibration.processes import Processes
 from wrapq.calibration.recall import Recall
 from wrapq.calibration.report import rounding_report
+from wrapq.calibration.statistics import InputStatistics, UnusableStatisticsError
 from wrapq.observers.base import Observer, observe_tensor
 from wrapq.wrappers.base import QuantModuleBase
 from wrapq.wrappers.model import iter_wrapped
 from wrapq.wrappers.quantizer import Quantizer, State, WeightQuantizer
+from wrapq.wrappers.siblings import sharing_global_scale
 
 
 class Decider:
@@ -31,22 +32,23 @@ class Decider:
     Attributes:
         recall: where statistics gathered before are looked up; None gathers all.
         processes: those that share the data.
-        hessians: what was gathered for each open weight, by the point's full name.
+        inputs: what was gathered of the input of each open weight, by the point's full name.
         statistics: what the observer of each static activation point gathered, by the point's full name.
         reports: for each weight its error and what its algorithm reports, by the point's full name.
-        fallbacks: for each weight that was rounded to nearest because its Hessian could not be used, the reason.
+        fallbacks: for each weight that was rounded to nearest because its statistics could not be used, the reason.
     """
 
     def __init__(self, model: nn.Module, rounders: Mapping[str, Rounder], setters: Mapping[str, RangeSetter]) -> None:
         self.model, self.rounders, self.setters = model, rounders, setters
         self.recall: Recall | None = None
         self.processes = Processes()
-        self.hessians: dict[str, Hessian] = {}
+        self.inputs: dict[str, InputStatistics] = {}
         self.statistics: dict[str, Tensor] = {}
         self.reports: dict[str, dict[str, float]] = {}
         self.fallbacks: list[str] = []
+        self.wrapped = dict(iter_wrapped(model))
         self.modules: dict[Quantizer, QuantModuleBase] = {
-            quantizer: module for _, module in iter_wrapped(model) for quantizer in module.point_quantizers().values()
+            quantizer: module for module in self.wrapped.values() for quantizer in module.point_quantizers().values()
         }
         # a weight that is released takes its entry with it, and none that takes its place in memory is mistaken for it
         self._tied: MutableMapping[Tensor, dict[str, Rounded]] = WeakTensorKeyDictionary()
@@ -95,27 +97,27 @@ class Decider:
         tied = self._tied.setdefault(module.float_weight(), {})  # tied weights share their integers
         if (spec := str(quantizer.spec)) not in tied:
             weight = module.float_matrix()
-            hessian = self._hessian(quantizer, weight.shape[1]) if self.needs(quantizer) else None
-            try:
-                rounded = self.rounders[where].round(weight, quantizer.spec, where, hessian)
-            except UnusableHessianError as error:
-                self.fallbacks.append(str(error))
-                qparams = observe_tensor(weight, quantizer.spec, where)
-                rounded = Rounded(qparams.quantize(weight), qparams, {"fallback": 1.0})
+            statistics = self._inputs(quantizer, weight.shape[1]) if self.needs(quantizer) else None
+            with sharing_global_scale(where.removesuffix(".weight"), self.wrapped):
+                try:
+                    rounded = self.rounders[where].round(weight, quantizer.spec, where, statistics)
+                except UnusableStatisticsError as error:
+                    self.fallbacks.append(str(error))
+                    qparams = observe_tensor(weight, quantizer.spec, where)
+                    rounded = Rounded(qparams.quantize(weight), qparams, {"fallback": 1.0})
             tied[spec] = rounded
-            self.reports[where] = rounding_report(weight, rounded, hessian)
+            self.reports[where] = rounding_report(weight, rounded, statistics)
         quantizer.set_rounded(tied[spec].integers, tied[spec].qparams)
 
-    def _hessian(self, quantizer: WeightQuantizer, columns: int) -> Hessian:
-        """What all processes gathered for the weight; it is summed once for all weights that share it."""
-        hessian = self.hessians.pop(quantizer.where, None) or Hessian(self.needs(quantizer))
-        if not hessian.complete:
-            self.processes.sum_hessian(hessian, columns)
-            hessian.complete = True
-        self._keep(quantizer, hessian)
-        return hessian
+    def _inputs(self, quantizer: WeightQuantizer, columns: int) -> InputStatistics:
+        """What all processes gathered for the weight; it is put together once for all weights that share it."""
+        statistics = self.inputs.pop(quantizer.where, None) or InputStatistics(self.needs(quantizer))
+        self.processes.reduce(statistics, columns)
+        statistics.complete = True
+        self._keep(quantizer, statistics)
+        return statistics
 
-    def _keep(self, quantizer: Quantizer, gathered: Hessian | Observer) -> None:
+    def _keep(self, quantizer: Quantizer, gathered: InputStatistics | Observer) -> None:
         if self.recall is not None and quantizer.where not in self.recall.recalled and self.processes.rank == 0:
             self.recall.keep(quantizer, gathered, time.perf_counter() - self._since)
 
@@ -126,18 +128,16 @@ class Decider:
         if not self.processes.least(int(found is not None)) or found is None:
             recall.recalled.clear()
             return False
-        shared: dict[str, Hessian] = {}
+        shared: dict[str, InputStatistics] = {}
         for quantizer in points:
-            key, state = found[quantizer.where]
+            owner, parts = found[quantizer.where]
             if isinstance(quantizer, WeightQuantizer):
-                device = self.modules[quantizer].float_weight().device
-                if key not in shared:
-                    shared[key] = Hessian(self.needs(quantizer))
-                    shared[key].load_state_dict({name: tensor.to(device) for name, tensor in state.items()})
-                    shared[key].complete = True
-                self.hessians[quantizer.where] = shared[key]
+                if owner not in shared:
+                    shared[owner] = InputStatistics(self.needs(quantizer))
+                    shared[owner].load(parts, self.modules[quantizer].float_weight().device)
+                self.inputs[quantizer.where] = shared[owner]
             else:
-                device = next(self.model.parameters()).device
+                device, (state,) = next(self.model.parameters()).device, parts.values()
                 cast(Observer, quantizer.observer).load_state_dict({n: t.to(device) for n, t in state.items()})
         return True
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wrapq.calibration.algorithm import ALGORITHMS, RangeSetter, Rounder
+from wrapq.calibration.algorithm import ALGORITHMS, RangeSetter, Rounder, Transform
 from wrapq.calibration.data import Samples
 from wrapq.calibration.offload import Offload, shared_tensors
 from wrapq.calibration.recall import Recall
@@ -39,10 +39,9 @@ def calibrate(
         samples: calibration data, None where no stage looks at any.
         weights: where the parameters of blocks are read from; None where all of them are in memory.
     """
-    config, runtime = run.plan.recipe.calibration, run.settings.runtime
-    batches = [] if samples is None else _batches(samples, config.batch_size, run.device)
-    walker = Walker(model, *_algorithms(run.plan))
-    walker.processes = run.processes
+    config = run.plan.recipe.calibration
+    batches = [] if samples is None else make_batches(samples, config.batch_size, run.device)
+    walker = make_walker(run, model, bool(batches))
     keeper = Keeper(run.folder, _fingerprint(run), run.device)
     if weights is not None:
         walker.residency = FloatBlocks(model, weights, run.device, keeper)
@@ -52,13 +51,20 @@ def calibrate(
     walker.on_hidden = keeper.keep_hidden
     if not run.processes.rank:
         walker.on_border = partial(keeper.keep, walker)
-    if batches and runtime.cache_gb:
-        walker.recall = Recall(Store(run.settings.paths.cache_folder(), runtime.cache_gb * 1e9), _root(run, model))
     title = "Calibrating" if batches else "Rounding weights"
     with run.step("calibrate", title, *walker.steps()) as advance, offloading(run, walker) as offload:
         walker.advance, walker.offload = advance, offload
         walker.run(batches, config.schedule, border)
     _tell(run, walker)
+    return walker
+
+
+def make_walker(run: Run, model: nn.Module, looks_at_data: bool) -> Walker:
+    """The walker that decides the points of the plan, with the store where it looks at data."""
+    walker, runtime = Walker(model, *_algorithms(run.plan)), run.settings.runtime
+    walker.processes = run.processes
+    if looks_at_data and runtime.cache_gb:
+        walker.recall = Recall(Store(run.settings.paths.cache_folder(), runtime.cache_gb * 1e9), _root(run, model))
     return walker
 
 
@@ -69,6 +75,8 @@ def _algorithms(plan: Plan) -> tuple[dict[str, Rounder], dict[str, RangeSetter]]
     for stage in plan.stages:
         kind = ALGORITHMS.get(stage.algorithm)
         algorithm = kind(kind.Options(**stage.options))
+        if isinstance(algorithm, Transform):
+            continue
         table: dict[str, Any] = rounders if isinstance(algorithm, Rounder) else setters
         table |= dict.fromkeys(stage.targets, algorithm)
     return rounders, setters
@@ -78,7 +86,13 @@ def _root(run: Run, model: nn.Module) -> dict[str, str]:
     """All that every statistic of the run depends on, beside what is decided in its course."""
     recipe = run.plan.recipe
     replaced = sorted(name for name, module in iter_wrapped(model) if module.wrapper.replaces_forward)
-    how = {"dtype": recipe.model.dtype, "batch_size": recipe.calibration.batch_size, "forwards": replaced}
+    how: dict[str, object] = {
+        "dtype": recipe.model.dtype,
+        "batch_size": recipe.calibration.batch_size,
+        "forwards": replaced,
+    }
+    changed = [(s.algorithm, s.options, s.targets) for s in run.plan.stages if s.phase == "transform"]
+    how |= {"transforms": changed} if changed else {}
     machine = {key: value for key, value in _fingerprint(run).items() if key != "plan"}
     return machine | {"how": json.dumps(how)}
 
@@ -128,7 +142,8 @@ def _fingerprint(run: Run) -> dict[str, str]:
     return digests | machine | {"code": code_digest()}
 
 
-def _batches(samples: Samples, size: int, device: torch.device) -> list[Batch]:
+def make_batches(samples: Samples, size: int, device: torch.device) -> list[Batch]:
+    """Samples as the arguments of forwards, `size` sequences at a time."""
     batches = []
     for ids, mask in samples.batches(size):
         ids, mask = ids.to(device), None if mask is None else mask.to(device)
