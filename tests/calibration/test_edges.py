@@ -12,7 +12,7 @@ from tests.conftest import build_model
 from wrapq import PTQConfig, prepare
 from wrapq.algorithms.rtn import RTN
 from wrapq.calibration.algorithm import Rounded
-from wrapq.calibration.hessian import Hessian
+from wrapq.calibration.statistics import InputStatistics
 from wrapq.calibration.walker import Batch
 from wrapq.wrappers.model import convert_model, iter_quantizers, iter_wrapped
 
@@ -35,7 +35,7 @@ def test_an_expert_that_no_token_reaches_is_rounded_to_nearest_counted_and_named
     walker = gptq_walker(model)
     walker.run(expert_batches((0,), (0, 1), (0,)), schedule)
     missed = [f"layers.{block}.mlp.experts.2.weight" for block in (0, 1)]
-    said = "no calibration token reached this weight, so it has no Hessian"
+    said = "no calibration token reached this weight"
     assert walker.fallbacks == [f"{where}: {said}" for where in missed]
     assert {where for where, report in walker.reports.items() if "fallback" in report} == set(missed)
     for where in missed:
@@ -46,21 +46,21 @@ def test_an_expert_that_no_token_reaches_is_rounded_to_nearest_counted_and_named
         assert reached == [3 * tokens, tokens]  # each expert has a Hessian of its own tokens
 
 
-class Indefinite(Hessian):
-    """A Hessian that rounding errors left far from positive definite."""
+class Indefinite(InputStatistics):
+    """With a Hessian that rounding errors left far from positive definite."""
 
     def add(self, x: Tensor, reference: Tensor | None = None) -> None:
         super().add(x, reference)
-        self.matrix = torch.eye(x.shape[1]) - 1e9 * torch.ones(x.shape[1], x.shape[1])
+        self.sums["hessian"] = torch.eye(x.shape[1]) - 1e9 * torch.ones(x.shape[1], x.shape[1])
 
 
 def test_a_hessian_that_no_damping_saves_is_a_fallback_by_name(token_batches: list[Tensor], monkeypatch):
-    monkeypatch.setattr("wrapq.calibration.forward.Hessian", Indefinite)
+    monkeypatch.setattr("wrapq.calibration.forward.InputStatistics", Indefinite)
     model = prepare(build_model("llama"), WEIGHTS)
     walker = gptq_walker(model)
     walker.run(as_batches(token_batches), "sequential")
     assert len(walker.fallbacks) == 2 * 7 + 1
-    assert all("is not positive definite even with damping" in reason for reason in walker.fallbacks)
+    assert all("is not positive definite whatever the damping" in reason for reason in walker.fallbacks)
     where = "model.layers.1.mlp.down_proj.weight"
     assert torch.equal(codes(model)[where], nearest(model, where))
 
@@ -102,5 +102,5 @@ class _ReportingRTN(RTN):
 
     needs = ("hessian",)
 
-    def round(self, weight: Tensor, spec: object, where: str, hessian: Hessian | None = None) -> Rounded:
+    def round(self, weight: Tensor, spec: object, where: str, statistics: InputStatistics | None = None) -> Rounded:
         return super().round(weight, spec, where)
