@@ -112,7 +112,7 @@ def plan_stages(
             problems.append(
                 Problem(where, what, (), f"remove the stage with ~stack.{entry.name}, or add a rule for it")
             )
-        problems += _without_hessian(entry, points, where)
+        problems += _without_statistics(entry, points, where)
         problems += _unsupported(entry, points, where)
         twice = sorted({owner[target] for target in targets if target in owner})
         if twice:
@@ -151,10 +151,10 @@ def _plan_transform(
     return _stage(entry, targets, entry.needs, sources), problems
 
 
-def _without_hessian(
+def _without_statistics(
     entry: StackEntry, points: Sequence[tuple[ModulePlan, PointPlan]], where: str
 ) -> Iterator[Problem]:
-    others = [module for module, _ in points if not module.multiplies] if "hessian" in entry.needs else []
+    others = [module for module, _ in points if not module.multiplies] if entry.needs else []
     if others:
         kinds = ", ".join(sorted({module.type for module in others}))
         what = (
