@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -38,7 +38,9 @@ def absmax_curves(walker: Walker) -> dict[str, list[float]]:
 
 def _of_weight(quantizer: WeightQuantizer) -> dict[str, Any]:
     """A histogram from minus to plus the largest magnitude, of every n-th element where there are very many."""
-    values = quantizer.matrix(torch.float32).flatten()
+    kept = quantizer.dequantized  # from the measurement just made; else made here, and not kept
+    matrix = quantizer.qparams.dequantize(cast(Tensor, quantizer.integers), torch.float32) if kept is None else kept
+    values = matrix.flatten()
     absmax = float(values.abs().max()) if values.numel() else 0.0
     values = values[:: 1 + values.numel() // MOST]
     return {"absmax": absmax, "counts": histogram(values, absmax)}
