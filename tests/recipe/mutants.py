@@ -15,7 +15,8 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = [*sorted((ROOT / "recipes").glob("*.yaml")), *sorted((ROOT / "conf" / "scheme").glob("*.yaml"))]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+PARTS = sorted((ROOT / "conf").glob("*/*.yaml"))
 LONG = "x" * 5000
 EVIL = "../../../../evil"
 VALUES: list[Any] = [
@@ -58,11 +59,10 @@ class Mutant:
 def make_mutant(seed: int, folder: Path) -> Mutant:
     """Write the mutant `seed` into the empty `folder`."""
     rng = random.Random(seed)
-    text = rng.choice(SOURCES).read_text(encoding="utf-8")
-    is_scheme = "defaults:" not in text
-    raw = rng.choice(_MUTATIONS)(rng, text)
+    source = rng.choice(RECIPES if rng.random() < 0.75 else PARTS)
+    raw = rng.choice(_MUTATIONS)(rng, source.read_text(encoding="utf-8"))
     raw = raw if isinstance(raw, bytes) else raw.encode("utf-8", "surrogatepass")
-    return (_as_scheme if is_scheme else _as_recipe)(rng, raw, folder)
+    return _as_recipe(rng, raw, folder) if source in RECIPES else _as_part(rng, raw, folder, source.parent.name)
 
 
 def _as_recipe(rng: random.Random, raw: bytes, folder: Path) -> Mutant:
@@ -70,13 +70,13 @@ def _as_recipe(rng: random.Random, raw: bytes, folder: Path) -> Mutant:
     if rng.random() < 0.5:
         (folder / "mine.yaml").write_bytes(raw)
         return Mutant((f"recipe={folder / 'mine.yaml'}", *extra), None)
-    name = rng.choice(("mine", "team/mine", "w8a16"))
+    name = rng.choice(("mine", "mine", "team/mine", "w8a16"))
     _write(rng, folder / "recipes" / f"{name}.yaml", raw)
     return Mutant((f"recipe={name}", *extra), folder)
 
 
-def _as_scheme(rng: random.Random, raw: bytes, folder: Path) -> Mutant:
-    kind, name = rng.choice(("scheme", "scheme", "algorithm", "model", "runtime", "calibration")), "mine"
+def _as_part(rng: random.Random, raw: bytes, folder: Path, kind: str) -> Mutant:
+    name = "mine"
     _write(rng, folder / "conf" / kind / f"{name}.yaml", raw)
     place = {"scheme": "scheme@rules.linear", "algorithm": "algorithm@stack.round"}.get(kind, kind)
     return Mutant(("recipe=w4a16_rtn", f"{place}={name}"), folder)
@@ -95,7 +95,7 @@ def _write(rng: random.Random, path: Path, raw: bytes) -> None:
 
 def _tree(rng: random.Random, text: str) -> str:
     """Keys and values exchanged at a few places."""
-    data = yaml.safe_load(text)
+    data = yaml.safe_load(text) or {}
     for _ in range(rng.randint(1, 4)):
         _mutate_once(rng, data)
     header = "# @package _global_\n" if "defaults" in data else ""
@@ -104,7 +104,7 @@ def _tree(rng: random.Random, text: str) -> str:
 
 def _tuned(rng: random.Random, text: str) -> str:
     """What a careful author might change, and now and then one mistake."""
-    data = yaml.safe_load(text)
+    data = yaml.safe_load(text) or {}
     for path, values in rng.sample(_TUNED, 3) if "defaults" in data else ():
         holder: Any = data
         for key in path[:-1]:
