@@ -68,7 +68,9 @@ def test_the_record_is_a_run_with_a_child_for_each_job(two: Two) -> None:
     }
     assert {run.info.run_id for run in mine} == {row.outcome.run_id for row in two.first.table.rows}
     client = MlflowClient(tracking_uri=f"sqlite:///{two.outputs}/mlflow.db")
-    assert {"table.csv", "sweep.json", "pareto.png"} <= {file.path for file in client.list_artifacts(parent.info.run_id)}
+    assert {"table.csv", "sweep.json", "pareto.png"} <= {
+        file.path for file in client.list_artifacts(parent.info.run_id)
+    }
 
 
 def test_the_winner_and_the_goals_are_on_record(two: Two) -> None:
@@ -124,17 +126,17 @@ def test_what_an_earlier_run_did_is_not_done_again(two: Two) -> None:
 
 
 def test_a_failed_job_does_not_stop_the_others_and_is_tried_again(tmp_path: Path) -> None:
-    empty, text = tmp_path / "empty.txt", tmp_path / "text.txt"
-    empty.write_text("\n")
+    short, text = tmp_path / "short.txt", tmp_path / "text.txt"
+    short.write_text("Less than one window.")
     text.write_text("Quantization maps real numbers to a grid. " * 200)
     outputs = tmp_path / "outputs"
-    overrides = (*RTN, "evaluation=text", f"evaluation.path={empty},{text}", f"paths.outputs={outputs}")
+    overrides = (*RTN, "evaluation=text", f"evaluation.path={short},{text}", f"paths.outputs={outputs}")
     result = command(*overrides)
     assert result.exit_code == 11
-    assert "no text in it" in result.output
+    assert "job 1 failed: " in result.output
     assert "winner: job 2" in result.output
     text.write_text("Another text is another lock. " * 200)
-    empty.write_text(text.read_text())
+    short.write_text("Now it is long enough. " * 200)
     result = command(*overrides)
     assert result.exit_code == 0
     assert "done before" not in result.output
@@ -155,11 +157,11 @@ def interrupt_at(call: int) -> Callable:
 
 
 def test_interrupted_it_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    overrides = (*RTN, "rules.linear.weight.group_size=32,64,128", f"paths.outputs={tmp_path}")
+    overrides = (*RTN, "rules.linear.weight.group_size=64,128", f"paths.outputs={tmp_path}")
     monkeypatch.setattr(jobs, "execute", interrupt_at(2))
     result = command(*overrides)
     assert result.exit_code == 130
-    assert "1 of 3 jobs are done; the same command goes on from here" in result.output
+    assert "1 of 2 jobs are done; the same command goes on from here" in result.output
     (path,) = tmp_path.glob("sweep/*/sweep.json")
     assert json.loads(path.read_text())["status"] == "INTERRUPTED"
     monkeypatch.undo()
@@ -167,8 +169,8 @@ def test_interrupted_it_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: py
     assert result.exit_code == 0
     assert f"going on with {path.parent}" in result.output
     said = json.loads(path.read_text())
-    assert [job["status"] for job in said["jobs"]] == ["finished"] * 3
-    assert len(finished_runs(tmp_path)) == 3
+    assert [job["status"] for job in said["jobs"]] == ["finished"] * 2
+    assert len(finished_runs(tmp_path)) == 2
 
 
 def test_two_jobs_that_are_the_same_are_done_once(tmp_path: Path) -> None:
@@ -179,6 +181,7 @@ def test_two_jobs_that_are_the_same_are_done_once(tmp_path: Path) -> None:
     assert result.run_id is None
 
 
+@pytest.mark.slow
 def test_optuna_runs_the_jobs_it_chooses(tmp_path: Path) -> None:
     axes = ("rules.linear.weight.group_size=64,128", "rules.linear.weight.observer=minmax,mse")
     result = command(*RTN, *axes, "sweep=optuna", "sweep.trials=3", "goals.kl=1e-9", f"paths.outputs={tmp_path}")
