@@ -16,7 +16,7 @@ LAYERS = (
     ("wrappers",),
     ("calibration",),
     ("resolve",),
-    ("algorithms", "evaluation", "export", "tracking"),
+    ("algorithms", "evaluation", "export", "tracking", "pages"),
     ("engine",),
     ("sweep",),
     ("report",),

@@ -8,11 +8,12 @@ from typing import Any
 import click
 
 import wrapq
+from wrapq.cli.compare import compare, diff, recipe, verify
 from wrapq.cli.library import presets, schema
 from wrapq.cli.records import cache, evaluate, export, sync, ui
 from wrapq.cli.runs import plan, run, sweep
 
-_COMMANDS = (run, plan, sweep, presets, schema, ui, evaluate, export, cache, sync)
+_COMMANDS = (run, plan, sweep, diff, compare, verify, recipe, presets, schema, evaluate, export, ui, sync, cache)
 
 
 def _stop(signum: int, frame: Any) -> None:

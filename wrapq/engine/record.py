@@ -16,9 +16,10 @@ from wrapq.engine.export import EXPORTS, Exported
 from wrapq.engine.folder import RunFolder
 from wrapq.engine.goals import Verdict, all_met, figures, judge
 from wrapq.engine.kernels import KERNELS_FILE
-from wrapq.engine.lock import device_class, environment
+from wrapq.engine.lock import LOCK, device_class, environment
 from wrapq.engine.measure import FLOAT, QUANTIZED, Quality
 from wrapq.engine.resume import forget_progress
+from wrapq.pages.run import REPORT, render_run
 from wrapq.recipe.dump import to_yaml
 from wrapq.tracking import Tracker
 
@@ -95,11 +96,13 @@ def close_record(run: Run, quality: Quality, exported: Exported | None) -> RunRe
     }
     facts: dict[str, Any] = {
         "stages": quality.stages,
+        "curves": quality.curves,
         "sizes": sizes,
         "seconds": run.seconds,
         "digests": run.digests,
         "notes": run.notes,
         "kernels": run.kernels,
+        "run_id": run.tracker.run_id,
     }
     bits = run.plan.estimate.bits_per_weight
     reached = figures(quality.stages, sizes, run.seconds, bits)
@@ -111,6 +114,7 @@ def close_record(run: Run, quality: Quality, exported: Exported | None) -> RunRe
         facts["exported"] = {"path": str(exported.path), "error": exported.error}
         run.tracker.metrics({"export/relative_error": exported.error})
     run.folder.write_status("FINISHED", recipe=run.plan.recipe.name, **facts)
+    write_report(run.folder)
     run.tracker.tags(_digest_tags(run))
     run.tracker.metrics({f"size/{stage}_mb": size / 1e6 for stage, size in sizes.items()})
     run.tracker.metrics({f"seconds/{step}": value for step, value in run.seconds.items()})
@@ -152,16 +156,23 @@ def record_goals(tracker: Tracker, verdicts: Mapping[str, Verdict]) -> None:
 
 
 _ARTIFACTS = (
+    REPORT,
     "recipe.yaml",
     "plan.json",
-    "recipe.lock.yaml",
+    LOCK,
     "manifest.json",
     "modules.json",
+    "histograms.json",
     "qparams.safetensors",
     "statistics.safetensors",
     KERNELS_FILE,
     "log.txt",
 )
+
+
+def write_report(folder: RunFolder) -> None:
+    """The page that shows the run."""
+    folder.write_text(REPORT, render_run(folder.path))
 
 
 def record_failure(folder: RunFolder, tracker: Tracker, error: BaseException) -> None:
@@ -170,6 +181,9 @@ def record_failure(folder: RunFolder, tracker: Tracker, error: BaseException) ->
     _log.error("failed: %s", reason)
     try:
         folder.write_status("FAILED", reason=reason)
+        if (folder.path / "plan.json").is_file():
+            write_report(folder)
+            tracker.artifact(folder.path / REPORT)
     except Exception as second:  # a full disk may be the very reason; the first error is the one to show
         _log.error("the folder cannot say so: %s", second)
     tracker.finish("FAILED", reason)

@@ -136,12 +136,17 @@ def forget_progress(folder: RunFolder) -> None:
 
 
 def find_unfinished(outputs: Path, recipe: str) -> RunFolder:
-    """The newest run of `recipe` that did not finish and kept something; raises `ModelError` when there is none."""
+    """The newest run of `recipe` that did not finish and kept something, rid of what it left half written.
+
+    Raises:
+        ModelError: there is none.
+    """
     parent = outputs.expanduser() / recipe
     for state in sorted(parent.glob(f"*/{PROGRESS}/{STATE}"), reverse=True):
         folder = state.parents[1]
         status = json.loads((folder / STATUS_FILE).read_text(encoding="utf-8")).get("status")
         if status != "FINISHED":
+            RunFolder(folder).sweep()
             return RunFolder(folder)
     raise ModelError(f"nothing to resume: no unfinished run of {recipe} under {parent} got past its first block")
 

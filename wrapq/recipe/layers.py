@@ -39,7 +39,7 @@ class Layers:
         entry = package[:2]
         if len(entry) == 2 and entry[0] in ORDERED and self.get(entry) is None:
             self._unplaced.add(entry)
-        self.merge(package, body, lambda path: Source(document.where(path[len(package) :]), choice))
+        self.merge(package, body, lambda path: Source(document.where(path[len(package) :]), choice, document.origin))
 
     def merge(self, path: KeyPath, value: Any, source: Callable[[KeyPath], Source]) -> None:
         """Merge `value` into the tree at `path`, making the mappings on the way."""

@@ -173,6 +173,8 @@ class Evaluation(_Open):
     """Tokens per sequence."""
     batch_size: Positive = 8
     """Sequences per forward pass."""
+    compare_schedules: bool = False
+    """Whether the result of the other calibration schedule is measured too; it is calibrated for that, and not kept."""
 
 
 class Export(_Open):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -62,8 +63,9 @@ class ModelSource:
         from transformers import AutoModelForCausalLM
 
         trust = self.options["trust_remote_code"]
+        config = copy.deepcopy(self.hf_config)  # which the model changes, and of which the digest is taken
         with torch.device("meta"), _quiet():
-            model = AutoModelForCausalLM.from_config(self.hf_config, dtype=self.dtype, trust_remote_code=trust)
+            model = AutoModelForCausalLM.from_config(config, dtype=self.dtype, trust_remote_code=trust)
         model.tie_weights()
         return model.eval()
 

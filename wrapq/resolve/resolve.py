@@ -96,6 +96,7 @@ def resolve_model(recipe: Recipe, model: nn.Module, stack: Sequence[StackEntry],
         stages=stages,
         estimate=estimate(model, resolved.modules, recipe, needs_data),
         notes=tuple(transforms.notes),
+        presets=sources.origins(),
     )
     check_export(plan)
     return plan
@@ -217,7 +218,8 @@ def _unread(recipe: Recipe, needs_data: bool, sources: Sources) -> list[Problem]
     """Keys of the calibration that a recipe or the command line set although no stage looks at data."""
     if needs_data:
         return []
-    said = [leaf for leaf in sources.leaves if leaf.startswith("calibration.")]
+    read = ("calibration.", "evaluation.compare_schedules")
+    said = [leaf for leaf in sources.leaves if leaf.startswith(read)]
     said = [leaf for leaf in said if not str(sources.leaves[leaf]).startswith("conf/")]
     what = "nothing reads it: no stage of this recipe looks at calibration data"
     return [Unread(sources.where(leaf), what, (), "leave it out") for leaf in said]

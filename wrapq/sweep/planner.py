@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from wrapq.calibration.processes import Processes
+from wrapq.engine.blockwise import check_streaming
 from wrapq.engine.kernels import check_kernels
-from wrapq.engine.run import check_streaming
 from wrapq.errors import ModelError, Problem, ProblemsError, RecipeError, Unread
 from wrapq.recipe.axes import Axes
 from wrapq.recipe.compose import compose
