@@ -66,7 +66,7 @@ class Outcome:
         run_id: its MLflow run.
         figures: what it reached, by the names of `Goals`.
         goals: the verdicts on its goals.
-        digest: of the quantization parameters.
+        digest: of the quantized model's outputs.
         reason: why it failed.
     """
 
@@ -160,7 +160,7 @@ def _execute(job: Job, place: Workplace, folder: RunFolder) -> Outcome:
     result = execute(job.plan, job.settings, Progress(), folder=folder, label=_label(job, place))
     if result is None:
         raise WrapqError("a job is one process; torchrun is for wrapq run")
-    digest = result.digests["qparams"]
+    digest = result.digests["outputs"]
     return Outcome(job.key, FINISHED, str(result.folder), result.run_id, result.figures, result.goals, digest)
 
 
@@ -176,7 +176,7 @@ def _reuse(job: Job, place: Workplace) -> Outcome | None:
         return before
     status = read_status(folder)
     reached = figures(status["stages"], status["sizes"], status["seconds"], plan.estimate.bits_per_weight)
-    outcome = Outcome(job.key, REUSED, str(folder), None, reached, {}, status["digests"]["qparams"])
+    outcome = Outcome(job.key, REUSED, str(folder), None, reached, {}, status["digests"]["outputs"])
     if before is not None and before.status == RUNNING and before.folder == str(folder):
         outcome = replace(outcome, status=FINISHED)  # the job's own run, which ended just before its process did
     return _record_reuse(job, place, replace(outcome, goals=judge(plan.recipe.goals, reached)))

@@ -10,7 +10,7 @@ from pathlib import Path
 from wrapq.calibration.processes import Processes
 from wrapq.engine.blockwise import check_streaming
 from wrapq.engine.kernels import check_kernels
-from wrapq.errors import ModelError, Problem, ProblemsError, Unread
+from wrapq.errors import ModelError, Problem, ProblemsError, RecipeError, Unread
 from wrapq.recipe.axes import Axes
 from wrapq.recipe.compose import compose
 from wrapq.recipe.schema import Settings
@@ -51,8 +51,14 @@ class Planner:
         self._jobs: dict[tuple[str, ...], Job] = {}
 
     def settings(self) -> Settings:
-        """The settings of the sweep itself, which no job changes; raises `RecipeError`."""
-        return compose(self.axes.overrides(next(self.axes.cover())), self.extra_dirs).settings
+        """The settings of the sweep itself, which no job changes; raises `SweepError` when no job composes."""
+        for values in self.axes.cover():
+            try:
+                return compose(self.axes.overrides(values), self.extra_dirs).settings
+            except RecipeError:
+                continue
+        self.jobs(self.axes.cover())  # says what is wrong with all of them
+        raise SweepError([])
 
     def share_cores(self, jobs: int) -> None:
         """Share out the cores of this machine among `jobs` at a time, where the settings name no number of threads."""
