@@ -134,13 +134,13 @@ def _place(where: str, blocks: str) -> tuple[int | None, str]:
 
 def _heat(reports: Mapping[str, Mapping[str, float]], blocks: str) -> tuple[Table | None, str]:
     """A row for each kind of weight, a column for each block, the worse the darker."""
-    figure = next((f for f in _FIGURES if any(f in report for report in reports.values())), None)
+    figure = next((f for f in _FIGURES if any(f in report for report in reports.values())), "")
     grid: dict[str, dict[int, float]] = {}
     for where, report in reports.items():
         block, name = _place(where.removesuffix(".weight"), blocks)
         if block is not None and figure in report and math.isfinite(report[figure]):
             grid.setdefault(name, {})[block] = report[figure]
-    if figure is None or not grid:
+    if not grid:
         return None, ""
     indices = sorted({block for row in grid.values() for block in row})
     values = [value for row in grid.values() for value in row.values()]
