@@ -14,6 +14,7 @@ _EXPORTS = {
     "PTQConfig": "wrapq.engine.api",
     "QuantSpec": "wrapq.quant.spec",
     "WrapqError": "wrapq.errors",
+    "calibrate": "wrapq.engine.calibrate_api",
     "convert": "wrapq.engine.api",
     "load": "wrapq.engine.checkpoint",
     "padding": "wrapq.engine.api",
@@ -25,6 +26,7 @@ __all__ = ["__version__", *_EXPORTS]
 
 if TYPE_CHECKING:
     from wrapq.engine.api import PTQConfig, convert, padding, prepare, restore
+    from wrapq.engine.calibrate_api import calibrate
     from wrapq.engine.checkpoint import load
     from wrapq.engine.run import run
     from wrapq.errors import WrapqError

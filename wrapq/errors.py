@@ -42,6 +42,11 @@ class Problem:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class Unread(Problem):
+    """A key that is right and that nothing in this recipe reads."""
+
+
 class ProblemsError(WrapqError):
     """All the mistakes of one kind, raised together."""
 

@@ -10,7 +10,8 @@ import torch
 from wrapq.algorithms.gptq import GPTQ, GPTQOptions, gptq
 from wrapq.algorithms.rtn import RTN
 from wrapq.algorithms.seqmse import SeqMSE, output_error, search_ranges
-from wrapq.calibration.hessian import Hessian, factorize
+from wrapq.calibration.factor import factorize
+from wrapq.calibration.statistics import InputStatistics
 from wrapq.errors import CalibrationError
 from wrapq.observers.base import observe_tensor
 from wrapq.quant.affine import range_to_qparams, reduce_range, storage_dtype
@@ -25,11 +26,11 @@ OTHER_SPECS = [
 ]
 
 
-def problem(rows: int = 24, columns: int = 64, seed: int = 0) -> tuple[torch.Tensor, Hessian]:
+def problem(rows: int = 24, columns: int = 64, seed: int = 0) -> tuple[torch.Tensor, InputStatistics]:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=generator)
     mixing = torch.eye(columns) + 0.2 * torch.randn(columns, columns, generator=generator)
-    hessian = Hessian()
+    hessian = InputStatistics()
     hessian.add(torch.randn(4 * columns, columns, generator=generator) @ mixing)
     return weight, hessian
 
@@ -74,7 +75,7 @@ def loss(weight, rounded, hessian):
 
 def output_loss(weight, dequantized, hessian):
     difference = dequantized.double() - weight.double()
-    return float(((difference @ hessian.matrix.double()) * difference).sum())
+    return float(((difference @ hessian.sums["hessian"].double()) * difference).sum())
 
 
 @pytest.mark.parametrize("act_order", [False, True], ids=["in-order", "act-order"])
@@ -83,8 +84,8 @@ def output_loss(weight, dequantized, hessian):
 def test_same_numbers_as_the_papers_algorithm(text, act_order, seed):
     spec, (weight, hessian) = QuantSpec.parse(text), problem(seed=seed)
     qparams = observe_tensor(weight, spec, "w")
-    expected = literal_gptq(weight, hessian.matrix, qparams, 0.01, act_order)
-    codes = gptq(weight, qparams, hessian.factor(0.01, act_order, "w"), block_size=16)
+    expected = literal_gptq(weight, hessian.sums["hessian"], qparams, 0.01, act_order)
+    (codes,) = gptq(weight, [qparams], hessian.factor(0.01, act_order, "w"), block_size=16)
     got = qparams.dequantize(codes, torch.float32)
     # a weight on a tie, as the largest of a symmetric integer range is (7.5 steps), may go one way in float32 and
     # another in float64; the row then goes on from another error, so whole rows are compared
@@ -108,7 +109,7 @@ def test_codes_are_those_of_the_checkpoint(text):
 def test_block_size_does_not_change_the_result(block_size):
     spec, (weight, hessian) = QuantSpec.parse("int4:g16:sym"), problem()
     qparams, factor = observe_tensor(weight, spec, "w"), hessian.factor(0.01, True, "w")
-    assert torch.equal(gptq(weight, qparams, factor, block_size), gptq(weight, qparams, factor, 16))
+    assert torch.equal(gptq(weight, [qparams], factor, block_size)[0], gptq(weight, [qparams], factor, 16)[0])
 
 
 @pytest.mark.parametrize("text", [*SPECS[:4], *OTHER_SPECS])
@@ -129,7 +130,7 @@ def test_seqmse_lowers_the_output_error(text):
 
 def test_dead_columns_are_rounded_to_nearest_and_reported():
     weight, hessian = problem()
-    hessian.matrix[:, 5] = hessian.matrix[5] = 0
+    hessian.sums["hessian"][:, 5] = hessian.sums["hessian"][5] = 0
     rounded = GPTQ().round(weight, QuantSpec.parse("int8:channel:sym"), "w", hessian)
     assert rounded.report["dead_columns"] == 1
     assert torch.equal(rounded.integers[:, 5], rounded.qparams.quantize(weight)[:, 5])
@@ -137,7 +138,7 @@ def test_dead_columns_are_rounded_to_nearest_and_reported():
 
 def test_a_singular_hessian_is_damped_until_it_factorizes():
     weight = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
-    hessian = Hessian()
+    hessian = InputStatistics()
     hessian.add(torch.ones(1, 32) * 1e4)  # one calibration token: rank one
     rounded = GPTQ(GPTQ.Options(damp=1e-9)).round(weight, QuantSpec.parse("int4:channel:sym"), "w", hessian)
     assert rounded.report["damp"] > 1e-9
@@ -145,7 +146,7 @@ def test_a_singular_hessian_is_damped_until_it_factorizes():
 
 
 def test_all_zero_inputs_give_rounding_to_nearest():
-    weight, hessian = torch.randn(8, 32), Hessian()
+    weight, hessian = torch.randn(8, 32), InputStatistics()
     hessian.add(torch.zeros(10, 32))
     spec = QuantSpec.parse("int4:channel:sym")
     assert torch.equal(GPTQ().round(weight, spec, "w", hessian).integers, RTN().round(weight, spec, "w").integers)
@@ -153,11 +154,13 @@ def test_all_zero_inputs_give_rounding_to_nearest():
 
 def test_a_weight_that_no_token_reached_is_refused_by_name():
     with pytest.raises(CalibrationError, match=r"^layers\.3\.expert\.weight: no calibration token reached this weight"):
-        GPTQ().round(torch.randn(4, 8), QuantSpec.parse("int4:channel:sym"), "layers.3.expert.weight", Hessian())
+        GPTQ().round(
+            torch.randn(4, 8), QuantSpec.parse("int4:channel:sym"), "layers.3.expert.weight", InputStatistics()
+        )
 
 
 def test_nan_in_the_data_is_refused_by_name():
-    hessian = Hessian()
+    hessian = InputStatistics()
     hessian.add(torch.full((2, 8), float("nan")))
     with pytest.raises(CalibrationError, match=r"^w: the data holds NaN or inf"):
         SeqMSE().round(torch.randn(4, 8), QuantSpec.parse("int4:channel:sym"), "w", hessian)
@@ -165,8 +168,10 @@ def test_nan_in_the_data_is_refused_by_name():
 
 def test_factor_is_the_upper_cholesky_factor_of_the_damped_inverse():
     _, hessian = problem()
-    factor = factorize(hessian.matrix, 0.05, False, "w")
-    damped = hessian.matrix.double() + 0.05 * hessian.matrix.double().diagonal().mean() * torch.eye(64)
+    factor = factorize(hessian.sums["hessian"], 0.05, False)
+    damped = hessian.sums["hessian"].double() + 0.05 * hessian.sums["hessian"].double().diagonal().mean() * torch.eye(
+        64
+    )
     expected = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
     torch.testing.assert_close(factor.upper.double(), expected, rtol=1e-3, atol=1e-6)
 
@@ -189,9 +194,9 @@ def test_seqmse_takes_the_best_of_its_candidates(text):
     def errors(qparams):
         difference = (qparams.fake_quantize(weight) - weight).double()
         parts = [difference * (owner == scale) for scale in range(whole.scale.numel())]
-        return torch.stack([((part @ hessian.matrix.double()) * part).sum() for part in parts])
+        return torch.stack([((part @ hessian.sums["hessian"].double()) * part).sum() for part in parts])
 
-    chosen = search_ranges(weight, spec, hessian.matrix, "w", candidates=5, smallest=0.5)
+    chosen = search_ranges(weight, spec, hessian.sums["hessian"], "w", candidates=5, smallest=0.5)
     best = torch.full((whole.scale.numel(),), math.inf, dtype=torch.float64)
     for factor in (2.0, 1.0, 0.5, 0.25) if spec.scale_dtype == "e8m0" else (1.0, 0.875, 0.75, 0.625, 0.5):
         scale, zero_point = range_to_qparams(low * factor, high * factor, spec, whole.global_scale)
@@ -201,9 +206,9 @@ def test_seqmse_takes_the_best_of_its_candidates(text):
 
 def test_output_error_is_the_trace_form():
     difference, (_, hessian) = torch.randn(6, 64), problem()
-    whole = output_error(difference, hessian.matrix, QuantSpec.parse("int4:tensor:sym"))
-    rows = output_error(difference, hessian.matrix, QuantSpec.parse("int4:channel:sym"))
-    trace = torch.trace(difference.double() @ hessian.matrix.double() @ difference.double().t())
+    whole = output_error(difference, hessian.sums["hessian"], QuantSpec.parse("int4:tensor:sym"))
+    rows = output_error(difference, hessian.sums["hessian"], QuantSpec.parse("int4:channel:sym"))
+    trace = torch.trace(difference.double() @ hessian.sums["hessian"].double() @ difference.double().t())
     torch.testing.assert_close(whole.double(), trace.reshape(1), rtol=1e-4, atol=0)
     torch.testing.assert_close(rows.sum().double(), trace, rtol=1e-4, atol=0)
 
@@ -215,7 +220,7 @@ def test_asymmetric_calibration_makes_up_for_the_inputs_error(act_order):
     weight = torch.randn(16, 48, generator=generator)
     float_rows = torch.randn(400, 48, generator=generator)
     rows = float_rows + 0.3 * torch.randn(400, 48, generator=generator)
-    hessian = Hessian(("hessian", "cross"))
+    hessian = InputStatistics(("hessian", "cross"))
     hessian.add(rows[:150], float_rows[:150])
     hessian.add(rows[150:], float_rows[150:])
     best = torch.linalg.lstsq(rows.double(), float_rows.double() @ weight.double().t()).solution.t()
@@ -233,12 +238,33 @@ def test_asymmetric_calibration_makes_up_for_the_inputs_error(act_order):
 
 def test_a_float64_hessian_is_summed_in_float64():
     rows = torch.randn(64, 8)
-    hessian = Hessian(GPTQ(GPTQOptions(precision="float64")).needs)
+    hessian = InputStatistics(GPTQ(GPTQOptions(precision="float64")).needs)
     for row in rows:
         hessian.add(row[None])
-    assert hessian.matrix.dtype == torch.float64
-    torch.testing.assert_close(hessian.matrix, rows.double().t() @ rows.double(), rtol=1e-14, atol=1e-14)
+    assert hessian.sums["hessian"].dtype == torch.float64
+    torch.testing.assert_close(hessian.sums["hessian"], rows.double().t() @ rows.double(), rtol=1e-14, atol=1e-14)
     rounded = GPTQ(GPTQOptions(precision="float64")).round(
         torch.randn(4, 8), QuantSpec.parse("int4:channel"), "w", hessian
     )
     assert rounded.integers.shape == (4, 8)
+
+
+@pytest.mark.parametrize("text", [*SPECS, "int4:b8x16", "int4:channel@1", "nvfp4", "mxfp4", "int2:g16:sym:mse"])
+def test_each_row_gets_the_best_of_the_ranges_that_are_tried(text):
+    """Rows that share a scale take one range together, with the least loss; the codes are those of GPTQ in it alone."""
+    spec, (weight, hessian) = QuantSpec.parse(text), problem(24, 64)
+    algorithm, matrix = GPTQ(), hessian.sums["hessian"]
+    tried = algorithm._ranges(weight, spec, matrix, "w")
+    assert len(tried) == 2 + (spec.observer != "minmax")
+    together = gptq(weight, tried, hessian.factor(0.01, True, "w"))
+    alone = [gptq(weight, [ranges], hessian.factor(0.01, True, "w"))[0] for ranges in tried]
+    assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
+    rounded = algorithm.round(weight, spec, "w", hessian)
+    rows = {"block": 8, "tensor": 24}.get(spec.granularity, 24 if spec.axis == 1 else 1)
+
+    def losses(integers, qparams):
+        difference = (qparams.dequantize(integers, torch.float32) - weight).double()
+        return ((difference @ matrix.double()) * difference).sum(1).unflatten(0, (-1, rows)).sum(1)
+
+    best = torch.stack([losses(q, ranges) for q, ranges in zip(alone, tried, strict=True)]).amin(0)
+    torch.testing.assert_close(losses(rounded.integers, rounded.qparams), best, rtol=1e-5, atol=1e-6)

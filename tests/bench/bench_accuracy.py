@@ -1,6 +1,7 @@
 """How much of a small model wrapq's weight rounding loses, beside llm-compressor's: same tokens, one evaluator.
 
     python -m tests.bench.bench_accuracy [--models demo,PATH] [--seeds 3] [--methods gptq,llmc-gptq] [--rows FILE]
+        [--bits "W2 g64,W3 g64"]
 
 For each model, bits and method: KL(float || quantized) in nats, mean over the predicted tokens, the perplexity, and the
 seconds of the quantization alone; mean and standard deviation over seeds, each of which draws other calibration text.
@@ -56,7 +57,9 @@ OURS: dict[str, tuple[str, dict[str, Any], str]] = {  # algorithm, its options, 
     "rtn-mse": ("rtn", {}, "mse"),
     "seqmse": ("seqmse", {}, "minmax"),
     "gptq": ("gptq", {"damp": DAMP}, "minmax"),
-    "gptq-mse": ("gptq", {"damp": DAMP}, "mse"),
+    "gptq-asymmetric": ("gptq", {"damp": DAMP, "asymmetric": 1.0}, "minmax"),
+    "gptq-observer": ("gptq", {"damp": DAMP, "ranges": "observer"}, "minmax"),
+    "gptq-mse": ("gptq", {"damp": DAMP, "ranges": "observer"}, "mse"),
     "gptq-hessian": ("gptq", {"damp": DAMP, "ranges": "hessian"}, "minmax"),
 }
 MSE = {"observer": "memoryless_mse"}
@@ -200,6 +203,7 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(["demo", *([str(tiny)] if tiny.is_dir() else [])]))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", default=",".join(m for m in (*OURS, *PEER) if m not in SLOW))
+    parser.add_argument("--bits", default=",".join(BITS))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rows", type=Path)
     given = parser.parse_args()
@@ -213,7 +217,7 @@ def main() -> None:
         for seed in range(given.seeds):
             for name in given.models.split(","):
                 known = {(r["bits"], r["method"]) for r in rows if r["model"] == case(name).name and r["seed"] == seed}
-                pairs = [(b, m) for b in BITS for m in methods if not (seed and m in WITHOUT_DATA)]
+                pairs = [(b, m) for b in given.bits.split(",") for m in methods if not (seed and m in WITHOUT_DATA)]
                 pairs += [] if seed else [(FLOAT, FLOAT)]
                 wanted = [pair for pair in pairs if pair not in known]
                 folder = Path(scratch, f"{case(name).name}-{seed}")

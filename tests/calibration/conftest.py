@@ -22,7 +22,7 @@ def as_batches(tokens: Sequence[Tensor]) -> list[Batch]:
 def gptq_walker(model: nn.Module, rounder: Rounder | None = None) -> Walker:
     """GPTQ, or `rounder`, for every weight that multiplies a matrix; rounding to nearest for the others."""
     rounder = rounder or GPTQ()
-    multiplying = {module.weight_quantizer for _, module in iter_wrapped(model) if module.wrapper.multiplies}
+    multiplying = {module.weight_quantizer for _, module in iter_wrapped(model) if module.wrapper.multiplies(module)}
     points = list(iter_quantizers(model))
     rounders = {q.where: rounder if q in multiplying else RTN() for q in points if isinstance(q, WeightQuantizer)}
     return Walker(model, rounders, {q.where: Ranges() for q in points if not isinstance(q, WeightQuantizer)})

@@ -17,7 +17,7 @@ from wrapq.algorithms.gptq import GPTQ, GPTQOptions
 from wrapq.algorithms.ranges import Ranges
 from wrapq.algorithms.rtn import RTN
 from wrapq.calibration.algorithm import Rounded
-from wrapq.calibration.hessian import Hessian
+from wrapq.calibration.statistics import InputStatistics
 from wrapq.calibration.walker import Batch, Walker
 from wrapq.errors import CalibrationError, LifecycleError
 from wrapq.observers.base import OBSERVERS
@@ -396,12 +396,12 @@ def test_the_cross_term_is_of_the_float_and_the_quantized_model(family: str, tok
     """With the last weight's input taken from the two models themselves."""
     config = PTQConfig(weight="int3:channel:sym", activation=None)
     model, original = prepare(build_model(family), config), build_model(family)
-    gathered: dict[str, Hessian] = {}
+    gathered: dict[str, InputStatistics] = {}
 
     class Keeping(GPTQ):
-        def round(self, weight: Tensor, spec: object, where: str, hessian: Hessian | None = None) -> Rounded:
-            gathered[where] = hessian
-            return super().round(weight, spec, where, hessian)
+        def round(self, weight: Tensor, spec: object, where: str, statistics: InputStatistics | None = None) -> Rounded:
+            gathered[where] = statistics
+            return super().round(weight, spec, where, statistics)
 
     gptq_walker(model, Keeping(GPTQOptions(asymmetric=0.5))).run(as_batches(token_batches), "sequential")
     last = "model.layers.1.mlp.down_proj" if family == "llama" else "transformer.h.1.mlp.c_proj"
@@ -415,8 +415,8 @@ def test_the_cross_term_is_of_the_float_and_the_quantized_model(family: str, tok
         hook.remove()
     f, x = (torch.cat(inputs[index]).detach() for index in (0, 1))
     assert (f - x).abs().max() > 1e-3
-    torch.testing.assert_close(gathered[f"{last}.weight"].cross, (f - x).t() @ x, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(gathered[f"{last}.weight"].matrix, x.t() @ x, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(gathered[f"{last}.weight"].sums["cross"], (f - x).t() @ x, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(gathered[f"{last}.weight"].sums["hessian"], x.t() @ x, rtol=1e-3, atol=1e-4)
 
 
 class Twice(nn.Module):

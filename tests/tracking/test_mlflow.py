@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -17,8 +18,9 @@ from mlflow import MlflowClient
 
 from wrapq.tracking import Tracker, TrackingError, make_tracker, store_uri, ui_command
 from wrapq.tracking.mlflow import MLflowTracker
-from wrapq.tracking.mlflow_store import entity_key
+from wrapq.tracking.names import entity_key
 from wrapq.tracking.null import NullTracker
+from wrapq.tracking.sync import sync
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,9 @@ def test_a_whole_run_reads_back(tracker: MLflowTracker, outputs: Path, tmp_path:
     (tmp_path / "recipe.yaml").write_text("name: demo\n")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "a.txt").write_text("a")
-    tracker.start("demo", {"recipe": "demo"}, {"model": {"dtype": "float32"}, "stack_order": ["a", "b"], "seed": 0})
+    tracker.start(
+        "demo", {"recipe": "demo"}, {"model": {"dtype": "float32"}, "stack_order": ["a", "b"], "seed": 0}, tmp_path
+    )
     tracker.params({f"many.{i}": i for i in range(250)})
     tracker.tags({"data_digest": "d" * 64})
     tracker.metrics({"float/perplexity": 12.5, "odd": math.nan})
@@ -86,8 +90,10 @@ def test_a_whole_run_reads_back(tracker: MLflowTracker, outputs: Path, tmp_path:
     assert (files / "report" / "notes.txt").read_text() == "fine"
 
 
-def test_no_secret_is_recorded(tracker: MLflowTracker, outputs: Path) -> None:
-    tracker.start("x", {"uri": "https://me:hunter22@host/"}, {"hub": {"token": "hunter22"}, "tokenizer": "demo"})
+def test_no_secret_is_recorded(tracker: MLflowTracker, outputs: Path, tmp_path: Path) -> None:
+    tracker.start(
+        "x", {"uri": "https://me:hunter22@host/"}, {"hub": {"token": "hunter22"}, "tokenizer": "demo"}, tmp_path
+    )
     tracker.text("recipe.yaml", "hub: {token: hunter22}\ntracking: {uri: 'https://me:hunter22@host'}\n")
     tracker.dataset("d", "0", "s3://me:hunter22@bucket", "calibration", {"password": "hunter22", "samples": 3})
     tracker.finish("FAILED", "cannot reach https://me:hunter22@host")
@@ -99,8 +105,8 @@ def test_no_secret_is_recorded(tracker: MLflowTracker, outputs: Path) -> None:
     assert "hunter22" not in written
 
 
-def test_long_values_are_cut_and_say_so(tracker: MLflowTracker, outputs: Path) -> None:
-    tracker.start("x", {"long": "t" * 9000}, {"long": "p" * 7000, "k" * 300: 1, "odd!key": 2, "../up": 3})
+def test_long_values_are_cut_and_say_so(tracker: MLflowTracker, outputs: Path, tmp_path: Path) -> None:
+    tracker.start("x", {"long": "t" * 9000}, {"long": "p" * 7000, "k" * 300: 1, "odd!key": 2, "../up": 3}, tmp_path)
     tracker.finish()
     assert tracker.problems == []
     run = client(outputs).get_run(tracker.run_id)
@@ -117,10 +123,10 @@ def test_long_values_are_cut_and_say_so(tracker: MLflowTracker, outputs: Path) -
         (KeyboardInterrupt(), "KILLED", "interrupted"),
     ],
 )
-def test_as_a_context_manager(tracker: MLflowTracker, outputs: Path, error, status, reason) -> None:
+def test_as_a_context_manager(tracker: MLflowTracker, outputs: Path, tmp_path: Path, error, status, reason) -> None:
     def body() -> None:
         with tracker:
-            tracker.start("x", {}, {})
+            tracker.start("x", {}, {}, tmp_path)
             if error is not None:
                 raise error
 
@@ -135,47 +141,53 @@ def test_as_a_context_manager(tracker: MLflowTracker, outputs: Path, error, stat
 
 
 def test_trouble_after_the_start_is_remembered_not_raised(
-    tracker: MLflowTracker, outputs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tracker: MLflowTracker, outputs: Path, tmp_path: Path
 ) -> None:
-    tracker.start("x", {}, {"a": 1})
+    tracker.start("x", {}, {"a": 1}, tmp_path)
     tracker.params({"a": 2})  # MLflow refuses to change a parameter
     tracker.artifact(tmp_path / "nowhere.txt")
     tracker.metrics({"late": 1.0})
     tracker.finish()
     tracker.metrics({"later": 1.0})
-    assert len(tracker.problems) == 3
-    assert "params: " in tracker.problems[0]
-    assert "nowhere.txt" in tracker.problems[1]
-    assert "metrics after the run was finished" in tracker.problems[2]
-    assert sum(record.name.startswith("wrapq") for record in caplog.records) == 1
+    late, *rejected = reversed(tracker.problems)
+    assert late == "metrics after the run was finished"
+    assert len(rejected) == 2
+    assert any(problem.startswith("params: ") for problem in rejected)
+    assert any("nowhere.txt" in problem for problem in rejected)
     run = client(outputs).get_run(tracker.run_id)
+    assert run.data.params == {"a": "1"}
     assert run.data.metrics == {"late": 1.0}
     assert run.info.status == "FINISHED"
 
 
-def test_a_store_that_went_away_costs_seconds_not_minutes(tracker: MLflowTracker) -> None:
-    tracker.start("x", {}, {})
-    tracker.store.process.kill()
+def test_what_a_killed_sender_did_not_send_is_sent_later(tracker: MLflowTracker, outputs: Path, tmp_path: Path) -> None:
+    tracker.start("x", {}, {}, tmp_path)
+    tracker.sender.process.kill()
     for i in range(50):
-        tracker.metrics({"m": 1.0}, step=i)
+        tracker.metrics({"m": float(i)}, step=i)
     start = time.perf_counter()
     tracker.finish()
-    assert time.perf_counter() - start < 10
-    assert "the tracking process ended early" in tracker.problems[0]
-    assert "47 later records were not sent" in tracker.problems[-1]
+    assert time.perf_counter() - start < 5
+    (problem,) = tracker.problems
+    assert re.match(r"5\d of 52 records are not sent: the tracking process ended early\nthey are kept", problem)
+    (synced,) = sync(tmp_path)
+    assert (synced.state, synced.left) == ("sent", 0)
+    points = client(outputs).get_metric_history(tracker.run_id, "m")
+    assert [(p.step, p.value) for p in points] == [(i, float(i)) for i in range(50)]
+    assert client(outputs).get_run(tracker.run_id).info.status == "FINISHED"
 
 
-def test_a_run_whose_process_dies_is_closed_as_killed(tmp_path: Path) -> None:
+def test_a_run_whose_process_dies_is_closed_as_killed_and_can_go_on(tmp_path: Path) -> None:
     program = """
 import os, sys
 from pathlib import Path
 from wrapq.tracking.mlflow import MLflowTracker
 tracker = MLflowTracker(sys.argv[1], "wrapq", Path(sys.argv[2]))
-tracker.start("x", {}, {"a": 1})
+tracker.start("x", {}, {"a": 1}, Path(sys.argv[2]))
 assert "mlflow" not in sys.modules
 print(tracker.run_id, flush=True)
 for i in range(100):
-    tracker.metrics({"m": i}, i)  # some are answered when nobody reads any more
+    tracker.metrics({"m": i}, i)
 os._exit(1)
 """
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
@@ -186,30 +198,40 @@ os._exit(1)
         time.sleep(0.2)
     assert run.info.status == "KILLED"
     assert run.data.tags["failure"] == "the process of the run ended without a word"
+    assert len(client(tmp_path).get_metric_history(run_id, "m")) == 100
+    again = MLflowTracker(uri, "wrapq", tmp_path)
+    again.start("x", {}, {"a": 1}, tmp_path)
+    again.metrics({"m": 100.0}, 100)
+    again.finish()
+    assert (again.run_id, again.problems) == (run_id, [])
+    run = client(tmp_path).get_run(run_id)
+    assert (run.info.status, "failure" in run.data.tags) == ("FINISHED", False)
+    assert len(client(tmp_path).get_metric_history(run_id, "m")) == 101
 
 
 def test_a_tracker_that_was_only_prepared_leaves_no_process(tracker: MLflowTracker) -> None:
     tracker.prepare()
     tracker.finish("FAILED")
-    assert tracker.store.process.returncode == -signal.SIGKILL
+    assert tracker.sender.process.returncode == -signal.SIGKILL
 
 
-def test_started_without_waiting(tracker: MLflowTracker, outputs: Path) -> None:
-    tracker.start("x", {}, {"a": 1}, wait=False)
+def test_started_without_waiting(tracker: MLflowTracker, outputs: Path, tmp_path: Path) -> None:
+    tracker.start("x", {}, {"a": 1}, tmp_path, wait=False)
     tracker.metrics({"m": 1.0})
     tracker.finish()
     run = client(outputs).get_run(tracker.run_id)
     assert (run.data.params, run.data.metrics, run.info.status) == ({"a": "1"}, {"m": 1.0}, "FINISHED")
 
 
-@pytest.mark.parametrize("uri", ["nonsense://x", "http://127.0.0.1:9", "sqlite:////proc/no/mlflow.db"])
+@pytest.mark.parametrize("uri", ["nonsense://x", "sqlite:////proc/no/mlflow.db"])
 def test_a_broken_address_is_one_clear_error(tmp_path: Path, uri: str) -> None:
     made = make_tracker(settings(tmp_path, uri=uri))
     with pytest.raises(TrackingError, match=rf"cannot open the tracking store '{uri}': .+\n +check tracking.uri"):
-        made.start("x", {}, {})
+        made.start("x", {}, {}, tmp_path)
     made.finish("FAILED", "harmless")
+    (tmp_path / "b").mkdir()
     background = make_tracker(settings(tmp_path, uri=uri))
-    background.start("x", {}, {}, wait=False)
+    background.start("x", {}, {}, tmp_path / "b", wait=False)
     with pytest.raises(TrackingError, match="cannot open"):
         background.ready()
 
@@ -217,38 +239,45 @@ def test_a_broken_address_is_one_clear_error(tmp_path: Path, uri: str) -> None:
 def test_a_file_that_is_no_database(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_text("this is not a database, and long enough to have a header " * 10)
     with pytest.raises(TrackingError, match=r"cannot open the tracking store .*not a database"):
-        make_tracker(settings(tmp_path)).start("x", {}, {})
+        make_tracker(settings(tmp_path)).start("x", {}, {}, tmp_path)
 
 
-def test_a_password_in_the_address_is_not_shown(tmp_path: Path) -> None:
-    with pytest.raises(TrackingError) as error:
-        make_tracker(settings(tmp_path, uri="http://me:hunter22@127.0.0.1:9")).start("x", {}, {})
-    assert "hunter22" not in str(error.value)
+def test_a_password_in_the_address_is_neither_shown_nor_kept(tmp_path: Path) -> None:
+    made = make_tracker(settings(tmp_path, uri="http://me:hunter22@127.0.0.1:9"))
+    made.start("x", {}, {}, tmp_path)
+    made.finish()
+    assert "hunter22" not in "".join(made.problems)
+    assert not any(b"hunter22" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    (synced,) = sync(tmp_path)
+    assert (synced.state, synced.left) == ("refused", 2)
+    assert synced.reason.endswith("which is not kept: say it again with tracking.uri=...")
 
 
 def test_a_deleted_experiment_says_how_to_restore_it(tmp_path: Path) -> None:
     first = make_tracker(settings(tmp_path))
-    first.start("x", {}, {})
+    first.start("x", {}, {}, tmp_path)
     first.finish()
     store = client(tmp_path)
     store.delete_experiment(store.get_experiment_by_name("wrapq").experiment_id)
+    (tmp_path / "second").mkdir()
     with pytest.raises(TrackingError, match=r"was deleted.*restore"):
-        make_tracker(settings(tmp_path)).start("x", {}, {})
+        make_tracker(settings(tmp_path)).start("x", {}, {}, tmp_path / "second")
 
 
-def test_a_run_starts_once(tracker: MLflowTracker) -> None:
+def test_a_run_starts_once(tracker: MLflowTracker, tmp_path: Path) -> None:
     with pytest.raises(TrackingError, match="has not been started"):
         tracker.ready()
-    tracker.start("x", {}, {})
+    tracker.start("x", {}, {}, tmp_path)
     with pytest.raises(TrackingError, match="started before"):
-        tracker.start("x", {}, {})
+        tracker.start("x", {}, {}, tmp_path)
 
 
 def test_two_processes_in_one_fresh_store(tmp_path: Path) -> None:
     code = (
         "import sys, pathlib; from wrapq.tracking.mlflow import MLflowTracker as T\n"
         "out = pathlib.Path(sys.argv[1]); t = T(f'sqlite:///{out}/mlflow.db', 'wrapq', out)\n"
-        "t.start(sys.argv[2], {}, {'a': 1})\n"
+        "folder = out / sys.argv[2]; folder.mkdir()\n"
+        "t.start(sys.argv[2], {}, {'a': 1}, folder)\n"
         "t.curves({'c': [1.0] * 100}); t.finish(); sys.exit(len(t.problems))"
     )
     jobs = [
@@ -268,7 +297,7 @@ def test_two_processes_in_one_fresh_store(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_against_the_server_that_the_ui_command_starts(tracker: MLflowTracker, outputs: Path, tmp_path: Path) -> None:
-    tracker.start("local", {}, {})
+    tracker.start("local", {}, {}, tmp_path)
     tracker.text("notes.txt", "from the local run")
     tracker.finish()
     with socket.socket() as probe:
@@ -276,7 +305,7 @@ def test_against_the_server_that_the_ui_command_starts(tracker: MLflowTracker, o
         port = probe.getsockname()[1]
     log = (tmp_path / "server.log").open("w")
     server = subprocess.Popen(
-        ui_command(tracker.store.uri, outputs, port=port), stdout=log, stderr=log, start_new_session=True
+        ui_command(tracker.uri, outputs, port=port), stdout=log, stderr=log, start_new_session=True
     )
     try:
         page = f"http://127.0.0.1:{port}"
@@ -311,7 +340,7 @@ def test_off_means_nothing_is_written(tmp_path: Path) -> None:
     made = make_tracker(settings(tmp_path, enabled=False))
     assert isinstance(made, NullTracker)
     with made:
-        made.start("x", {}, {})
+        made.start("x", {}, {}, tmp_path)
         made.metrics({"a": 1.0})
         made.artifact(tmp_path / "nowhere")
     assert (made.run_id, made.run_url, made.problems) == (None, None, [])

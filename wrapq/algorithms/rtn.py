@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from wrapq.calibration.algorithm import ALGORITHMS, Rounded, Rounder
-from wrapq.calibration.hessian import Hessian
+from wrapq.calibration.statistics import InputStatistics
 from wrapq.observers.base import observe_tensor
 from wrapq.quant.spec import QuantSpec
 
@@ -17,7 +17,7 @@ class RTN(Rounder):
     `minmax` spans every weight; `mse` clips where that lowers the error of the rest. Needs no data.
     """
 
-    def round(self, weight: Tensor, spec: QuantSpec, where: str, hessian: Hessian | None = None) -> Rounded:
+    def round(self, weight: Tensor, spec: QuantSpec, where: str, statistics: InputStatistics | None = None) -> Rounded:
         """See `Rounder.round`."""
         qparams = observe_tensor(weight, spec, where)
         return Rounded(qparams.quantize(weight), qparams)

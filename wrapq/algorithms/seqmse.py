@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from wrapq.calibration.algorithm import ALGORITHMS, Rounded, Rounder
-from wrapq.calibration.hessian import Hessian
+from wrapq.calibration.statistics import InputStatistics
 from wrapq.observers.base import checked_qparams
 from wrapq.observers.mse import MX_FACTORS
 from wrapq.quant.affine import range_to_qparams, reduce_range, scale_shape
@@ -48,9 +48,9 @@ class SeqMSE(Rounder):
         """See `Rounder.unsupported`."""
         return unread_observer(spec)
 
-    def round(self, weight: Tensor, spec: QuantSpec, where: str, hessian: Hessian | None = None) -> Rounded:
+    def round(self, weight: Tensor, spec: QuantSpec, where: str, statistics: InputStatistics | None = None) -> Rounded:
         """See `Rounder.round`."""
-        matrix = (hessian or Hessian()).check(where)
+        matrix = (statistics or InputStatistics()).get("hessian", where)
         qparams = search_ranges(weight, spec, matrix, where, self.options.candidates, self.options.smallest)
         return Rounded(qparams.quantize(weight), qparams)
 
@@ -98,7 +98,7 @@ def _scaled(low: Tensor, high: Tensor, factor: Tensor | float, whole: QParams) -
 def output_error(difference: Tensor, hessian: Tensor, spec: QuantSpec) -> Tensor:
     """`d H d^T` of each scale's part of `difference` [N, K], shaped like the scale."""
     shape = scale_shape(difference.shape, spec)
-    tall, wide = _tile(difference.shape, spec)
+    tall, wide = tile(difference.shape, spec)
     missing = -difference.shape[1] % wide
     parts = pad(difference, (0, missing)).unflatten(1, (-1, wide)).transpose(0, 1)  # [G, N, g]
     blocks = pad(hessian, (0, missing, 0, missing)).unflatten(0, (-1, wide)).unflatten(2, (-1, wide))
@@ -108,7 +108,7 @@ def output_error(difference: Tensor, hessian: Tensor, spec: QuantSpec) -> Tensor
     return tiles.t().reshape(shape)
 
 
-def _tile(shape: Sequence[int], spec: QuantSpec) -> tuple[int, int]:
+def tile(shape: Sequence[int], spec: QuantSpec) -> tuple[int, int]:
     """Rows and columns of a matrix of `shape` [N, K] that share a scale."""
     rows, columns = shape
     if spec.granularity == "block":

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from wrapq.calibration.border import BATCH, made_for_all
-from wrapq.calibration.hessian import Hessian
 from wrapq.calibration.lockstep import Stop
+from wrapq.calibration.statistics import InputStatistics
 from wrapq.wrappers.quantizer import PADDING, STREAM, Quantizer, WeightQuantizer, real_tokens
 
 Wait = Callable[[Stop], None]
@@ -29,7 +29,7 @@ class Walk(Protocol):
     """What a forward reports to."""
 
     model: nn.Module
-    hessians: dict[str, Hessian]
+    inputs: dict[str, InputStatistics]
     """What was gathered for each open weight, by the point's full name."""
 
     def needs(self, weight: WeightQuantizer) -> frozenset[str]:
@@ -39,13 +39,13 @@ class Walk(Protocol):
         """Where forwards wait until the point is decided."""
 
 
-class _Run:
+class Run:
     """One run of the model, as a stream (`wrapq.wrappers.quantizer.Stream`)."""
 
     quantizes: bool
 
-    def __init__(self, walk: Walk, batch: Batch, index: int) -> None:
-        self.walk, self.batch, self.index = walk, batch, index
+    def __init__(self, model: nn.Module, batch: Batch, index: int) -> None:
+        self.model, self.batch, self.index = model, batch, index
 
     def __call__(self) -> None:
         """Run; what the model returns is dropped."""
@@ -55,7 +55,7 @@ class _Run:
         PADDING.set(self.batch.mask)
         STREAM.set(self)
         BATCH.set(self.index)
-        self.walk.model(**self.batch.inputs)
+        self.model(**self.batch.inputs)
 
     def observe(self, point: Quantizer, x: Tensor) -> None:
         """See `Stream.observe`."""
@@ -64,14 +64,14 @@ class _Run:
         """See `Stream.meet`."""
 
 
-class FloatTwin(_Run):
+class FloatTwin(Run):
     """The float model's run of a batch, for statistics of the difference; ahead of the run that gathers them."""
 
     quantizes = False
 
     def __init__(self, walk: Walk, batch: Batch, index: int, wait: Wait) -> None:
-        super().__init__(walk, batch, index)
-        self.wait = wait
+        super().__init__(walk.model, batch, index)
+        self.walk, self.wait = walk, wait
         self._at: tuple[WeightQuantizer, Tensor] | None = None
 
     def rows(self, weight: WeightQuantizer, like: Tensor) -> Tensor | None:
@@ -95,7 +95,7 @@ class FloatTwin(_Run):
         return shape[0], shape[:2].numel()
 
 
-class Forward(_Run):
+class Forward(Run):
     """A batch's run that gathers statistics.
 
     Args:
@@ -107,10 +107,10 @@ class Forward(_Run):
     """
 
     def __init__(self, walk: Walk, batch: Batch, index: int, wait: Wait | None, twin: FloatTwin | None = None) -> None:
-        super().__init__(walk, batch, index)
-        self.wait, self.twin = wait, twin
+        super().__init__(walk.model, batch, index)
+        self.walk, self.wait, self.twin = walk, wait, twin
         self.quantizes = wait is not None
-        self._last: tuple[Tensor, str, Hessian] | None = None
+        self._last: tuple[Tensor, str, InputStatistics] | None = None
 
     def observe(self, point: Quantizer, x: Tensor) -> None:
         """Add to what the point's observer saw, and wait until its range is chosen."""
@@ -128,18 +128,18 @@ class Forward(_Run):
         feeding = module.point_quantizers().get("input")
         form = str(feeding.spec) if feeding else ""
         known = self._shared(raw, form, needs)
-        hessian = self.walk.hessians.setdefault(weight.where, known or Hessian(needs))
-        if hessian is not known:
+        statistics = self.walk.inputs.setdefault(weight.where, known or InputStatistics(needs))
+        if statistics is not known:
             rows = module.input_matrix(real_tokens(x.detach(), 1))
             with made_for_all():
-                hessian.add(rows, self.twin.rows(weight, rows) if self.twin else None)
-        self._last = raw, form, hessian
+                statistics.add(rows, self.twin.rows(weight, rows) if self.twin else None)
+        self._last = raw, form, statistics
         if self.wait is not None:
             self.wait(self.walk.stop(weight))
 
-    def _shared(self, raw: Tensor, form: str, needs: frozenset[str]) -> Hessian | None:
+    def _shared(self, raw: Tensor, form: str, needs: frozenset[str]) -> InputStatistics | None:
         """The statistics of the weight met just before, if they are of the same tensor."""
         if self._last is None:
             return None
-        before, its_form, hessian = self._last
-        return hessian if before is raw and its_form == form and hessian.needs == needs else None
+        before, its_form, statistics = self._last
+        return statistics if before is raw and its_form == form and statistics.needs == needs else None

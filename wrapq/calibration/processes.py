@@ -17,7 +17,7 @@ import torch.distributed as dist
 from safetensors.torch import load, save
 from torch import Tensor
 
-from wrapq.calibration.hessian import Hessian
+from wrapq.calibration.statistics import PARTS, InputStatistics
 from wrapq.observers.base import Observer, make_observer
 
 _VARIABLES = (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))
@@ -72,17 +72,16 @@ class Processes:
         dist.all_reduce(said, dist.ReduceOp.MIN)
         return int(said)
 
-    def sum_hessian(self, hessian: Hessian, columns: int) -> None:
-        """Let `hessian`, of a weight with K `columns`, hold the sum over all processes."""
-        if self.count == 1:
+    def reduce(self, statistics: InputStatistics, columns: int) -> None:
+        """Let `statistics`, of a weight with K `columns`, hold what all processes saw."""
+        if self.count == 1 or statistics.complete:
             return
-        if hessian.matrix is None:  # no token came by here
-            hessian.add(torch.zeros(0, columns, device=self._device))
-        rows = torch.tensor(hessian.rows, device=self._device)
-        for tensor in (hessian.matrix, hessian.cross, rows):
-            if tensor is not None:
-                dist.all_reduce(tensor)
-        hessian.rows = int(rows)
+        statistics.start(columns, self._device)  # where no token came by
+        rows = torch.tensor(statistics.rows, device=self._device)
+        dist.all_reduce(rows)
+        for name, value in statistics.sums.items():
+            dist.all_reduce(value, dist.ReduceOp.MAX if PARTS[name].reduce == "max" else dist.ReduceOp.SUM)
+        statistics.rows = int(rows)
 
     def merge_observer(self, observer: Observer) -> None:
         """Let `observer` hold what it saw in all processes, merged in the order of their ranks."""

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 
 from wrapq.calibration.algorithm import Algorithm
-from wrapq.calibration.hessian import Hessian
+from wrapq.calibration.statistics import PRECISIONS, InputStatistics
 from wrapq.calibration.store import Store
 from wrapq.errors import OutputError
 from wrapq.observers.base import Observer
@@ -44,8 +44,8 @@ class Recall:
         self.recalled: set[str] = set()
         self._written = 0
         self._scopes: dict[str, str] = {}
-        self._kinds: dict[str, str] = {}
-        self._keys: WeakKeyDictionary[object, str] = WeakKeyDictionary()
+        self._kinds: dict[str, dict[str, str]] = {}
+        self._owners: WeakKeyDictionary[object, str] = WeakKeyDictionary()
 
     def begin(self, groups: Sequence[Sequence[Quantizer]], algorithms: Mapping[str, Algorithm], shared: bool) -> None:
         """Learn what is to be decided.
@@ -62,49 +62,61 @@ class Recall:
             for quantizer in group:
                 self._scopes[quantizer.where] = scope
                 algorithm = algorithms.get(quantizer.where)
-                needs = " ".join(sorted(algorithm.needs)) if algorithm else ""
-                self._kinds[quantizer.where] = needs or f"observer {quantizer.spec}"
+                self._kinds[quantizer.where] = _kinds(quantizer, frozenset(algorithm.needs if algorithm else ()))
 
-    def load(self, points: Sequence[Quantizer]) -> dict[str, tuple[str, dict[str, Tensor]]] | None:
-        """For each of `points`, by its full name, the key of what is stored for it and its tensors; None if one lacks
-        it. Points that share a statistic have one key, and the tensors come with the first.
+    def load(self, points: Sequence[Quantizer]) -> dict[str, tuple[str, dict[str, dict[str, Tensor]]]] | None:
+        """For each of `points`, by its full name, the point that first brought what is stored for it, and that, part by
+        part; None if one lacks anything. The tensors come with the first of the points that share them.
         """
-        found: dict[str, tuple[str, dict[str, Tensor]]] = {}
+        found: dict[str, tuple[str, dict[str, dict[str, Tensor]]]] = {}
         seconds = 0.0
         for quantizer in points:
-            key = self._key(quantizer)
-            if (stored := self.store.get(key)) is None:
+            parts, owners = {}, set()
+            for part, kind in self._kinds[quantizer.where].items():
+                if (stored := self.store.get(self._key(quantizer.where, kind))) is None:
+                    return None
+                owners.add(stored.facts.get("same_as", quantizer.where))
+                seconds += float(stored.facts["seconds"])
+                parts[part] = stored.tensors
+            owner = owners.pop()
+            if owners or (owner != quantizer.where and owner not in found):
                 return None
-            key = stored.facts.get("same_as", key)
-            if not stored.tensors and all(key != other for other, _ in found.values()):
-                return None
-            seconds += float(stored.facts["seconds"])
-            found[quantizer.where] = key, stored.tensors
+            found[quantizer.where] = owner, parts
         self.hits, self.seconds = self.hits + len(found), self.seconds + seconds
         self.recalled |= set(found)
         return found
 
-    def keep(self, quantizer: Quantizer, gathered: Hessian | Observer, seconds: float) -> None:
+    def keep(self, quantizer: Quantizer, gathered: InputStatistics | Observer, seconds: float) -> None:
         """Store what was gathered for a point; points that share it bring the same object.
 
         Never raises: a store that cannot be written costs later runs time, not this one its result.
         """
         self.misses += 1
-        if self.problem is not None:
-            return
-        key, where = self._key(quantizer), quantizer.where
-        facts = {"point": where, "kind": self._kinds[where], "seconds": f"{seconds:.6f}"}
-        first = self._keys.setdefault(gathered, key)
-        tensors = gathered.state_dict() if first == key else {}
-        try:
-            self._written += self.store.put(key, tensors, facts if first == key else facts | {"same_as": first})
-        except OutputError as error:
-            self.problem = str(error)
-        if self._written > self.store.limit:
-            self.problem = f"the statistics of this run are more than {self.store.limit / 1e9:g} GB (runtime.cache_gb)"
+        where, kinds = quantizer.where, self._kinds[quantizer.where]
+        owner = self._owners.setdefault(gathered, where)
+        held = gathered.parts() if isinstance(gathered, InputStatistics) else {"observer": gathered.state_dict()}
+        for part, kind in kinds.items():
+            if self.problem is not None:
+                return
+            facts = {"point": where, "kind": kind, "seconds": f"{seconds / len(kinds):.6f}"}
+            facts |= {} if owner == where else {"same_as": owner}
+            try:
+                self._written += self.store.put(self._key(where, kind), held[part] if owner == where else {}, facts)
+            except OutputError as error:
+                self.problem = str(error)
+            if self._written > self.store.limit:
+                limit = f"{self.store.limit / 1e9:g} GB (runtime.cache_gb)"
+                self.problem = f"the statistics of this run are more than {limit}"
 
-    def _key(self, quantizer: Quantizer) -> str:
-        return digest(self._scopes[quantizer.where], [quantizer.where, self._kinds[quantizer.where]])
+    def _key(self, where: str, kind: str) -> str:
+        return digest(self._scopes[where], [where, kind])
+
+
+def _kinds(quantizer: Quantizer, needs: frozenset[str]) -> dict[str, str]:
+    """What is stored for a point, each part by itself so that algorithms which need other ones share it."""
+    precision = " ".join(["", *sorted(needs & PRECISIONS)])
+    parts = {part: f"{part}{precision}" for part in sorted(needs - PRECISIONS)}
+    return parts or {"observer": f"observer {quantizer.spec}"}
 
 
 def _named(algorithm: Algorithm | None) -> object:

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from wrapq.calibration.algorithm import Rounded
-from wrapq.calibration.hessian import Hessian
+from wrapq.calibration.statistics import InputStatistics
 
 SQNR_CEILING = 200.0  # dB; stands for "equal"
 
 
-def rounding_report(weight: Tensor, rounded: Rounded, hessian: Hessian | None) -> dict[str, float]:
+def rounding_report(weight: Tensor, rounded: Rounded, statistics: InputStatistics | None) -> dict[str, float]:
     """The error of a rounded weight [N, K]: its own, and with a Hessian H that of its output.
 
     `weight_sqnr_db` is `10 log10(|W|^2 / |D|^2)` for the difference D; `output_error` is `tr(D H D^T) / tr(W H W^T)`.
@@ -21,8 +21,8 @@ def rounding_report(weight: Tensor, rounded: Rounded, hessian: Hessian | None) -
     noise, signal = difference.square().sum(), weight.square().sum()
     sqnr = (10 * torch.log10(signal / noise)).clamp(-SQNR_CEILING, SQNR_CEILING).nan_to_num(0)
     report = {"weight_sqnr_db": float(sqnr)}
-    if hessian is not None and hessian.matrix is not None:
-        matrix = hessian.matrix.float()
+    if statistics is not None and "hessian" in statistics.sums:
+        matrix = statistics.sums["hessian"].float()
         lost, there = (((part @ matrix) * part).sum() for part in (difference, weight))
-        report |= {"output_error": float(lost / there) if there else 0.0, "rows": float(hessian.rows)}
+        report |= {"output_error": float(lost / there) if there else 0.0, "rows": float(statistics.rows)}
     return report | dict(rounded.report)

@@ -7,34 +7,29 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import groupby
-from typing import Any, Literal, NoReturn, cast
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from wrapq.calibration.algorithm import RangeSetter, Rounded, Rounder
+from wrapq.calibration.algorithm import RangeSetter, Rounder
 from wrapq.calibration.blocks import Blocks, find_blocks
 from wrapq.calibration.border import Border, skipping
+from wrapq.calibration.decider import Decider, release
 from wrapq.calibration.forward import Batch, FloatTwin, Forward
-from wrapq.calibration.hessian import Hessian, UnusableHessianError
 from wrapq.calibration.lockstep import Stop, first, run_lockstep, wait_at
 from wrapq.calibration.offload import Offload
-from wrapq.calibration.processes import Processes
-from wrapq.calibration.recall import Recall
-from wrapq.calibration.report import rounding_report
+from wrapq.calibration.residency import Residency
 from wrapq.calibration.stops import Gate, Once, OpenPoint
 from wrapq.errors import CalibrationError
-from wrapq.observers.base import Observer, observe_tensor
-from wrapq.wrappers.base import QuantModuleBase
-from wrapq.wrappers.model import iter_wrapped
 from wrapq.wrappers.quantizer import Quantizer, State, WeightQuantizer
 
 Schedule = Literal["sequential", "parallel"]
 __all__ = ["Batch", "Schedule", "Walker"]
 
 
-class Walker:
-    """Decides the points of a wrapped model: weights by their rounder, static activation ranges by their setter.
+class Walker(Decider):
+    """Gathers what the points of a wrapped model need, and decides each of them when all of it is there.
 
     The batches go through the model side by side and wait for each other before each block. With the schedule
     `sequential` they also wait at each open point, which is decided with all that comes before it already quantized.
@@ -50,12 +45,8 @@ class Walker:
         on_hidden: called with a block's index, a batch's, and the hidden states that enter the block.
         on_border: called between two blocks with the index of the next and whether blocks return a tuple, when
             everything before is decided.
-        recall: where statistics gathered before are looked up; None gathers all.
+        residency: brings in the blocks that are not in memory.
         offload: what keeps waiting forwards within a limit of memory; None keeps them in memory.
-        processes: those that share the data.
-        statistics: after `run`, what the observer of each static activation point gathered, by the point's full name.
-        reports: after `run`, for each weight its error and what its algorithm reports, by the point's full name.
-        fallbacks: for each weight that was rounded to nearest because its Hessian could not be used, the reason.
     """
 
     def __init__(
@@ -65,31 +56,22 @@ class Walker:
         setters: Mapping[str, RangeSetter],
         advance: Callable[[], None] = lambda: None,
     ) -> None:
-        self.model, self.rounders, self.setters = model, rounders, setters
+        super().__init__(model, rounders, setters)
         self.advance = advance
         self.on_hidden: Callable[[int, int, Tensor], None] = lambda block, batch, hidden: None
         self.on_border: Callable[[int, bool], None] = lambda block, as_tuple: None
-        self.recall: Recall | None = None
+        self.residency = Residency()
         self.offload: Offload | None = None
-        self.processes = Processes()
         self.blocks: Blocks = find_blocks(model)
-        self.wrapped = dict(iter_wrapped(model))
-        self.statistics: dict[str, Tensor] = {}
-        self.hessians: dict[str, Hessian] = {}
-        self.reports: dict[str, dict[str, float]] = {}
-        self.fallbacks: list[str] = []
         self._schedule: Schedule = "sequential"
         self._as_tuple = False
-        self._tied: dict[tuple[int, str], Rounded] = {}
-        self._since = 0.0
         self._points: dict[Quantizer, OpenPoint] = {}
-        self._modules: dict[Quantizer, QuantModuleBase] = {}
         self._gates: list[Gate] = []
         self._order_points()
 
     def steps(self) -> tuple[int, str]:
         """How often `run` will call `advance`, and for what."""
-        return (1, "model") if self._all_decided() else (max(self.blocks.count, 1), "block")
+        return (1, "model") if self.all_decided() else (max(self.blocks.count, 1), "block")
 
     @torch.no_grad()
     def run(self, batches: Sequence[Batch], schedule: Schedule, border: Border | None = None) -> None:
@@ -106,22 +88,17 @@ class Walker:
         for quantizer in self._points:
             if quantizer.spec.dynamic:
                 quantizer.freeze()
-        if not self._all_decided():
+        if not self.all_decided():
             try:
                 self._walk(batches, border)
             except _BlockAgainError:  # so no block is done before the last batch has run: the model is one block
                 self._forget()
                 self._walk(batches, None)
-        for quantizer in self._points:
-            self._decide(quantizer)
-
-    def points(self) -> Iterator[Quantizer]:
-        """All points, in the model's order."""
-        return iter(self._points)
-
-    def needs(self, weight: WeightQuantizer) -> frozenset[str]:
-        """See `Walk.needs`."""
-        return frozenset(self.rounders[weight.where].needs)
+        for index, group in self._groups():
+            with self.residency.holding(index) if self._open_points(group) else nullcontext():
+                for quantizer in group:
+                    self.decide(quantizer)
+            self.residency.release(index)
 
     def stop(self, point: Quantizer) -> Stop:
         """See `Walk.stop`."""
@@ -136,12 +113,11 @@ class Walker:
             for quantizer in module.point_quantizers().values():
                 # where batches part ways, as in a mixture of experts, inner modules come before the outer one's sums
                 order = (outside if index is None else index, 1, -name.count("."), len(self._points))
-                self._points[quantizer] = OpenPoint(order, quantizer, self._decide)
-                self._modules[quantizer] = module
+                self._points[quantizer] = OpenPoint(order, quantizer, self.decide)
 
     def _forget(self) -> None:
         self.blocks = Blocks()
-        for table in (self.hessians, self.statistics, self.reports, self.fallbacks, self._tied):
+        for table in (self.inputs, self.statistics, self.reports, self.fallbacks, self._tied):
             table.clear()
         for quantizer in self._points:
             quantizer.observe()
@@ -151,17 +127,17 @@ class Walker:
     def _walk(self, batches: Sequence[Batch], border: Border | None) -> None:
         sequential = self._schedule == "sequential"
         if sequential:
-            self._round_without_data([*self._of_group(-1), *self._of_group(self.blocks.count)])
+            self.round_without_data([*self._of_group(-1), *self._of_group(self.blocks.count)])
         gates = [Gate((i, 0, 0), i, self._wait, self._enter, self._open) for i in range(self.blocks.count)]
         self._gates = gates
         self._look_up()
-        if not self._all_decided():
+        if not self.all_decided():
             self._since = time.perf_counter()
             layers = [self.model.get_submodule(name) for name in self.blocks.names()]
             hooks = self._hook(layers, gates, border.index if border else 0)
             with skipping(layers, border), self.offload or nullcontext():
                 try:
-                    run_lockstep(self._forwards(batches), self._all_decided, self._choose)
+                    run_lockstep(self._forwards(batches), self.all_decided, self._choose)
                 finally:
                     for hook in hooks:
                         hook.remove()
@@ -184,15 +160,17 @@ class Walker:
         hooks: list[Any] = [layer.register_forward_hook(self._leave) for layer in layers[start:]]
         for gate, layer in zip(gates[start:], layers[start:], strict=True):
             hooks.append(layer.register_forward_pre_hook(gate.enter, with_kwargs=True))
-        if self._schedule == "parallel":
-            visited = dict.fromkeys(self.blocks.names()[start:], _block_again) if self.blocks.count > 1 else {}
-        else:
+        visited: dict[str, Callable[[], NoReturn]] = {}
+        if self.blocks.count > 1 and (self._schedule == "parallel" or self.residency.streamed):
+            once = _streamed_again if self.residency.streamed else _block_again
+            visited |= dict.fromkeys(self.blocks.names()[start:], once)
+        if self._schedule == "sequential":
             static = (
                 name
                 for name, module in self.wrapped.items()
                 if any(not quantizer.spec.dynamic for quantizer in module.activation_quantizers())
             )
-            visited = {name: partial(_point_again, name) for name in static}
+            visited |= {name: partial(_point_again, name) for name in static}
         for name, again in visited.items():
             hooks.append(self.model.get_submodule(name).register_forward_pre_hook(Once(again).enter))
         return hooks
@@ -224,12 +202,23 @@ class Walker:
         if index:
             if self._schedule == "parallel":
                 for quantizer in self._of_group(index - 1):
-                    self._decide(quantizer)
-            _release(self._of_group(index - 1))
+                    self.decide(quantizer)
+            release(self._of_group(index - 1))
             self.on_border(index, self._as_tuple)
+            self.residency.release(index - 1)
             self.advance()
+        self.residency.bring(index)
         if self._schedule == "sequential":
-            self._round_without_data(self._of_group(index))
+            self.round_without_data(self._of_group(index))
+
+    def _groups(self) -> Iterator[tuple[int, list[Quantizer]]]:
+        """All points, in the groups that are decided one after the other."""
+        for index, group in groupby(sorted(self._points, key=self._group), self._group):
+            yield index, list(group)
+
+    @staticmethod
+    def _open_points(quantizers: Iterable[Quantizer]) -> list[Quantizer]:
+        return [quantizer for quantizer in quantizers if quantizer.state is not State.QUANTIZED]
 
     def _group(self, quantizer: Quantizer) -> int:
         """The block that the point lies in; -1 for what comes before all blocks, their number for what comes after."""
@@ -238,100 +227,24 @@ class Walker:
     def _of_group(self, index: int) -> list[Quantizer]:
         return [quantizer for quantizer in self._points if self._group(quantizer) == index]
 
-    def _round_without_data(self, quantizers: Iterable[Quantizer]) -> None:
-        for quantizer in quantizers:
-            if isinstance(quantizer, WeightQuantizer) and not self.needs(quantizer):
-                self._decide(quantizer)
-
-    def _decide(self, quantizer: Quantizer) -> None:
-        """Fix a point from what was gathered: round a weight, or choose an activation's range."""
-        if quantizer.state is State.QUANTIZED:
-            return
-        if isinstance(quantizer, WeightQuantizer):
-            self._round(quantizer)
-        else:
-            observer = cast(Observer, quantizer.observer)
-            self.processes.merge_observer(observer)
-            quantizer.check()
-            self._keep(quantizer, observer)
-            for key, tensor in observer.state_dict().items():
-                self.statistics[f"{quantizer.where}.{key}"] = tensor.contiguous()
-            quantizer.set_qparams(self.setters[quantizer.where].choose(observer, quantizer.where))
-        self._since = time.perf_counter()
-
-    def _round(self, quantizer: WeightQuantizer) -> None:
-        module, where = self._modules[quantizer], quantizer.where
-        key = (module.float_weight().data_ptr(), str(quantizer.spec))  # tied weights share their integers
-        if key not in self._tied:
-            weight = module.float_matrix()
-            hessian = self._hessian(quantizer, weight.shape[1]) if self.needs(quantizer) else None
-            try:
-                rounded = self.rounders[where].round(weight, quantizer.spec, where, hessian)
-            except UnusableHessianError as error:
-                self.fallbacks.append(str(error))
-                qparams = observe_tensor(weight, quantizer.spec, where)
-                rounded = Rounded(qparams.quantize(weight), qparams, {"fallback": 1.0})
-            self._tied[key] = rounded
-            self.reports[where] = rounding_report(weight, rounded, hessian)
-        quantizer.set_rounded(self._tied[key].integers, self._tied[key].qparams)
-
-    def _hessian(self, quantizer: WeightQuantizer, columns: int) -> Hessian:
-        """What all processes gathered for the weight; it is summed once for all weights that share it."""
-        hessian = self.hessians.pop(quantizer.where, None) or Hessian(self.needs(quantizer))
-        if not hessian.complete:
-            self.processes.sum_hessian(hessian, columns)
-            hessian.complete = True
-        self._keep(quantizer, hessian)
-        return hessian
-
-    def _keep(self, quantizer: Quantizer, gathered: Hessian | Observer) -> None:
-        if self.recall is not None and quantizer.where not in self.recall.recalled and self.processes.rank == 0:
-            self.recall.keep(quantizer, gathered, time.perf_counter() - self._since)
-
     def _look_up(self) -> None:
         """Decide, without running anything, the points whose statistics the store has."""
         if (recall := self.recall) is None:
             return
-        groups = [list(group) for _, group in groupby(sorted(self._points, key=self._group), self._group)]
-        recall.begin(groups, {**self.rounders, **self.setters}, self._schedule == "parallel")
-        for group in groups:
-            waiting = [q for q in group if self._waits(q) and q.state is not State.QUANTIZED]
-            if waiting and not self._load(recall, waiting):
-                if self._schedule == "sequential":  # what comes after depends on it
-                    break
-                continue
-            self._round_without_data(group)
-            for quantizer in waiting:
-                self._decide(quantizer)
-            _release(group)
-
-    def _load(self, recall: Recall, points: Sequence[Quantizer]) -> bool:
-        found = recall.load(points)
-        if not self.processes.least(int(found is not None)) or found is None:
-            recall.recalled.clear()
-            return False
-        shared: dict[str, Hessian] = {}
-        for quantizer in points:
-            key, state = found[quantizer.where]
-            if isinstance(quantizer, WeightQuantizer):
-                device = self._modules[quantizer].float_weight().device
-                if key not in shared:
-                    shared[key] = Hessian(self.needs(quantizer))
-                    shared[key].load_state_dict({name: tensor.to(device) for name, tensor in state.items()})
-                    shared[key].complete = True
-                self.hessians[quantizer.where] = shared[key]
-            else:
-                device = next(self.model.parameters()).device
-                cast(Observer, quantizer.observer).load_state_dict({n: t.to(device) for n, t in state.items()})
-        return True
-
-    def _all_decided(self) -> bool:
-        """Whether no point is left that data decides."""
-        return all(not self._waits(q) or q.state is State.QUANTIZED for q in self._points)
-
-    def _waits(self, quantizer: Quantizer) -> bool:
-        """Whether data decides the point."""
-        return bool(self.needs(quantizer)) if isinstance(quantizer, WeightQuantizer) else not quantizer.spec.dynamic
+        groups = list(self._groups())
+        algorithms = {**self.rounders, **self.setters}
+        recall.begin([group for _, group in groups], algorithms, self._schedule == "parallel")
+        for index, group in groups:
+            waiting = [q for q in self._open_points(group) if self.waits(q)]
+            with self.residency.holding(index) if self._open_points(group) else nullcontext():
+                if waiting and not self.load(waiting):
+                    if self._schedule == "sequential":  # what comes after depends on it
+                        break
+                    continue
+                self.round_without_data(group)
+                for quantizer in waiting:
+                    self.decide(quantizer)
+                release(group)
 
 
 class _BlockAgainError(Exception):
@@ -342,14 +255,12 @@ def _block_again() -> NoReturn:
     raise _BlockAgainError
 
 
+def _streamed_again() -> NoReturn:
+    raise CalibrationError("a block runs more than once in a forward, so blocks cannot be streamed: runtime.load=whole")
+
+
 def _point_again(name: str) -> NoReturn:
     raise CalibrationError(
         f"{name} runs more than once in a forward, and a sequential walk decides its ranges at the first: "
         f"use calibration.schedule=parallel, or leave its activations float"
     )
-
-
-def _release(quantizers: Iterable[Quantizer]) -> None:
-    for quantizer in quantizers:
-        if isinstance(quantizer, WeightQuantizer):
-            quantizer.release()

@@ -11,6 +11,7 @@ import click
 
 from wrapq.cli.command import make_console, reports_errors, takes_recipe
 
+_AWAY = 6  # as when a tracking store refuses a run
 _EXPORT_KEYS = ("export", "runtime", "paths")
 
 
@@ -72,6 +73,30 @@ def ui(overrides: tuple[str, ...], config_dirs: tuple[Path, ...], host: str, por
     command = ui_command(store_uri(settings), Path(settings.paths.outputs), host, port)
     click.echo(f"MLflow at http://{host}:{port} (stop with Ctrl-C)")
     sys.exit(subprocess.call(command))
+
+
+@click.command()
+@takes_recipe
+@reports_errors
+def sync(overrides: tuple[str, ...], config_dirs: tuple[Path, ...]) -> None:
+    """Send what a tracking server did not take during runs: wrapq sync [FOLDER]... [tracking.uri=...]
+
+    FOLDER is that of a run or of many; the outputs folder when none is named.
+    """
+    from wrapq.recipe.compose import compose
+
+    folders = [Path(text) for text in overrides if "=" not in text]
+    settings = compose([text for text in overrides if "=" in text], config_dirs).settings
+    from wrapq.report.sync import synced_line
+    from wrapq.tracking.sync import sync as send
+
+    where = settings.tracking
+    left = 0
+    for folder in folders or [Path(settings.paths.outputs)]:
+        for synced in send(folder, where.uri, None if where.experiment == "wrapq" else where.experiment):
+            click.echo(synced_line(synced))
+            left += synced.left
+    sys.exit(_AWAY if left else 0)
 
 
 @click.command()

@@ -21,7 +21,7 @@ from wrapq.recipe.documents import read_document
 
 ENTRY_POINT_GROUP = "wrapq.presets"
 EXPERIMENT_GROUPS = ("model", "scheme", "algorithm", "calibration", "evaluation", "export")
-SETTINGS_GROUPS = ("tracking", "runtime", "paths")
+SETTINGS_GROUPS = ("tracking", "runtime", "paths", "sweep", "launcher")
 GROUPS = EXPERIMENT_GROUPS + SETTINGS_GROUPS
 SUFFIX = ".yaml"
 _PACKAGE = Path(__file__).resolve().parents[1]

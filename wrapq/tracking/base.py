@@ -15,20 +15,25 @@ FINISHED, FAILED, KILLED = "FINISHED", "FAILED", "KILLED"
 
 
 class TrackingError(WrapqError):
-    """A tracking store that cannot be opened. Only raised when a run is opened: later trouble never stops a run."""
+    """A tracking store that refuses the run. Only raised when a run is opened: later trouble never stops a run."""
 
     exit_code = 6
+
+
+class StoreAwayError(TrackingError):
+    """A tracking store that cannot be reached, or cannot serve just now: the same call may succeed later."""
 
 
 class Tracker(ABC):
     """The record of one run.
 
-    Only `start` (and what waits for it: `ready`, `run_id`, `run_url`) may raise. Everything after it is kept in order,
-    and a failure to send is logged once and remembered in `problems`. As a context manager a tracker finishes its run:
-    FAILED with the error, KILLED on Ctrl-C, FINISHED otherwise.
+    Only `start` (and what waits for it: `ready`, `run_id`, `run_url`) may raise, and only where the store refuses the
+    run: a store that is away costs nothing but its record's delay. Everything is kept in order, and what could not be
+    recorded is remembered in `problems`. As a context manager a tracker finishes its run: FAILED with the error, KILLED
+    on Ctrl-C, FINISHED otherwise.
 
     Attributes:
-        problems: what could not be recorded, one line each.
+        problems: what could not be recorded yet, or ever, one line each.
     """
 
     def __init__(self) -> None:
@@ -38,17 +43,23 @@ class Tracker(ABC):
         """Begin, beside the caller's work, what opening the run will need; writes nothing and never raises."""
 
     @abstractmethod
-    def start(self, name: str, tags: Mapping[str, Any], params: Mapping[str, Any], *, wait: bool = True) -> None:
-        """Open the run; raises `TrackingError`. With `wait=False` the store opens in the background: see `ready`."""
+    def start(
+        self, name: str, tags: Mapping[str, Any], params: Mapping[str, Any], folder: Path, *, wait: bool = True
+    ) -> None:
+        """Open the run, whose files lie in `folder`; with `wait=False` in the background: see `ready`.
+
+        Raises:
+            TrackingError: the store refuses the run.
+        """
 
     @abstractmethod
     def ready(self) -> None:
-        """Wait until the run is open; raises `TrackingError` when it could not be."""
+        """Wait until the run is open or its store known to be away; raises `TrackingError` when it was refused."""
 
     @property
     @abstractmethod
     def run_id(self) -> str | None:
-        """The run's id in the store; None when nothing is recorded."""
+        """The run's id in the store; None when nothing is recorded, or not yet."""
 
     @property
     @abstractmethod
@@ -79,15 +90,22 @@ class Tracker(ABC):
 
     @abstractmethod
     def artifact(self, path: str | Path, folder: str | None = None) -> None:
-        """A file, or a folder with all it holds. It is read when it is sent: it must stay until `finish` returns."""
+        """A file, or a folder with all it holds. It is read when it is sent: it must stay where it is."""
 
     @abstractmethod
     def text(self, name: str, content: str) -> None:
         """A text artifact called `name` (`report/errors.txt`), with secrets blanked out."""
 
     @abstractmethod
+    def register(self, name: str, alias: str | None, description: str, tags: Mapping[str, Any]) -> None:
+        """Enter the artifact folder `model` in the registry of models as the next version of `name`."""
+
+    @abstractmethod
     def finish(self, status: str = FINISHED, reason: str | None = None) -> None:
-        """Close the run, after everything before it was sent. A second call does nothing. Never raises."""
+        """Close the run, and wait for what is still to be sent as long as the store takes it.
+
+        A second call does nothing. Never raises.
+        """
 
     def __enter__(self) -> Self:
         return self

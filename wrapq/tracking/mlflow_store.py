@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
-import posixpath
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wrapq.tracking.base import TrackingError
+from wrapq.tracking.base import StoreAwayError, TrackingError
 from wrapq.tracking.redact import redact
-from wrapq.tracking.stores import artifact_location
+from wrapq.tracking.stores import artifact_location, is_remote
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-KEY_LENGTH = 250
+RUN_KEY = "wrapq.run"
 MESSAGE_LENGTH = 400  # some of these messages hold a manual
 # Defaults for this process, where the user has not set them. A server that went away blocks one call for minutes with
-# MLflow's own values; usage statistics are not ours to send; addresses are printed by our own table.
+# MLflow's own values, and trying again is the outbox's business; usage statistics are not ours to send; addresses are
+# printed by our own table.
 ENVIRONMENT = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
@@ -59,8 +57,23 @@ class Store:
             raise TrackingError("the tracking store is not open")
         return self._client
 
-    def open(self, name: str, tags: Mapping[str, str]) -> None:
-        """Open the store, find or create the experiment, create the run; raises `TrackingError`."""
+    def open(
+        self, name: str, key: str, tags: Mapping[str, str], time: int, run_id: str | None = None, tried: bool = False
+    ) -> None:
+        """Open the store, find or create the experiment and the run.
+
+        Args:
+            name: what the run is called.
+            key: the tag `wrapq.run`, by which a run is found whose creation was not answered.
+            tags: all other tags.
+            time: when the run began, in milliseconds since 1970.
+            run_id: the run, where it is known.
+            tried: whether creating the run was tried before.
+
+        Raises:
+            StoreAwayError: the store cannot be reached.
+            TrackingError: the store refuses the run.
+        """
         from mlflow import MlflowClient
 
         try:
@@ -68,34 +81,47 @@ class Store:
             with _one_at_a_time(self._database_file()):  # two processes must not both create the tables
                 self._client = MlflowClient(tracking_uri=self.uri)
                 experiment = self._experiment_id()
-            self.run_id = self._client.create_run(experiment, tags=dict(tags), run_name=name).info.run_id
+            known = run_id or (self._find(experiment, key) if tried else None)
+            self.run_id = known or self._create(experiment, name, {**tags, RUN_KEY: key}, time)
         except TrackingError:
             raise
         except Exception as error:  # MLflow, SQLAlchemy, requests and the file system each have their own
-            raise TrackingError(
+            away = is_remote(self.uri) and not is_final(error, at_the_door=True)
+            raise (StoreAwayError if away else TrackingError)(
                 f"cannot open the tracking store {redact(self.uri)!r}: {_first_line(error)}\n"
                 "    check tracking.uri, or run without tracking: tracking.enabled=false"
             ) from error
         if self.uri.startswith(("http://", "https://")):
             self.run_url = f"{redact(self.uri.rstrip('/'))}/#/experiments/{experiment}/runs/{self.run_id}"
 
-    def params(self, values: Mapping[str, str]) -> None:
-        """Record at most 100 parameters."""
-        from mlflow.entities import Param
+    def call(self, method: str, arguments: Mapping[str, Any]) -> None:
+        """Call one of the methods below.
 
-        self.client.log_batch(self._run, params=[Param(k, v) for k, v in values.items()])
+        Raises:
+            StoreAwayError: the store could not be reached or could not serve; the same call may succeed later.
+            TrackingError: the store will never take it.
+        """
+        try:
+            getattr(self, method)(**arguments)
+        except Exception as error:
+            kind = TrackingError if is_final(error) else StoreAwayError
+            raise kind(_first_line(error)) from error
 
-    def tags(self, values: Mapping[str, str]) -> None:
-        """Record at most 100 tags."""
-        from mlflow.entities import RunTag
+    def log(
+        self, params: Mapping[str, str], tags: Mapping[str, str], metrics: Sequence[tuple[str, float, int, int]]
+    ) -> None:
+        """Record at most 100 parameters, 100 tags and 1,000 metrics (key, value, time, step), 1,000 in all.
 
-        self.client.log_batch(self._run, tags=[RunTag(k, v) for k, v in values.items()])
+        What was recorded before, with the same value, time and step, is recorded once.
+        """
+        from mlflow.entities import Metric, Param, RunTag
 
-    def metrics(self, points: list[tuple[str, float, int]], time: int) -> None:
-        """Record at most 1,000 points (key, value, step); sending one again with the same time changes nothing."""
-        from mlflow.entities import Metric
-
-        self.client.log_batch(self._run, metrics=[Metric(key, value, time, step) for key, value, step in points])
+        self.client.log_batch(
+            self._run,
+            metrics=[Metric(*point) for point in metrics],
+            params=[Param(key, value) for key, value in params.items()],
+            tags=[RunTag(key, value) for key, value in tags.items()],
+        )
 
     def dataset(self, name: str, digest: str, source: str, profile: Mapping[str, Any], tags: Mapping[str, str]) -> None:
         """Record a data set input."""
@@ -116,15 +142,43 @@ class Store:
         """Write a text artifact."""
         self.client.log_text(self._run, content, name)
 
+    def register(self, name: str, alias: str | None, description: str, tags: Mapping[str, str]) -> None:
+        """Enter the run's artifact folder `model` in the model registry; a run is entered once."""
+        from mlflow.exceptions import MlflowException
+
+        with contextlib.suppress(MlflowException):  # it is there already; any other reason comes back just below
+            self.client.create_registered_model(name)
+        known = [v for v in self.client.search_model_versions(f"name='{name}'") if v.run_id == self._run]
+        if known:
+            version = known[0]
+        else:
+            source = f"{self.client.get_run(self._run).info.artifact_uri}/model"
+            version = self.client.create_model_version(name, source, self._run, dict(tags), description=description)
+        if alias:
+            self.client.set_registered_model_alias(name, alias, version.version)
+
     def finish(self, status: str, time: int) -> None:
         """Close the run."""
         self.client.set_terminated(self._run, status, time)
+
+    def reopen(self) -> None:
+        """Go on with a run that had ended."""
+        self.client.update_run(self._run, "RUNNING")
+        if "failure" in self.client.get_run(self._run).data.tags:
+            self.client.delete_tag(self._run, "failure")
 
     @property
     def _run(self) -> str:
         if self.run_id is None:
             raise TrackingError("the run is not open")
         return self.run_id
+
+    def _find(self, experiment: str, key: str) -> str | None:
+        found = self.client.search_runs([experiment], f"tags.`{RUN_KEY}` = '{key}'", max_results=1)
+        return found[0].info.run_id if found else None
+
+    def _create(self, experiment: str, name: str, tags: dict[str, str], time: int) -> str:
+        return self.client.create_run(experiment, start_time=time, tags=tags, run_name=name).info.run_id
 
     def _database_file(self) -> Path | None:
         return Path(self.uri.removeprefix("sqlite:///")) if self.uri.startswith("sqlite:///") else None
@@ -153,18 +207,25 @@ class Store:
         return found.experiment_id
 
 
-def entity_key(key: str) -> str:
-    """`key` as MLflow accepts it: other characters become `_`, a key beyond the limit ends in a short digest."""
-    clean = posixpath.normpath(re.sub(r"[^\w\-. :/]", "_", key)).lstrip("/.") or "_"
-    if len(clean) <= KEY_LENGTH:
-        return clean
-    return f"{clean[: KEY_LENGTH - 9]}_{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+def is_final(error: Exception, at_the_door: bool = False) -> bool:
+    """Whether the store will never take what it answered with `error`; all that is not known to be final may pass.
 
+    Args:
+        error: of MLflow, requests, a database driver or the file system.
+        at_the_door: when a run is opened it is the user's to correct if he may not enter or nothing is there; later
+            such an answer may come from whatever stands before the server.
+    """
+    from mlflow.exceptions import MlflowException, RestException
 
-def entity_value(text: str, limit: int) -> str:
-    """`text` within `limit` characters; one that is cut says how long it was."""
-    note = f" ... [cut, {len(text)} characters]"
-    return text if len(text) <= limit else text[: limit - len(note)] + note
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, MlflowException):
+        status = error.get_http_status_code()
+    if status is not None:
+        passing = {401, 403, 404, 408, 409, 429, 499} if not at_the_door else {408, 429, 499}
+        if status == 404 and isinstance(error, RestException):  # MLflow itself says so: the run was deleted
+            return True
+        return 400 <= status < 500 and status not in passing
+    return isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError | ValueError | TypeError)
 
 
 @contextlib.contextmanager

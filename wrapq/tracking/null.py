@@ -12,7 +12,9 @@ from wrapq.tracking.base import FINISHED, Tracker
 class NullTracker(Tracker):
     """What the engine is given when tracking is off."""
 
-    def start(self, name: str, tags: Mapping[str, Any], params: Mapping[str, Any], *, wait: bool = True) -> None:
+    def start(
+        self, name: str, tags: Mapping[str, Any], params: Mapping[str, Any], folder: Path, *, wait: bool = True
+    ) -> None:
         """Do nothing."""
 
     def ready(self) -> None:
@@ -49,6 +51,9 @@ class NullTracker(Tracker):
         """Do nothing."""
 
     def text(self, name: str, content: str) -> None:
+        """Do nothing."""
+
+    def register(self, name: str, alias: str | None, description: str, tags: Mapping[str, Any]) -> None:
         """Do nothing."""
 
     def finish(self, status: str = FINISHED, reason: str | None = None) -> None:

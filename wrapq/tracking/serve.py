@@ -1,4 +1,9 @@
-"""The other end of `wrapq.tracking.remote`: `python -m wrapq.tracking.serve`, not to be run by hand."""
+"""The process that sends a run's outbox: `python -m wrapq.tracking.serve`, not to be run by hand.
+
+Importing MLflow takes longer than many a small run, and a thread that does it slows the others; so it happens here.
+The first line of the input says whose outbox goes where. When the input ends, so has the run: if its outbox does not
+say how, its process has died, and the run is closed as killed.
+"""
 
 from __future__ import annotations
 
@@ -6,55 +11,65 @@ import json
 import os
 import signal
 import sys
-import time
+import threading
 from pathlib import Path
-from typing import Any, TextIO
 
+from wrapq.tracking.base import StoreAwayError, TrackingError
+from wrapq.tracking.deliver import deliver
 from wrapq.tracking.mlflow_store import Store, load_mlflow
-from wrapq.tracking.redact import redact
+from wrapq.tracking.outbox import Outbox
+
+POLL = 0.1  # seconds between looks at the outbox
+PAUSE, LONGEST_PAUSE = 0.5, 10.0  # seconds before a store that is away is tried again
+LOCK_SECONDS = 30.0
 
 
 def main() -> None:
-    """Serve one run's store until the input ends."""
+    """Send one run's events until the input ends and all are sent, or the store is away."""
     for reason in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group; the run's end still has to be sent
         signal.signal(reason, signal.SIG_IGN)
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what MLflow prints must not mix with the answers
     load_mlflow()
-    serve(sys.stdin, answers)
+    line = sys.stdin.readline()
+    if not line:
+        return
+    where = json.loads(line)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):  # what MLflow and its libraries say would stand among the run's own output
+        os.dup2(nowhere, stream.fileno())
+    outbox = Outbox(Path(where["folder"]))
+    with outbox.locked(LOCK_SECONDS) as mine:
+        if mine:
+            follow(outbox, Store(where["uri"], where["experiment"], Path(where["outputs"])), _end_of_input())
 
 
-def serve(calls: TextIO, answers: TextIO) -> None:
-    """Answer each line of `calls`; close the run as killed when they end before it was finished."""
-    store: Store | None = None
-    finished = False
-    for line in calls:
-        call = json.loads(line)
+def follow(outbox: Outbox, store: Store, ended: threading.Event) -> None:
+    """Send what comes until `ended`; then once more."""
+    pause = PAUSE
+    while True:
+        last = ended.is_set()
+        if last and not outbox.finished():
+            outbox.close_for_the_dead()
         try:
-            if call["method"] == "open":
-                store = _open(**call["arguments"])
-                result: Any = {"run_id": store.run_id, "run_url": store.run_url}
-            else:
-                result = getattr(store, call["method"])(**call["arguments"])
-            finished |= call["method"] == "finish"
-            answer = {"result": result}
-        except Exception as error:  # whatever it is, the other end decides what to make of it
-            known = type(error).__name__ == "TrackingError"
-            answer = {"error": redact(str(error) if known else f"{type(error).__name__}: {error}")}
-        try:
-            answers.write(json.dumps(answer) + "\n")
-            answers.flush()
-        except OSError:  # nobody reads any more: the run's process died between a call and its answer
-            break
-    if store is not None and not finished:
-        store.tags({"failure": "the process of the run ended without a word"})
-        store.finish("KILLED", int(time.time() * 1000))
+            deliver(outbox, store)
+            pause, wait = PAUSE, POLL
+        except StoreAwayError:
+            pause, wait = min(2 * pause, LONGEST_PAUSE), pause
+        except TrackingError:
+            return
+        if last:
+            return
+        ended.wait(wait)
 
 
-def _open(uri: str, experiment: str, outputs: str, name: str, tags: dict[str, str]) -> Store:
-    store = Store(uri, experiment, Path(outputs))
-    store.open(name, tags)
-    return store
+def _end_of_input() -> threading.Event:
+    ended = threading.Event()
+
+    def listen() -> None:
+        sys.stdin.read()
+        ended.set()
+
+    threading.Thread(target=listen, daemon=True).start()
+    return ended
 
 
 if __name__ == "__main__":

@@ -30,6 +30,11 @@ def store_uri(settings: Settings) -> str:
     return settings.tracking.uri or f"sqlite:///{Path(settings.paths.outputs).expanduser().resolve() / 'mlflow.db'}"
 
 
+def is_remote(uri: str) -> bool:
+    """Whether the store is reached over a network."""
+    return "://" in uri and not uri.startswith(("sqlite:", "file:"))
+
+
 def artifact_location(uri: str, outputs: Path) -> str | None:
     """Where a new experiment keeps its files: `mlartifacts` in the outputs folder for a database, else the server says.
 

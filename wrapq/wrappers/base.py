@@ -54,8 +54,6 @@ class Wrapper(nn.Module):
     """The name that a rule's `type` may use for every class this wrapper stands in for."""
     replaces_forward: ClassVar[bool] = False
     """The wrapper computes the module's function itself instead of calling `super().forward`."""
-    multiplies: ClassVar[bool] = False
-    """The weight is multiplied with a matrix, `input_matrix(x)`, so that it has a Hessian."""
     matches: ClassVar[Callable[[nn.Module], bool] | None] = None
     """Whether an unregistered module is of this kind, by looking at it."""
 
@@ -68,9 +66,19 @@ class Wrapper(nn.Module):
         return x
 
     @classmethod
+    def multiplies(cls, module: nn.Module) -> bool:
+        """Whether the weight of `module` multiplies a matrix, `input_matrix(x)`, so that it has a Hessian."""
+        return False
+
+    @classmethod
     def width(cls, module: nn.Module, point: str) -> int | None:
         """The size of the last axis of what comes to an activation point of `module`; None where it is not known."""
         return None
+
+    @classmethod
+    def fixed_axes(cls, module: nn.Module, point: Point) -> tuple[int, ...] | None:
+        """`Point.fixed_axes` of a point of this very `module`; None where it is not known."""
+        return point.fixed_axes
 
     @staticmethod
     def to_matrix(weight: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from wrapq.wrappers.base import INPUT, OUTPUT, WEIGHT, Point, Wrapper
 from wrapq.wrappers.registry import WRAPPERS
@@ -23,7 +24,7 @@ class Leaf(Wrapper):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The module's own forward on the quantized input; what a subclass takes besides goes to it as it is."""
         quantized = self.q("input", x)
-        met = self.meet(x, quantized) if self.multiplies else quantized
+        met = self.meet(x, quantized) if self.multiplies(self) else quantized
         return self.q("output", super().forward(met, *args, **kwargs))
 
 
@@ -32,7 +33,11 @@ class Linear(Leaf):
     """`y = x W^T + b`, W [N, K]."""
 
     kind = "Linear"
-    multiplies = True
+
+    @classmethod
+    def multiplies(cls, module: nn.Module) -> bool:
+        """See `Wrapper.multiplies`."""
+        return True
 
     @classmethod
     def width(cls, module: nn.Module, point: str) -> int | None:
@@ -66,6 +71,27 @@ class Conv(Leaf):
 
     kind = "Conv"
     points = (WEIGHT, *_IMAGES)
+
+    @classmethod
+    def fixed_axes(cls, module: nn.Module, point: Point) -> tuple[int, ...] | None:
+        """See `Wrapper.fixed_axes`: channels lie before the dimensions of the image, which the data decides."""
+        return (-1 - len(cast(nn.Conv2d, module).kernel_size),)
+
+    @classmethod
+    def multiplies(cls, module: nn.Module) -> bool:
+        """True unless there are groups, whose output channels see different inputs: no one matrix is what all meet."""
+        return module.groups == 1
+
+    def input_matrix(self, x: Tensor) -> Tensor:
+        """The patches [M, K] that the kernel meets, M positions in all images `x` [B, C, ...] or [C, ...]."""
+        conv, dims = cast(nn.Conv2d, self), len(cast(nn.Conv2d, self).kernel_size)
+        mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+        x = pad(x if x.dim() == dims + 2 else x[None], conv._reversed_padding_repeated_twice, mode=mode)
+        for axis, (size, stride, dilation) in enumerate(
+            zip(conv.kernel_size, conv.stride, conv.dilation, strict=True), start=2
+        ):
+            x = x.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation]  # [B, C, *positions, *kernel]
+        return x.movedim(1, dims + 1).flatten(dims + 1).flatten(0, dims)
 
 
 @WRAPPERS.register("torch.nn.modules.sparse.Embedding")

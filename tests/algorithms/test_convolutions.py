@@ -1,0 +1,72 @@
+"""GPTQ on convolutions: the patches of an image are the rows that the kernel, as a matrix, multiplies."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import wrapq
+from tests.algorithms.test_gptq import literal_gptq
+from wrapq import PTQConfig
+from wrapq.observers.base import observe_tensor
+from wrapq.quant.spec import QuantSpec
+
+CONFIG = PTQConfig(weight="int4:channel:sym", activation=None)
+CONVOLUTIONS = {
+    "1d": (nn.Conv1d(3, 8, 5, padding=2, stride=2), (4, 3, 40)),
+    "2d": (nn.Conv2d(3, 8, 3), (4, 3, 12, 10)),
+    "2d-uneven": (nn.Conv2d(2, 8, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(2, 1)), (4, 2, 14, 11)),
+    "2d-same": (nn.Conv2d(3, 8, (2, 3), padding="same", padding_mode="reflect"), (4, 3, 9, 9)),
+    "2d-unbatched": (nn.Conv2d(3, 8, 3, padding=1, padding_mode="circular"), (3, 20, 21)),
+    "3d": (nn.Conv3d(2, 8, (2, 3, 3), stride=(1, 2, 2)), (2, 2, 5, 11, 11)),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_the_kernel_as_a_matrix_times_the_patches_is_the_convolution(name: str):
+    conv, shape = CONVOLUTIONS[name]
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    wrapped = wrapq.prepare(copy.deepcopy(conv), CONFIG)
+    with torch.no_grad():
+        rows = wrapped.input_matrix(x) @ conv.weight.flatten(1).t() + conv.bias  # [M, N]
+        expected = conv(x)
+    channels_last = (expected if x.dim() == conv.weight.dim() else expected[None]).movedim(1, -1)
+    torch.testing.assert_close(rows, channels_last.reshape(-1, 8), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("schedule", ["sequential", "parallel"])
+def test_gptq_rounds_a_net_of_convolutions_as_the_paper_says(schedule: str):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 6, 3, stride=2, dilation=2),
+        nn.Flatten(),
+        nn.Linear(96, 5),
+    )
+    batches = [torch.randn(4, 3, 12, 12) for _ in range(6)]
+    model = wrapq.prepare(copy.deepcopy(net), CONFIG)
+    report = wrapq.calibrate(model, batches, {"round": {"algorithm": "gptq", "ranges": "observer"}}, schedule)
+    x = torch.cat(batches)
+    for index, layer in enumerate(net):
+        if hasattr(layer, "weight"):
+            weight, spec = layer.weight.detach().flatten(1), QuantSpec.parse(CONFIG.weight)
+            rows = model[index].input_matrix(x).double()
+            qparams = observe_tensor(weight, spec, "w")
+            expected = literal_gptq(weight, (rows.t() @ rows).float(), qparams, 0.01, True)
+            got = model[index].weight.detach().flatten(1)
+            assert torch.isclose(got.double(), expected, rtol=1e-4, atol=1e-6).all(1).float().mean() > 0.7
+            assert report.reports[f"{index}.weight"]["rows"] == len(rows)
+        with torch.no_grad():
+            x = layer(x) if schedule == "parallel" else model[index](x)
+
+
+def test_a_grouped_convolution_is_rounded_to_nearest_and_says_so():
+    net = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.Conv2d(8, 8, 3))
+    model = wrapq.prepare(net, CONFIG)
+    report = wrapq.calibrate(model, [torch.randn(2, 4, 9, 9)], {"round": "gptq"})
+    assert [type(report.algorithms[f"{i}.weight"]).__name__ for i in range(2)] == ["RTN", "GPTQ"]
+    assert "rows" not in report.reports["0.weight"] and report.reports["1.weight"]["rows"] == 2 * 5 * 5

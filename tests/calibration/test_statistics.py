@@ -1,0 +1,107 @@
+"""Statistics of a weight's input: exactly what is declared, the same however it is gathered, kept or shared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.calibration.conftest import as_batches, gptq_walker
+from tests.conftest import build_model
+from wrapq import PTQConfig, prepare
+from wrapq.algorithms.rtn import RTN
+from wrapq.calibration.algorithm import Rounded
+from wrapq.calibration.recall import Recall
+from wrapq.calibration.statistics import PARTS, InputStatistics, UnusableStatisticsError
+from wrapq.calibration.store import Store
+from wrapq.errors import CalibrationError
+from wrapq.quant.spec import QuantSpec
+
+WEIGHTS = PTQConfig(weight="int4:g16:sym", activation=None, overrides={"model.embed_tokens": None, "*norm*": None})
+
+
+class Keeping(RTN):
+    """Rounds to nearest and keeps what it was given."""
+
+    def __init__(self, *needs: str) -> None:
+        super().__init__()
+        self._needs, self.given = needs, {}
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return self._needs
+
+    def round(self, weight: Tensor, spec: QuantSpec, where: str, statistics: InputStatistics | None = None) -> Rounded:
+        self.given[where] = statistics
+        return super().round(weight, spec, where)
+
+
+def literal(x: Tensor) -> dict[str, Tensor]:
+    """The definitions, in float64."""
+    x = x.double()
+    return {"hessian": x.t() @ x, "absmax": x.abs().amax(0), "mean": x.mean(0), "mean_abs": x.abs().mean(0)}
+
+
+@pytest.mark.parametrize(
+    "needs", [("absmax",), ("mean", "mean_abs"), ("hessian", "absmax", "mean", "float64")], ids=str
+)
+def test_gathers_what_was_declared_and_nothing_else(needs: tuple[str, ...]):
+    rows = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)) - 1
+    statistics = InputStatistics(needs)
+    for part in (rows[:7], rows[7:7], rows[7:]):
+        statistics.add(part)
+    assert set(statistics.sums) == set(needs) - {"float64"} and statistics.rows == 50
+    for name in statistics.sums:
+        got = statistics.get(name, "w")
+        assert got.dtype == (torch.float64 if "float64" in needs else torch.float32)
+        torch.testing.assert_close(got.double(), literal(rows)[name], rtol=1e-5, atol=1e-6)
+
+
+def test_no_rows_and_nan_are_refused_by_name():
+    with pytest.raises(UnusableStatisticsError, match=r"^layer\.weight: no calibration token"):
+        InputStatistics(("absmax",)).get("absmax", "layer.weight")
+    statistics = InputStatistics(("mean",))
+    statistics.add(torch.full((2, 3), float("inf")))
+    with pytest.raises(CalibrationError, match=r"^layer\.weight: the data holds NaN or inf, so its mean is not finite"):
+        statistics.get("mean", "layer.weight")
+
+
+def test_every_part_has_a_definition():
+    assert set(PARTS) == set(literal(torch.ones(1, 1))) | {"cross"}
+
+
+@pytest.mark.parametrize("schedule", ["parallel", "sequential"])
+def test_a_walk_gives_each_weight_the_statistics_of_its_input(schedule: str, token_batches: list[Tensor]):
+    """Of the first block's q, k and v the input is the same in the float and in the quantized model."""
+    model, original = prepare(build_model("llama"), WEIGHTS), build_model("llama")
+    seen: list[Tensor] = []
+    layer = original.model.layers[0].self_attn
+    layer.q_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().flatten(0, 1)))
+    for ids in token_batches:
+        original(input_ids=ids, use_cache=False)
+    rounder = Keeping("absmax", "mean", "mean_abs", "hessian")
+    gptq_walker(model, rounder).run(as_batches(token_batches), schedule)
+    given = [rounder.given[f"model.layers.0.self_attn.{name}_proj.weight"] for name in "qkv"]
+    assert given[0] is given[1] is given[2]
+    for name, value in literal(torch.cat(seen)).items():
+        torch.testing.assert_close(given[0].get(name, "w").double(), value, rtol=1e-4, atol=1e-5)
+
+
+def test_algorithms_with_other_needs_read_the_parts_they_share(tmp_path: Path, token_batches: list[Tensor]):
+    def walk(*needs: str) -> tuple[Recall, Keeping]:
+        rounder = Keeping(*needs)
+        walker = gptq_walker(prepare(build_model("llama"), WEIGHTS), rounder)
+        walker.recall = Recall(Store(tmp_path, 1e9), {"model": "llama"})
+        walker.run(as_batches(token_batches), "parallel")
+        return walker.recall, rounder
+
+    _, gathered = walk("absmax", "hessian")
+    recall, read = walk("hessian")
+    assert recall.misses == 0 and recall.hits == len(read.given)
+    where = "model.layers.1.mlp.up_proj.weight"
+    assert torch.equal(read.given[where].sums["hessian"], gathered.given[where].sums["hessian"])
+    assert set(read.given[where].sums) == {"hessian"}
+    recall, _ = walk("mean", "hessian")
+    assert recall.hits == 0

@@ -1,0 +1,48 @@
+"""The factorization of a Hessian that rounding column by column works with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_DAMP_TRIES = 8
+
+
+class Factor:
+    """The Cholesky factor U of the inverse of a damped Hessian: `H^-1 = U^T U`, U upper triangular [K, K].
+
+    Attributes:
+        upper: U, of the Hessian with its columns in `order`.
+        order: int64 [K], the columns by falling diagonal, or None for their own order.
+        dead: bool [K], in that order: columns that no data ever reached.
+        damp: the damping it took, relative to the mean of the diagonal.
+    """
+
+    def __init__(self, upper: Tensor, order: Tensor | None, dead: Tensor, damp: float) -> None:
+        self.upper, self.order, self.dead, self.damp = upper, order, dead, damp
+
+
+def factorize(hessian: Tensor, damp: float, act_order: bool) -> Factor | None:
+    """Factorize `hessian` [K, K]; the damping grows tenfold until the factorization succeeds.
+
+    With the rows and columns of H reversed, `H = L L^T`, the reversed inverse of L is the upper factor of H^-1: one
+    Cholesky and one triangular inverse, where the textbook way takes a Cholesky, an inverse and another Cholesky.
+
+    None when no damping up to `damp * 10^7` makes it positive definite.
+    """
+    diagonal = hessian.diagonal()
+    order = torch.argsort(diagonal, descending=True, stable=True) if act_order else None
+    matrix = hessian if order is None else hessian[order][:, order]
+    dead = matrix.diagonal() == 0
+    mean = diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
+    for attempt in range(_DAMP_TRIES):
+        tried = damp * 10**attempt
+        damped = matrix.flip(0, 1)
+        damped.diagonal().add_(tried * mean)
+        damped.diagonal().add_(dead.flip(0).to(damped.dtype) * mean)
+        lower, info = torch.linalg.cholesky_ex(damped)
+        if int(info) == 0:
+            eye = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+            upper = torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1).float()
+            return Factor(upper, order, dead, tried)
+    return None

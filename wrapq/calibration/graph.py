@@ -1,0 +1,238 @@
+"""Who feeds whom: channels that one module makes and others multiply, and residual streams they are added to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wrapq.calibration.slots import Leaf
+from wrapq.calibration.trace import Source, Trace, trace
+
+_EXAMPLE_TOKENS = 4
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A module whose weight multiplies what a producer made.
+
+    Attributes:
+        columns: int64 [K], for each input channel the producer's channel that it is; -1 for one of another producer, or
+            one that may not be changed.
+    """
+
+    module: str
+    leaf: Leaf
+    columns: Tensor
+
+    def spread(self, factors: Tensor) -> Tensor:
+        """Factors of the producer's channels [N] as factors of the input's [K]; 1 where it is not the producer's."""
+        return torch.where(self.columns < 0, torch.ones_like(factors[:1]), factors[self.columns.clamp(min=0)])
+
+    def gather(self, values: Tensor, width: int) -> Tensor:
+        """The largest of `values` [K] for each of the producer's `width` channels [N], as with repeated heads; 0 for a
+        channel that is not read."""
+        owned = self.columns >= 0
+        empty = torch.zeros(width, dtype=values.dtype, device=values.device)
+        return empty.scatter_reduce(0, self.columns[owned], values[owned], "amax")
+
+
+@dataclass(frozen=True)
+class Feed:
+    """What one module makes and others multiply: channels may be scaled here if all that see them scale back.
+
+    Attributes:
+        producer: the module's name, and `leaf` what it is.
+        channels: bool [N], the output channels that nobody but `readers` sees.
+        readers: the linears, convolutions, routers and experts that read them.
+        path: what happens on the way: `attention`, `product`, `positive` (see `Mark`).
+        seen_by: who sees the other channels, as far as linears read them too.
+    """
+
+    producer: str
+    leaf: Leaf
+    channels: Tensor
+    readers: tuple[Reader, ...]
+    path: frozenset[str]
+    seen_by: tuple[str, ...]
+
+    @property
+    def closed(self) -> bool:
+        """Whether all channels may be changed."""
+        return bool(self.channels.all())
+
+    @property
+    def open(self) -> bool:
+        """Whether none may."""
+        return not bool(self.channels.any())
+
+    @property
+    def name(self) -> str:
+        """As plans and messages call it."""
+        return f"{self.producer} -> {', '.join(reader.module for reader in self.readers)}"
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A residual stream: tensors of one width that are added up.
+
+    Attributes:
+        writers: the modules whose outputs are added, in order.
+        norms: the norms that read it, in order.
+        readers: other modules that read it without a norm between.
+        seen_by: who else sees it or adds to it, so that it cannot be rotated; empty where nobody does.
+    """
+
+    width: int
+    writers: tuple[str, ...]
+    norms: tuple[str, ...]
+    readers: tuple[str, ...]
+    seen_by: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """All feeds and streams of a model, in the order in which it runs.
+
+    Attributes:
+        tied: for each module of whose parameters one is another's too, the others.
+    """
+
+    feeds: tuple[Feed, ...]
+    streams: tuple[Stream, ...]
+    tied: Mapping[str, tuple[str, ...]]
+
+    @cached_property
+    def by_producer(self) -> dict[str, Feed]:
+        """The feed of each producer."""
+        return {feed.producer: feed for feed in self.feeds}
+
+    @cached_property
+    def by_reader(self) -> dict[str, tuple[Feed, ...]]:
+        """The feeds that each module reads."""
+        found: dict[str, tuple[Feed, ...]] = {}
+        for feed in self.feeds:
+            for reader in feed.readers:
+                found[reader.module] = (*found.get(reader.module, ()), feed)
+        return found
+
+
+def find_graph(model: nn.Module, inputs: Mapping[str, Any] | Sequence[Any] | None = None) -> Graph:
+    """Who feeds whom in `model`.
+
+    Args:
+        model: a float model, on the meta device or not.
+        inputs: arguments for one small forward; None takes a few token ids, as language models do.
+
+    Raises:
+        ModelError: the forward cannot run without weights.
+    """
+    if inputs is None:
+        inputs = {"input_ids": torch.arange(1, 1 + _EXAMPLE_TOKENS)[None]}
+        if getattr(getattr(model, "config", None), "use_cache", None):
+            inputs["use_cache"] = False
+    found = trace(model, inputs)
+    return Graph(_feeds(found), _streams(found), _tied(model))
+
+
+def _feeds(found: Trace) -> tuple[Feed, ...]:
+    seen = _seen_by(found)
+    feeds = (_feed(source, found.reads.values(), seen) for source in found.sources.values() if source.leaf is not None)
+    return tuple(feed for feed in feeds if feed is not None)
+
+
+def _seen_by(found: Trace) -> list[tuple[Tensor, str]]:
+    """Channels that somebody sees who cannot scale back."""
+    seen = list(found.escapes)
+    for total in found.sums:
+        seen += [(total.left, "a sum"), (total.right, "a sum")]
+    return seen + [(read.ids, read.name) for read in found.reads.values() if read.leaf.reads is None]
+
+
+def _feed(source: Source, reads: Any, seen: Sequence[tuple[Tensor, str]]) -> Feed | None:
+    meeting = [(read, _within(read.ids, source)) for read in reads if read.leaf.reads is not None]
+    meeting = [(read, columns) for read, columns in meeting if bool((columns >= 0).any())]
+    if not meeting or source.leaf is None:
+        return None
+    channels = torch.zeros(source.width, dtype=torch.bool)
+    why: dict[str, None] = {}
+    for _, columns in meeting:
+        channels[columns[columns >= 0]] = True
+    for ids, who in seen:
+        columns = _within(ids, source)
+        columns = columns[columns >= 0]
+        if bool(channels[columns].any()):
+            why[who] = None
+        channels[columns] = False
+    readers = []
+    for read, columns in meeting:
+        kept = torch.where((columns >= 0) & channels[columns.clamp(min=0)], columns, -1)
+        if bool((kept >= 0).any()) or not bool(channels.any()):
+            readers.append(Reader(read.name, read.leaf, kept))
+    path = frozenset[str]().union(*(read.path for read, _ in meeting))
+    return Feed(source.name, source.leaf, channels, tuple(readers), path, tuple(why))
+
+
+def _within(ids: Tensor, source: Source) -> Tensor:
+    """`ids` as channels of `source`; -1 for those of others."""
+    own = (ids >= source.base) & (ids < source.base + source.width)
+    return torch.where(own, ids - source.base, -1)
+
+
+def _streams(found: Trace) -> tuple[Stream, ...]:
+    groups: list[list[str]] = []
+    for total in found.sums:
+        names = [total.source.name, *_parts(found, total.left), *_parts(found, total.right)]
+        touching = [group for group in groups if set(group) & set(names)]
+        merged = list(dict.fromkeys([name for group in touching for name in group] + names))
+        groups = [group for group in groups if group not in touching] + [merged]
+    return tuple(stream for group in groups if (stream := _stream(found, group)) is not None)
+
+
+def _parts(found: Trace, ids: Tensor) -> list[str]:
+    return [s.name for s in found.sources.values() if bool((_within(ids, s) >= 0).any())]
+
+
+def _stream(found: Trace, group: Sequence[str]) -> Stream | None:
+    sources = [found.sources[name] for name in group]
+    width = sources[0].width
+    why: dict[str, None] = {}
+    for total in found.sums:
+        if total.source.name in group:
+            sides = (total.left, total.right)
+            parts = [found.sources[part] for ids in sides for part in _parts(found, ids)]
+            if len(parts) != len(sides) or not all(map(_is_all, sides, parts)):
+                return None  # channels of one tensor added to others of it, as in rotary embeddings
+            why |= dict.fromkeys(total.path - {"gain"})
+    ids = torch.cat([source.ids for source in sources])
+    why |= dict.fromkeys(who for seen, who in found.escapes if bool(torch.isin(seen, ids).any()))
+    reads = [read for read in found.reads.values() if bool(torch.isin(read.ids, ids).any())]
+    return Stream(
+        width,
+        tuple(name for name in group if found.sources[name].leaf is not None),
+        tuple(read.name for read in reads if read.leaf.kind == "norm"),
+        tuple(read.name for read in reads if read.leaf.kind != "norm"),
+        tuple(why),
+    )
+
+
+def _is_all(ids: Tensor, source: Source) -> bool:
+    return len(ids) == source.width and bool((ids == source.ids).all())
+
+
+def _tied(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(name)
+    tied: dict[str, tuple[str, ...]] = {}
+    for names in owners.values():
+        for name in names if len(names) > 1 else ():
+            others = (other for other in names if other != name)
+            tied[name] = tuple(dict.fromkeys((*tied.get(name, ()), *others)))
+    return tied

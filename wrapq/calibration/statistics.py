@@ -1,0 +1,121 @@
+"""What calibration leaves behind of the input of a weight: sums over the rows that it multiplies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from wrapq.calibration.factor import Factor, factorize
+from wrapq.errors import CalibrationError
+
+Rows = Tensor | None
+
+
+class UnusableStatisticsError(CalibrationError):
+    """No data reached a weight, or no damping makes its Hessian usable: it can still be rounded to nearest."""
+
+
+class Part(NamedTuple):
+    """One sum over rows, and how those of several processes become one."""
+
+    dims: Literal[1, 2]
+    add: Callable[[Tensor, Tensor, Rows], object]
+    reduce: Literal["sum", "max"] = "sum"
+
+
+def _add_cross(held: Tensor, x: Tensor, reference: Rows) -> None:
+    if reference is not None:
+        held.addmm_((reference.to(x.dtype) - x).t(), x)
+
+
+PARTS: dict[str, Part] = {
+    "hessian": Part(2, lambda held, x, _: held.addmm_(x.t(), x)),
+    "cross": Part(2, _add_cross),
+    "mean": Part(1, lambda held, x, _: held.add_(x.sum(0))),
+    "mean_abs": Part(1, lambda held, x, _: held.add_(x.abs().sum(0))),
+    "absmax": Part(1, lambda held, x, _: held.copy_(torch.maximum(held, x.abs().amax(0))), "max"),
+}
+"""What an algorithm may declare that it needs of a weight's input."""
+
+PRECISIONS = frozenset({"float64"})
+"""What it may declare besides: how the sums are kept; float32 without it."""
+
+
+class InputStatistics:
+    """Sums over the rows of every matrix X [M, K] that a weight meets; weights with one input share them.
+
+    Args:
+        needs: what is gathered, and nothing else: `hessian`, `X^T X` [K, K]; `cross`, `(F - X)^T X` [K, K], F being the
+            rows that the float model has where the quantized one has X; `absmax`, `mean` and `mean_abs` [K], the
+            largest magnitude of each channel, its mean and that of its magnitude. With `float64` in that precision.
+
+    Attributes:
+        sums: what was gathered, by part; means are not yet divided by the rows.
+        rows: how many rows were seen.
+        complete: whether it is what all processes saw.
+    """
+
+    def __init__(self, needs: Collection[str] = ("hessian",)) -> None:
+        self.needs = frozenset(needs)
+        self.dtype = torch.float64 if "float64" in self.needs else torch.float32
+        self.sums: dict[str, Tensor] = {}
+        self.rows = 0
+        self.complete = False
+        self._factors: dict[tuple[float, bool], Factor] = {}
+
+    def add(self, x: Tensor, reference: Rows = None) -> None:
+        """Add the rows of `x` [M, K], and of the float model's `reference` [M, K] where the cross term is asked for."""
+        self.start(x.shape[1], x.device)
+        self._factors.clear()
+        self.rows += len(x)
+        x = x.to(self.dtype)
+        for name in self.sums if len(x) else ():
+            PARTS[name].add(self.sums[name], x, reference)
+
+    def start(self, columns: int, device: torch.device) -> None:
+        """Make the sums, of K `columns`, unless they are there."""
+        for name in sorted(self.needs - PRECISIONS) if not self.sums else ():  # all processes in one order
+            self.sums[name] = torch.zeros((columns,) * PARTS[name].dims, dtype=self.dtype, device=device)
+
+    def get(self, part: str, where: str) -> Tensor:
+        """One of the statistics that were asked for; the Hessian and the cross term as sums, which no M divides.
+
+        Raises:
+            UnusableStatisticsError: no row was seen; the message names the point.
+            CalibrationError: it holds NaN or infinity.
+        """
+        if not self.rows:
+            raise UnusableStatisticsError(f"{where}: no calibration token reached this weight")
+        value = self.sums[part]
+        if not bool(torch.isfinite(value.sum())):
+            raise CalibrationError(f"{where}: the data holds NaN or inf, so its {part} is not finite")
+        return value / self.rows if part.startswith("mean") else value
+
+    def factor(self, damp: float, act_order: bool, where: str) -> Factor:
+        """The Hessian's factor for one damping and order, computed once for all weights that share the input.
+
+        Raises:
+            UnusableStatisticsError: as `get`, and when no damping makes it positive definite.
+            CalibrationError: as `get`.
+        """
+        key = (damp, act_order)
+        if key not in self._factors:
+            factor = factorize(self.get("hessian", where), damp, act_order)
+            if factor is None:
+                raise UnusableStatisticsError(f"{where}: its Hessian is not positive definite whatever the damping")
+            self._factors[key] = factor
+        return self._factors[key]
+
+    def parts(self) -> dict[str, dict[str, Tensor]]:
+        """What was gathered, each part by itself with the number of rows."""
+        rows = torch.tensor(self.rows)
+        return {name: {name: value, "rows": rows} for name, value in self.sums.items()}
+
+    def load(self, parts: Mapping[str, Mapping[str, Tensor]], device: torch.device) -> None:
+        """Replace what was gathered by `parts`, as all processes together saw it."""
+        self.sums = {name: tensors[name].to(device) for name, tensors in parts.items()}
+        self.rows, self.complete = int(next(iter(parts.values()))["rows"]), True
+        self._factors.clear()

@@ -1,0 +1,215 @@
+"""Changes of a float model that leave its function as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wrapq.calibration.graph import Feed, Graph, Reader
+from wrapq.calibration.slots import Slot
+from wrapq.calibration.transport import Scaled, Shifted, Transport
+from wrapq.errors import ModelError
+
+
+class Surgeon:
+    """Changes the weights of a float model, and can undo all that it changed.
+
+    Args:
+        model: not wrapped.
+        graph: who feeds whom in it.
+
+    Attributes:
+        transports: for each module whose input changed, how, in order.
+        notes: what a reader of the run should know, such as weights that are no longer tied.
+    """
+
+    def __init__(self, model: nn.Module, graph: Graph) -> None:
+        self.model, self.graph = model, graph
+        self.transports: dict[str, list[Transport]] = {}
+        self.notes: list[str] = []
+        self._before: dict[tuple[str, str], tuple[nn.Parameter | None, Tensor | None]] = {}
+        self._undo: list[Callable[[], None]] = []
+
+    def commit(self) -> None:
+        """Keep what was changed; only what comes after can be undone."""
+        self._before.clear()
+        self._undo.clear()
+
+    def restore(self) -> None:
+        """Put every weight back, to the bit, as it was at the last `commit`."""
+        for (name, parameter), (tensor, values) in self._before.items():
+            if tensor is not None and values is not None:
+                tensor.data.copy_(values)
+            self._module(name)._parameters[parameter] = tensor
+        for undo in reversed(self._undo):
+            undo()
+        self.commit()
+
+    @torch.no_grad()
+    def scale(self, feed: Feed, factors: Tensor) -> None:
+        """Divide what `feed` carries by `factors` [N] and multiply the columns of its readers by them.
+
+        Raises:
+            ModelError: a factor is zero, not finite, of a channel that others see, or, where a ReLU lies between,
+                negative; or a weight is tied to another's.
+        """
+        self._check(feed, factors)
+        if feed.leaf.writes is None:
+            raise ModelError(f"{feed.producer} has no weight of its own that could be scaled")
+        if feed.leaf.kind == "norm":
+            self._scale_norm(feed, 1 / factors)
+        else:
+            slot = feed.leaf.writes
+            self._multiply(feed.producer, slot.parameter, slot.rows, 1 / factors)
+            if slot.bias and self._module(feed.producer)._parameters.get(slot.bias) is not None:
+                self._multiply(feed.producer, slot.bias, -1, 1 / factors)
+        for reader in feed.readers:
+            self._scale_reader(reader, factors)
+
+    @torch.no_grad()
+    def fold(self, feed: Feed) -> None:
+        """Move the weight and bias of a norm into what reads it, after which the norm only normalizes.
+
+        Raises:
+            ModelError: see `scale`; or a reader cannot take a bias.
+        """
+        norm: Any = self._module(feed.producer)
+        gain = torch.where(feed.channels.to(norm.weight.device), norm_gain(norm, feed.producer), 1.0)
+        bias = norm._parameters.get("bias")
+        if bias is not None and bool((bias != 0).any()):
+            moved = torch.where(feed.channels.to(bias.device), bias, 0)
+            for reader in feed.readers:
+                self._add_bias(reader, moved)
+            self._edit(feed.producer, "bias").sub_(moved)
+        for reader in feed.readers:
+            self._scale_reader(reader, gain)
+        self._scale_norm(feed, 1 / gain)
+        self._edit(feed.producer, "weight")[feed.channels] = 1 - norm_offset(norm, feed.producer)
+
+    @torch.no_grad()
+    def untie(self, name: str) -> None:
+        """Give the module `name` parameters of its own; the model's configuration says so from now on."""
+        module = self._module(name)
+        for parameter, shared in module._parameters.items():
+            if shared is None or not (others := self._others(name, parameter)):
+                continue
+            self._before.setdefault((name, parameter), (shared, None))
+            module._parameters[parameter] = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
+            self.notes.append(f"{name}.{parameter} is no longer tied to {', '.join(others)}, and is stored beside it")
+            config: Any = getattr(self.model, "config", None)
+            if getattr(config, "tie_word_embeddings", False):
+                config.tie_word_embeddings = False
+                self._undo.append(partial(setattr, config, "tie_word_embeddings", True))
+
+    def _module(self, name: str) -> nn.Module:
+        return self.model.get_submodule(name)
+
+    def _others(self, name: str, parameter: str) -> list[str]:
+        """The modules that have the very same parameter."""
+        tensor = self._module(name)._parameters[parameter]
+        return [
+            other for other, module in self.model.named_modules()
+            if other != name and any(own is tensor for own in module._parameters.values())
+        ]  # fmt: skip
+
+    def _edit(self, name: str, parameter: str) -> Tensor:
+        """The data of a parameter, about to be changed in place."""
+        tensor = self._module(name)._parameters[parameter]
+        if tensor is None:
+            raise ModelError(f"{name} has no {parameter}")
+        if others := self._others(name, parameter):
+            raise ModelError(f"{name}.{parameter} is tied to {', '.join(others)}, so it cannot be changed alone")
+        if (name, parameter) not in self._before:  # what was untied or added here is dropped as a whole
+            self._before[name, parameter] = tensor, tensor.detach().clone()
+        return tensor.data
+
+    def _multiply(self, name: str, parameter: str, axis: int, factors: Tensor) -> None:
+        data = self._edit(name, parameter)
+        shape = [1] * data.dim()
+        shape[axis] = -1
+        wide = torch.promote_types(data.dtype, torch.float32)
+        data.copy_(data.to(wide) * factors.to(data.device, wide).reshape(shape))
+
+    def _scale_reader(self, reader: Reader, factors: Tensor) -> None:
+        slot = _reads(reader)
+        spread = reader.spread(factors.cpu())
+        self._multiply(reader.module, slot.parameter, int(slot.columns or 0), spread)
+        self.transports.setdefault(reader.module, []).append(Scaled(spread))
+
+    def _scale_norm(self, feed: Feed, factors: Tensor) -> None:
+        norm: Any = self._module(feed.producer)
+        offset = norm_offset(norm, feed.producer)
+        data = self._edit(feed.producer, "weight")
+        data.copy_((data.double() + offset) * factors.to(data.device, torch.double) - offset)
+        if norm._parameters.get("bias") is not None:
+            self._multiply(feed.producer, "bias", -1, factors)
+
+    def _add_bias(self, reader: Reader, moved: Tensor) -> None:
+        """Add what the constant `moved` [N] in its input gives to the output of a linear."""
+        slot, module = _reads(reader), self._module(reader.module)
+        if reader.leaf.kind != "linear" or slot.bias is None:
+            raise ModelError(f"{reader.module} ({type(module).__name__}) cannot take the bias of the norm before it")
+        weight = module._parameters[slot.parameter]
+        owned = (reader.columns >= 0).to(moved.device)
+        constant = torch.where(owned, moved[reader.columns.clamp(min=0).to(moved.device)], 0).double()
+        matrix = weight.double() if slot.columns == 1 else weight.double().t()  # type: ignore[union-attr]
+        added = matrix @ constant
+        if module._parameters.get(slot.bias) is None:
+            self._before.setdefault((reader.module, slot.bias), (None, None))
+            new = torch.zeros(len(added), dtype=weight.dtype, device=added.device)  # type: ignore[union-attr]
+            module._parameters[slot.bias] = nn.Parameter(new, requires_grad=False)
+        data = self._edit(reader.module, slot.bias)
+        data.copy_(data.double() + added)
+        self.transports.setdefault(reader.module, []).append(Shifted())
+
+    def _check(self, feed: Feed, factors: Tensor) -> None:
+        if factors.shape != feed.channels.shape:
+            raise ModelError(f"{feed.name}: {tuple(factors.shape)} factors for {len(feed.channels)} channels")
+        if not bool((factors.cpu()[~feed.channels] == 1).all()):
+            raise ModelError(
+                f"{feed.name}: factors other than 1 for channels that others see: {', '.join(feed.seen_by)}"
+            )
+        if not bool(torch.isfinite(factors).all()) or bool((factors == 0).any()):
+            raise ModelError(f"{feed.name}: a factor is zero or not finite")
+        if "positive" in feed.path and bool((factors < 0).any()):
+            raise ModelError(f"{feed.name}: a negative factor cannot pass the function between")
+
+
+def norm_offset(norm: Any, name: str) -> float:
+    """What is added to a norm's weight before it multiplies: 0, or 1 in the families that store it as `1 + weight`.
+
+    Found by running the norm, so that no table of families is needed.
+
+    Raises:
+        ModelError: it does something else with its weight.
+    """
+    weight = norm._parameters["weight"]
+    x = torch.linspace(-1, 2, weight.shape[-1], dtype=weight.dtype, device=weight.device)
+    saved = norm._parameters.copy()
+    try:
+        norm._parameters |= {key: torch.zeros_like(value) for key, value in saved.items() if value is not None}
+        none = norm(x[None])
+        norm._parameters["weight"] = torch.ones_like(weight)
+        once = norm(x[None])
+    finally:
+        norm._parameters.update(saved)
+    if bool((none == 0).all()) and bool((once != 0).any()):
+        return 0.0
+    if torch.allclose(once, 2 * none):
+        return 1.0
+    raise ModelError(f"{name} ({type(norm).__name__}) does not multiply by its weight, nor by 1 + its weight")
+
+
+def norm_gain(norm: Any, name: str) -> Tensor:
+    """What a norm multiplies its channels by [N]."""
+    return norm.weight.detach().float() + norm_offset(norm, name)
+
+
+def _reads(reader: Reader) -> Slot:
+    if reader.leaf.reads is None:
+        raise ModelError(f"{reader.module} does not multiply its input")
+    return reader.leaf.reads

@@ -1,0 +1,54 @@
+"""How statistics of a module's input go along when a transform changes that input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """The input is now `x / factors` [K]."""
+
+    factors: Tensor
+
+
+@dataclass(frozen=True)
+class Rotated:
+    """The input is now `x Q`, Q [K, K] orthogonal."""
+
+    matrix: Tensor
+
+
+@dataclass(frozen=True)
+class Shifted:
+    """A constant was taken from the input: nothing that was gathered before can be carried over."""
+
+
+Transport = Scaled | Rotated | Shifted
+
+
+def carry_hessian(hessian: Tensor, edits: Sequence[Transport]) -> Tensor | None:
+    """`X^T X` [K, K] of the input after `edits`: `D^-1 H D^-1` and `Q^T H Q`, in float64; None where it is lost."""
+    carried = hessian.double()
+    for edit in edits:
+        if isinstance(edit, Shifted):
+            return None
+        if isinstance(edit, Scaled):
+            factors = edit.factors.to(carried)
+            carried = carried / factors[:, None] / factors
+        else:
+            matrix = edit.matrix.to(carried)
+            carried = matrix.t() @ carried @ matrix
+    return carried.to(hessian.dtype)
+
+
+def carry_magnitude(values: Tensor, edits: Sequence[Transport]) -> Tensor | None:
+    """A magnitude for each channel [K], such as the largest, after `edits`; None where only gathering anew tells it."""
+    for edit in edits:
+        if not isinstance(edit, Scaled):
+            return None
+        values = values / edit.factors.to(values).abs()
+    return values

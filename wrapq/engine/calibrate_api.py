@@ -1,0 +1,149 @@
+"""Calibration from Python: a stack of algorithms on any prepared module and any data, without a recipe."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from wrapq.algorithms.ranges import Ranges
+from wrapq.algorithms.rtn import RTN
+from wrapq.calibration.algorithm import Algorithm, RangeSetter, Rounder
+from wrapq.calibration.walker import Batch, Schedule, Walker
+from wrapq.errors import CalibrationError, LifecycleError, PlanError, Problem
+from wrapq.recipe.schema import Calibration, Evaluation, Recipe, Stage
+from wrapq.resolve.rules import Sources
+from wrapq.resolve.stages import StackEntry, check_stack, option_problems
+from wrapq.wrappers.model import iter_wrapped
+from wrapq.wrappers.quantizer import WeightQuantizer
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What `calibrate` did.
+
+    Attributes:
+        algorithms: the algorithm that decided each static point, by the point's full name.
+        reports: for each weight its error and what its algorithm reports, likewise.
+        fallbacks: why weights were rounded to nearest instead of by their algorithm; empty is good.
+        statistics: what the observer of each static activation point gathered.
+    """
+
+    algorithms: Mapping[str, Algorithm]
+    reports: dict[str, dict[str, float]]
+    fallbacks: list[str]
+    statistics: dict[str, Tensor]
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any] | Tensor | Sequence[Any]],
+    stack: Mapping[str, str | Mapping[str, Any]],
+    schedule: Schedule = "sequential",
+) -> Calibrated:
+    """Run `batches` through a prepared model and decide all its points by the algorithms of `stack`; then `convert` it.
+
+    Weights that multiply no matrix, such as those of norms, embeddings and grouped convolutions, are rounded to nearest
+    where the stack's algorithm needs the statistics of an input. Static activations take the range that their observer
+    finds unless the stack names another algorithm for them.
+
+    Args:
+        model: what `prepare` returned.
+        batches: the arguments of each forward: by name, one tensor, or several in order. Where one is called
+            `attention_mask` and is [B, T], padding enters no statistic.
+        stack: algorithms by a name of your own, each by its name or with its options, as in a recipe:
+            `{"round": {"algorithm": "gptq", "damp": 0.05}}`.
+        schedule: `sequential`, each block sees what the quantized ones before it give, or `parallel`, the float model.
+
+    Raises:
+        PlanError: an unknown algorithm, a wrong option, two algorithms for the same points; all of them at once.
+        CalibrationError, LifecycleError: from the data, or a point that no batch reached.
+
+    Example:
+        >>> model = wrapq.prepare(model, wrapq.PTQConfig(weight="int4:g64:sym", activation=None))
+        >>> wrapq.calibrate(model, batches, {"round": "gptq"})
+        >>> model = wrapq.convert(model)
+    """
+    if next(iter_wrapped(model), None) is None:
+        raise LifecycleError("the model is not prepared: call prepare first")
+    rounders, setters = _assign(model, _check(stack, schedule))
+    walker = Walker(model, rounders, setters)
+    walker.run([_as_batch(model, batch) for batch in batches], schedule)
+    return Calibrated({**rounders, **setters}, walker.reports, walker.fallbacks, walker.statistics)
+
+
+def _check(stack: Mapping[str, str | Mapping[str, Any]], schedule: Schedule) -> list[StackEntry]:
+    """The stages in order, checked as those of a recipe are."""
+    sources = Sources({f"stack.{name}": "calibrate" for name in stack})
+    stages: dict[str, Stage] = {}
+    problems: list[Problem] = []
+    for name, said in stack.items():
+        try:
+            stages[name] = Stage.model_validate({"algorithm": said} if isinstance(said, str) else dict(said))
+        except ValidationError as error:
+            problems += option_problems(error, f"stack.{name}", [*Stage.model_fields], "a stage", sources)
+    # the rest of a recipe is not asked for
+    recipe = Recipe.model_construct(
+        stack=stages,
+        rules={},
+        stack_order=None,
+        calibration=Calibration.model_construct(schedule=schedule),
+        evaluation=Evaluation.model_construct(),
+    )
+    entries, wrong = check_stack(recipe, sources)
+    problems += wrong
+    for phase in ("round", "range"):
+        twice = [entry.name for entry in entries if entry.algorithm.phase == phase]
+        if len(twice) > 1:
+            problems.append(Problem("calibrate", f"stages {' and '.join(twice)} would decide the same points"))
+    others = [entry for entry in entries if not issubclass(entry.algorithm, Rounder | RangeSetter)]
+    problems += [Problem(sources.where(f"stack.{e.name}"), f"{e.stage.algorithm} decides no point") for e in others]
+    if problems:
+        raise PlanError(problems)
+    return entries
+
+
+def _assign(model: nn.Module, entries: Sequence[StackEntry]) -> tuple[dict[str, Rounder], dict[str, RangeSetter]]:
+    """The algorithm of each weight, and of each other point, by the point's full name."""
+    rounder: Rounder | None = None
+    setter: RangeSetter = Ranges()
+    for entry in entries:
+        algorithm = entry.algorithm(entry.options)
+        if isinstance(algorithm, Rounder):
+            rounder = algorithm
+        elif isinstance(algorithm, RangeSetter):
+            setter = algorithm
+    nearest, rounders, setters, problems = RTN(), {}, {}, []
+    for _, module in iter_wrapped(model):
+        for quantizer in module.point_quantizers().values():
+            if not isinstance(quantizer, WeightQuantizer):
+                setters[quantizer.where] = setter
+                continue
+            usable = rounder is not None and (module.wrapper.multiplies(module) or not rounder.needs)
+            chosen = rounder if rounder is not None and usable else nearest
+            rounders[quantizer.where] = chosen
+            if (reason := chosen.unsupported(quantizer.spec)) is not None:
+                problems.append(Problem("calibrate", f"{quantizer.where}, {quantizer.spec}: {reason}"))
+    if problems:
+        raise PlanError(problems)
+    return rounders, setters
+
+
+def _as_batch(model: nn.Module, given: Mapping[str, Any] | Tensor | Sequence[Any]) -> Batch:
+    """Arguments of a forward as its keyword arguments, and the mask [B, T] of real tokens where there is one."""
+    if isinstance(given, Mapping):
+        inputs = dict(given)
+    else:
+        arguments = (given,) if isinstance(given, Tensor) else tuple(given)
+        signature = inspect.signature(model.forward)
+        names = [p.name for p in signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+        if len(arguments) > len(names):
+            what = f"a batch of {len(arguments)} arguments, and {type(model).__name__}.forward names {len(names)}"
+            raise CalibrationError(f"{what}: give batches as mappings by name")
+        inputs = dict(zip(names, arguments, strict=False))
+    mask = inputs.get("attention_mask")
+    return Batch(inputs, mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None)
