@@ -72,10 +72,8 @@ def test_equal_recipes_differ_in_nothing(cli: Cli) -> None:
 
 
 def test_recipes_differ_by_module_stage_and_setting(cli: Cli) -> None:
-    other = "w4a16_gptq stack.round.damp=0.05 seed=3 +rules.last={match: {layers: -1, type: Linear}, weight: int8:channel:sym}"
-    quoted = other.replace("+rules.last={match: {layers: -1, type: Linear}, weight: int8:channel:sym}", "")
-    quoted += "'+rules.last={match: {layers: -1, type: Linear}, weight: \"int8:channel:sym\"}'"
-    result = cli("diff", "--json", "w4a16_gptq", quoted)
+    last = "'+rules.last={match: {layers: -1, type: Linear}, weight: \"int8:channel:sym\"}'"
+    result = cli("diff", "--json", "w4a16_gptq", f"w4a16_gptq stack.round.damp=0.05 seed=3 {last}")
     assert (result.exit_code, result.stderr) == (1, "")
     said = json.loads(result.stdout)
     assert {(p["point"], p["before"], p["after"]) for p in said["points"]} == {
