@@ -49,6 +49,7 @@ def test_scaling_every_feed_keeps_the_function_and_can_be_undone(family: str, to
 
 def test_scaling_through_convolutions() -> None:
     model, x = Images(), torch.randn(2, 3, 8, 8)
+    model.requires_grad_(False)
     expected, graph = model(x), find_graph(model, [x])
     assert scale_all(Surgeon(model, graph), graph) == 2
     assert relative(model(x), expected) < 1e-5
@@ -82,7 +83,7 @@ def test_rotations_carry_hessians_only_and_a_shift_carries_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("factors", "what"),
-    [(torch.zeros(96), "zero or not finite"), (-torch.ones(96), "negative factor"), (torch.ones(5), "others see")],
+    [(torch.zeros(96), "zero or not finite"), (-torch.ones(96), "negative factor"), (torch.ones(5), "for 96 channels")],
 )
 def test_factors_that_cannot_work_are_refused(factors: Tensor, what: str) -> None:
     model = build_model("opt")

@@ -82,6 +82,8 @@ def test_text(text: str, expected: str) -> None:
         "tokenizer: gpt2",
         "https://host:8080/a?b=c",
         "seen 12 tokens (of 13)",
+        "tokens:/data/ids.npy",
+        "calibration on tokens:ids.safetensors, 64 samples",
     ],
 )
 def test_plain_text_is_left_alone(text: str) -> None:

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 
 from pydantic import BaseModel, ConfigDict
 
-from wrapq.calibration.algorithm import ALGORITHMS, Found, Specs, Transform
+from wrapq.calibration.algorithm import ALGORITHMS, Found, Transform
 from wrapq.calibration.graph import Feed, Graph
 from wrapq.calibration.statistics import InputStatistics
 from wrapq.calibration.surgery import Surgeon
+from wrapq.wrappers.model import Specs
 
 
 class FoldOptions(BaseModel):

@@ -17,6 +17,7 @@ from wrapq.observers.base import Observer
 from wrapq.quant.qparams import QParams
 from wrapq.quant.spec import QuantSpec
 from wrapq.registry import Registry
+from wrapq.wrappers.model import Specs
 
 Phase = Literal["transform", "range", "round", "correct"]
 PHASES: tuple[Phase, ...] = ("transform", "range", "round", "correct")
@@ -88,10 +89,6 @@ class RangeSetter(Algorithm):
     @abstractmethod
     def choose(self, observer: Observer, where: str) -> QParams:
         """The parameters for the point `where`; raises `CalibrationError` when the data cannot be used."""
-
-
-Specs = Mapping[str, Mapping[str, QuantSpec]]
-"""For each module that is quantized, by name, the spec of each of its points."""
 
 
 class Found(NamedTuple):

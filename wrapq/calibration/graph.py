@@ -158,7 +158,8 @@ def _feed(source: Source, reads: Any, seen: Sequence[tuple[Tensor, str]]) -> Fee
     meeting = [(read, columns) for read, columns in meeting if bool((columns >= 0).any())]
     if not meeting or source.leaf is None:
         return None
-    channels, why = torch.zeros(source.width, dtype=torch.bool), {}
+    channels = torch.zeros(source.width, dtype=torch.bool)
+    why: dict[str, None] = {}
     for _, columns in meeting:
         channels[columns[columns >= 0]] = True
     for ids, who in seen:

@@ -21,6 +21,7 @@ from wrapq.calibration.residency import FloatBlocks
 from wrapq.calibration.store import Store
 from wrapq.calibration.walker import Batch, Walker
 from wrapq.engine.context import Run
+from wrapq.engine.folder import SCRATCH
 from wrapq.engine.lock import code_digest, device_class, environment
 from wrapq.engine.resume import Keeper
 from wrapq.resolve.plan import Plan
@@ -38,10 +39,9 @@ def calibrate(
         samples: calibration data, None where no stage looks at any.
         weights: where the parameters of blocks are read from; None where all of them are in memory.
     """
-    config, runtime = run.plan.recipe.calibration, run.settings.runtime
+    config = run.plan.recipe.calibration
     batches = [] if samples is None else make_batches(samples, config.batch_size, run.device)
-    walker = Walker(model, *_algorithms(run.plan))
-    walker.processes = run.processes
+    walker = make_walker(run, model, bool(batches))
     keeper = Keeper(run.folder, _fingerprint(run), run.device)
     if weights is not None:
         walker.residency = FloatBlocks(model, weights, run.device, keeper)
@@ -51,13 +51,20 @@ def calibrate(
     walker.on_hidden = keeper.keep_hidden
     if not run.processes.rank:
         walker.on_border = partial(keeper.keep, walker)
-    if batches and runtime.cache_gb:
-        walker.recall = Recall(Store(run.settings.paths.cache_folder(), runtime.cache_gb * 1e9), _root(run, model))
     title = "Calibrating" if batches else "Rounding weights"
     with run.step("calibrate", title, *walker.steps()) as advance, offloading(run, walker) as offload:
         walker.advance, walker.offload = advance, offload
         walker.run(batches, config.schedule, border)
     _tell(run, walker)
+    return walker
+
+
+def make_walker(run: Run, model: nn.Module, looks_at_data: bool) -> Walker:
+    """The walker that decides the points of the plan, with the store where it looks at data."""
+    walker, runtime = Walker(model, *_algorithms(run.plan)), run.settings.runtime
+    walker.processes = run.processes
+    if looks_at_data and runtime.cache_gb:
+        walker.recall = Recall(Store(run.settings.paths.cache_folder(), runtime.cache_gb * 1e9), _root(run, model))
     return walker
 
 
@@ -79,7 +86,11 @@ def _root(run: Run, model: nn.Module) -> dict[str, str]:
     """All that every statistic of the run depends on, beside what is decided in its course."""
     recipe = run.plan.recipe
     replaced = sorted(name for name, module in iter_wrapped(model) if module.wrapper.replaces_forward)
-    how = {"dtype": recipe.model.dtype, "batch_size": recipe.calibration.batch_size, "forwards": replaced}
+    how: dict[str, object] = {
+        "dtype": recipe.model.dtype,
+        "batch_size": recipe.calibration.batch_size,
+        "forwards": replaced,
+    }
     changed = [(s.algorithm, s.options, s.targets) for s in run.plan.stages if s.phase == "transform"]
     how |= {"transforms": changed} if changed else {}
     machine = {key: value for key, value in _fingerprint(run).items() if key != "plan"}
@@ -89,7 +100,7 @@ def _root(run: Run, model: nn.Module) -> dict[str, str]:
 @contextmanager
 def offloading(run: Run, walk: Walker) -> Iterator[Offload]:
     """What waiting forwards hold is kept within the limit that the settings set."""
-    with tempfile.TemporaryDirectory(dir=run.folder.path, prefix=".activations-") as folder:
+    with tempfile.TemporaryDirectory(dir=run.folder.path, prefix=SCRATCH) as folder:
         offload = Offload(Path(folder), run.settings.runtime.offload_gb * 1e9, partial(shared_tensors, walk))
         yield offload
     if offload.written:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from wrapq.calibration.blocks import find_blocks
+from wrapq.calibration.border import made_for_all
 from wrapq.calibration.data import Samples
 from wrapq.calibration.offload import Offload
 from wrapq.calibration.residency import Residency, run_blockwise
@@ -127,7 +128,8 @@ class _Measuring:
             batch, stage, mask = self._now
             hidden = output if isinstance(output, Tensor) else output[0]
             if stage == FLOAT:
-                self._outputs[index, batch] = hidden
+                with made_for_all():  # a copy, which is not put aside with what the forward holds
+                    self._outputs[index, batch] = hidden.clone()
             elif stage == QUANTIZED:
                 self.layers.update(index, self._outputs.pop((index, batch)), hidden, mask)
 

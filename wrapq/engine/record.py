@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from wrapq.calibration.data import Samples
 from wrapq.calibration.sources.base import Source
@@ -13,8 +14,9 @@ from wrapq.engine.checkpoint import MANIFEST, weight_files
 from wrapq.engine.context import Run
 from wrapq.engine.export import EXPORTS, Exported
 from wrapq.engine.folder import STATUS_FILE, RunFolder
+from wrapq.engine.goals import Verdict, all_met, figures, judge
 from wrapq.engine.kernels import KERNELS_FILE
-from wrapq.engine.lock import device_class, environment
+from wrapq.engine.lock import LOCK, device_class, environment
 from wrapq.engine.measure import FLOAT, QUANTIZED, Quality
 from wrapq.engine.resume import forget_progress
 from wrapq.pages.note import run_note
@@ -39,6 +41,8 @@ class RunResult:
         run_id: the id of the MLflow run, or None.
         run_url: its page, where a server shows it.
         exported: the copy in another project's format, where the recipe asks for one.
+        goals: the verdict on every goal of the recipe.
+        figures: what goals bound and sweeps compare, by the names of `Goals`.
         kernels: which kernels run the model on this machine and how fast, in a line; `wrapq.load(..., runtime="auto")`.
     """
 
@@ -52,6 +56,8 @@ class RunResult:
     run_url: str | None = None
     exported: Exported | None = None
     kernels: str = ""
+    figures: dict[str, float] = field(default_factory=dict)
+    goals: dict[str, Verdict] = field(default_factory=dict)
 
 
 def open_record(run: Run) -> None:
@@ -63,8 +69,8 @@ def open_record(run: Run) -> None:
     run.digests |= {"recipe": recipe.digest(), "plan": plan.digest()}
     versions = {f"version.{name}": version for name, version in environment().items()}
     tags = {"recipe": recipe.name, "description": recipe.description, "folder": str(run.folder.path.resolve())}
-    tags |= {**versions, "device": device_class(run.device), **_digest_tags(run)}
-    run.tracker.start(recipe.name, tags, recipe.model_dump(), run.folder.path, wait=False)
+    tags |= {**versions, "device": device_class(run.device), **_digest_tags(run), **run.label.tags}
+    run.tracker.start(run.label.name or recipe.name, tags, recipe.model_dump(), run.folder.path, wait=False)
 
 
 def record_data(run: Run, context: str, source: Source, samples: Samples) -> None:
@@ -89,7 +95,7 @@ def close_record(run: Run, quality: Quality, exported: Exported | None) -> RunRe
         FLOAT: run.plan.estimate.float_bytes,
         QUANTIZED: sum(file.stat().st_size for file in weight_files(run.folder.path)),
     }
-    facts = {
+    facts: dict[str, Any] = {
         "stages": quality.stages,
         "curves": quality.curves,
         "sizes": sizes,
@@ -97,7 +103,13 @@ def close_record(run: Run, quality: Quality, exported: Exported | None) -> RunRe
         "digests": run.digests,
         "notes": run.notes,
         "kernels": run.kernels,
+        "run_id": run.tracker.run_id,
     }
+    bits = run.plan.estimate.bits_per_weight
+    reached = figures(quality.stages, sizes, run.seconds, bits)
+    verdicts = judge(run.plan.recipe.goals, reached)
+    if verdicts:
+        facts["goals"] = {name: asdict(verdict) for name, verdict in verdicts.items()}
     if exported is not None:
         sizes[EXPORTS] = exported.size
         facts["exported"] = {"path": str(exported.path), "error": exported.error}
@@ -107,8 +119,9 @@ def close_record(run: Run, quality: Quality, exported: Exported | None) -> RunRe
     run.tracker.tags({**_digest_tags(run), "mlflow.note.content": run_note(run.plan, quality.stages, sizes)})
     run.tracker.metrics({f"size/{stage}_mb": size / 1e6 for stage, size in sizes.items()})
     run.tracker.metrics({f"seconds/{step}": value for step, value in run.seconds.items()})
-    if (bits := run.plan.estimate.bits_per_weight) is not None:
+    if bits is not None:
         run.tracker.metrics({"bits_per_weight": bits})
+    record_goals(run.tracker, verdicts)
     for name in _ARTIFACTS:
         if (run.folder.path / name).exists():
             run.tracker.artifact(run.folder.path / name)
@@ -128,14 +141,27 @@ def close_record(run: Run, quality: Quality, exported: Exported | None) -> RunRe
         url,
         exported,
         run.kernels,
+        reached,
+        verdicts,
     )
+
+
+def record_goals(tracker: Tracker, verdicts: Mapping[str, Verdict]) -> None:
+    """Tag the tracked run with what became of its goals: `goals` is met or missed, `goal.NAME` says more."""
+    if not verdicts:
+        return
+    words = {True: "met", False: "missed"}
+    tags = {f"goal.{name}": f"{words[v.met]}: {v.value} of {v.bound}" for name, v in verdicts.items()}
+    tracker.tags({"goals": words[all_met(verdicts)], **tags})
+    values = {f"goal/{name}": v.value for name, v in verdicts.items() if v.value is not None}
+    tracker.metrics({**values, "goals_missed": sum(not v.met for v in verdicts.values())})
 
 
 _ARTIFACTS = (
     REPORT,
     "recipe.yaml",
     "plan.json",
-    "recipe.lock.yaml",
+    LOCK,
     "manifest.json",
     "modules.json",
     "histograms.json",

@@ -14,6 +14,7 @@ from wrapq.calibration.data import Samples
 from wrapq.calibration.forward import Batch
 from wrapq.calibration.gather import Gathered, Gatherer
 from wrapq.calibration.graph import find_graph
+from wrapq.calibration.statistics import InputStatistics
 from wrapq.calibration.surgery import Surgeon
 from wrapq.engine.calibrate import make_batches
 from wrapq.engine.context import Run
@@ -115,7 +116,8 @@ def synthetic(model: nn.Module) -> Batch:
 
 def _walk(surgeon: Surgeon, algorithm: Transform, targets: Sequence[str], batches: Sequence[Batch], run: Run) -> None:
     inputs = {target: algorithm.inputs(surgeon.graph, target) for target in targets}
-    waiting, held = dict(inputs), {}
+    waiting = dict(inputs)
+    held: dict[str, InputStatistics] = {}
 
     def done(gathered: Gathered) -> None:
         held.update(gathered)

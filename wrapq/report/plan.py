@@ -81,7 +81,8 @@ def _stages(plan: Plan) -> Table:
 def _export(plan: Plan, exporter: Exporter) -> Text:
     """Which format is written, and what it says a little differently; what it cannot say has been refused."""
     said = _called(plan.recipe.export.format, exporter.options.model_dump())
-    return Text("\n  ".join([f"export {said}", *(f"note: {note}" for note in exporter.notes(plan))]))
+    notes = (f"note: {note}" for note in exporter.notes(plan))
+    return Text("\n  ".join([f"export {said}", *exporter.layers(plan), *notes]))
 
 
 def _called(name: str, options: Mapping[str, Any]) -> str:

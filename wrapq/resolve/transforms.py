@@ -8,9 +8,10 @@ from functools import cached_property
 
 from torch import nn
 
-from wrapq.calibration.algorithm import Found, Specs, Transform
+from wrapq.calibration.algorithm import Found, Transform
 from wrapq.calibration.graph import Graph, find_graph
 from wrapq.errors import Problem
+from wrapq.wrappers.model import Specs
 
 
 @dataclass
