@@ -15,8 +15,8 @@ def test_a_sweep_leaves_a_page_with_its_jobs_and_winner(tmp_path: Path) -> None:
     figures = {"perplexity": 30.0, "perplexity_increase": 0.01, "kl": 0.02, "size_mb": 5.0, "seconds": 2.0}
     better = {**figures, "kl": 0.01, "size_mb": 6.0}
     rows = (
-        Row(1, {"group_size": "32"}, Outcome("a", FINISHED, figures=figures), ("size_mb",)),
-        Row(2, {"group_size": "64"}, Outcome("b", FINISHED, figures=better), ("size_mb",), winner=True),
+        Row(1, {"group_size": "32"}, Outcome("a", FINISHED, figures=figures), ("size_mb", "seconds")),
+        Row(2, {"group_size": "64"}, Outcome("b", FINISHED, figures=better), ("size_mb", "seconds"), winner=True),
         Row(3, {"group_size": "7"}, Outcome("c", FAILED, reason="PlanError: 7 does not divide 96")),
     )
     facts = {"name": "demo", "run_id": None}
