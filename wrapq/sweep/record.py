@@ -12,7 +12,10 @@ from typing import Any, TextIO
 
 from wrapq.engine.folder import RunFolder
 from wrapq.engine.record import record_goals
+from wrapq.pages.run import REPORT
+from wrapq.pages.sweep import render_sweep
 from wrapq.recipe.schema import Settings
+from wrapq.sweep.jobs import FAILED
 from wrapq.sweep.plot import save_plot
 from wrapq.sweep.table import Table
 from wrapq.tracking import Tracker
@@ -72,7 +75,10 @@ class SweepRecord:
         self.write(status, table)
         self.folder.write_text(TABLE, table.to_csv())
         self.folder.write(PLOT, lambda path: save_plot(table, path))
-        for name in (SWEEP_FILE, TABLE, PLOT):
+        self.folder.write(
+            REPORT, lambda path: render_sweep(_jobs(table), path, f"Sweep {self.facts['name']}", _said(table))
+        )
+        for name in (SWEEP_FILE, TABLE, PLOT, REPORT):
             self.tracker.artifact(self.folder.path / name)
         done = sum(row.done for row in table.rows)
         self.tracker.metrics({"jobs/done": done, "jobs/failed": len(table.failed)})
@@ -88,6 +94,27 @@ class SweepRecord:
         self.tracker.finish("FINISHED" if status == FINISHED else "KILLED")
         if self.lock is not None:
             self.lock.close()
+
+
+def _jobs(table: Table) -> list[dict[str, Any]]:
+    """The rows as the page wants them."""
+    return [
+        {
+            "name": f"job {row.number}",
+            "status": "FAILED" if row.outcome.status == FAILED else "FINISHED",
+            "reason": row.outcome.reason,
+            "parameters": dict(row.values),
+            "figures": row.outcome.figures,
+            "goals": ("met" if row.meets_goals else "missed") if row.outcome.goals else "",
+            "winner": row.winner,
+        }
+        for row in table.rows
+    ]
+
+
+def _said(table: Table) -> str:
+    done = f"{sum(row.done for row in table.rows)} of {len(table.rows)} jobs done, {len(table.failed)} failed."
+    return f"{done} The winner: {table.rule()}." if table.winner else done
 
 
 def _unfinished(parent: Path, identity: str) -> tuple[Path, dict[str, Any], TextIO | None] | None:
