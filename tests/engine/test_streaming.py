@@ -141,7 +141,7 @@ def test_a_failure_while_saving_leaves_no_part_of_a_model(tmp_path: Path, monkey
     def fail(*_: object) -> None:
         raise ModelError("the check failed")
 
-    monkeypatch.setattr("wrapq.engine.run._check_saved", fail)
+    monkeypatch.setattr("wrapq.engine.finish._check_saved", fail)
     with pytest.raises(ModelError, match="the check failed"):
         run(model, tmp_path / "out", "streaming", NO_DATA, GROUPS)
     folder = only_run(tmp_path / "out")
