@@ -80,7 +80,7 @@ class Conv(Leaf):
     @classmethod
     def multiplies(cls, module: nn.Module) -> bool:
         """True unless there are groups, whose output channels see different inputs: no one matrix is what all meet."""
-        return module.groups == 1
+        return cast(nn.Conv2d, module).groups == 1
 
     def input_matrix(self, x: Tensor) -> Tensor:
         """The patches [M, K] that the kernel meets, M positions in all images `x` [B, C, ...] or [C, ...]."""
