@@ -36,6 +36,8 @@ def test_secret_keys(key: str) -> None:
         ("evaluation.tokens", "16384"),
         ("granularity", "token"),
         ("per_token", True),
+        ("tokens", "/data/rows.npy"),
+        ("tokens", "rows.safetensors"),
         ("hf_token", None),
         ("hf_token", ""),
         ("calibration.source", "tokens"),
@@ -70,6 +72,8 @@ def test_text(text: str, expected: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
+        "tokens:/data/rows.npy gives 3 samples",
+        "tokens:rows.npy",
         "input: int8:token:dyn",
         '["int8:token:dyn"]',
         "granularity: token\n  dynamic: true",

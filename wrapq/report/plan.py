@@ -9,8 +9,8 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from wrapq.report.folding import fold
 from wrapq.resolve.exporter import Exporter, make_exporter
+from wrapq.resolve.folding import fold
 from wrapq.resolve.plan import ModulePlan, Plan
 
 _SHORT = 12  # digits of a digest that are shown
