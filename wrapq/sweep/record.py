@@ -1,4 +1,4 @@
-"""What a sweep leaves in writing: `outputs/<sweep>/<time>/` with its jobs, table and plot, and its MLflow run."""
+"""What a sweep leaves in writing: `outputs/<sweep>/<time>/` with its jobs, table, plot and page, and its MLflow run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from wrapq.engine.record import record_goals
 from wrapq.pages.run import REPORT
 from wrapq.pages.sweep import render_sweep
 from wrapq.recipe.schema import Settings
-from wrapq.sweep.jobs import FAILED
 from wrapq.sweep.plot import save_plot
 from wrapq.sweep.table import Table
 from wrapq.tracking import Tracker
@@ -75,9 +74,7 @@ class SweepRecord:
         self.write(status, table)
         self.folder.write_text(TABLE, table.to_csv())
         self.folder.write(PLOT, lambda path: save_plot(table, path))
-        self.folder.write(
-            REPORT, lambda path: render_sweep(_jobs(table), path, f"Sweep {self.facts['name']}", _said(table))
-        )
+        self.folder.write(REPORT, lambda path: render_sweep(_jobs(table), path, self.facts["name"], _summary(table)))
         for name in (SWEEP_FILE, TABLE, PLOT, REPORT):
             self.tracker.artifact(self.folder.path / name)
         done = sum(row.done for row in table.rows)
@@ -97,24 +94,25 @@ class SweepRecord:
 
 
 def _jobs(table: Table) -> list[dict[str, Any]]:
-    """The rows as the page wants them."""
+    """The rows as the page takes them."""
+    words = {True: "met", False: "missed"}
     return [
         {
             "name": f"job {row.number}",
-            "status": "FAILED" if row.outcome.status == FAILED else "FINISHED",
+            "status": row.outcome.status.upper(),
             "reason": row.outcome.reason,
             "parameters": dict(row.values),
             "figures": row.outcome.figures,
-            "goals": ("met" if row.meets_goals else "missed") if row.outcome.goals else "",
+            "goals": words[row.meets_goals] if row.outcome.goals else "",
             "winner": row.winner,
         }
         for row in table.rows
     ]
 
 
-def _said(table: Table) -> str:
-    done = f"{sum(row.done for row in table.rows)} of {len(table.rows)} jobs done, {len(table.failed)} failed."
-    return f"{done} The winner: {table.rule()}." if table.winner else done
+def _summary(table: Table) -> str:
+    done = sum(row.done for row in table.rows)
+    return f"{len(table.rows)} jobs, {done} done, {len(table.failed)} failed. The winner has the {table.rule()}."
 
 
 def _unfinished(parent: Path, identity: str) -> tuple[Path, dict[str, Any], TextIO | None] | None:
