@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from wrapq.calibration.algorithm import ALGORITHMS, RangeSetter, Rounder
+from wrapq.calibration.algorithm import ALGORITHMS, Corrector, RangeSetter, Rounding
 from wrapq.calibration.data import Samples
 from wrapq.calibration.offload import Offload, shared_tensors
 from wrapq.calibration.recall import Recall
@@ -30,7 +30,9 @@ def calibrate(run: Run, model: nn.Module, samples: Samples | None) -> Walker:
     """Decide every point of a wrapped model: round weights, choose activation ranges."""
     config, runtime = run.plan.recipe.calibration, run.settings.runtime
     batches = [] if samples is None else _batches(samples, config.batch_size, run.device)
-    walker = Walker(model, *_algorithms(run.plan))
+    rounders, setters, correctors = _algorithms(run.plan)
+    walker = Walker(model, rounders, setters)
+    walker.correctors = correctors
     walker.processes = run.processes
     keeper = Keeper(run.folder, _fingerprint(run))
     border = keeper.take_up(walker, run.device)
@@ -49,16 +51,21 @@ def calibrate(run: Run, model: nn.Module, samples: Samples | None) -> Walker:
     return walker
 
 
-def _algorithms(plan: Plan) -> tuple[dict[str, Rounder], dict[str, RangeSetter]]:
-    """The algorithm that decides each weight, and each static activation, by the point's full name."""
-    rounders: dict[str, Rounder] = {}
+def _algorithms(plan: Plan) -> tuple[dict[str, Rounding], dict[str, RangeSetter], dict[str, list[Corrector]]]:
+    """What decides each weight, and each static activation, and what corrects each weight, by the point's full name."""
+    rounders: dict[str, Rounding] = {}
     setters: dict[str, RangeSetter] = {}
+    correctors: dict[str, list[Corrector]] = {}
     for stage in plan.stages:
         kind = ALGORITHMS.get(stage.algorithm)
         algorithm = kind(kind.Options(**stage.options))
-        table: dict[str, Any] = rounders if isinstance(algorithm, Rounder) else setters
+        if isinstance(algorithm, Corrector):
+            for target in stage.targets:
+                correctors.setdefault(target, []).append(algorithm)
+            continue
+        table: dict[str, Any] = rounders if isinstance(algorithm, Rounding) else setters
         table |= dict.fromkeys(stage.targets, algorithm)
-    return rounders, setters
+    return rounders, setters, correctors
 
 
 def _root(run: Run, model: nn.Module) -> dict[str, str]:
