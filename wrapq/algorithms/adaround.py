@@ -29,9 +29,11 @@ class AdaRoundOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    iterations: int = Field(1000, ge=1, description="Steps of Adam.")
-    lr: float = Field(0.01, gt=0, description="Adam's step.")
-    regularizer: float = Field(0.01, ge=0, description="What pushes each weight to one of its two neighbours.")
+    iterations: int = Field(500, ge=1, description="Steps of Adam.")
+    lr: float = Field(0.05, gt=0, description="Adam's step.")
+    regularizer: float = Field(
+        1.0, ge=0, description="What pushes each weight to a neighbour; relative to the error of rounding to nearest."
+    )
     warm_start: float = Field(0.2, ge=0, lt=1, description="The part of the steps without the regularizer.")
     beta_start: float = Field(20.0, gt=0, description="The regularizer's exponent after the warm start.")
     beta_end: float = Field(2.0, gt=0, description="And at the end.")
