@@ -8,10 +8,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from random import Random
 
 import pytest
 import yaml
 
+LOADS = ("whole", "streaming")
 SMALL = ["evaluation.tokens=1024", "calibration.samples=8", "calibration.batch_size=4", "tracking=none"]
 
 
@@ -26,10 +28,10 @@ def digests(outputs: Path) -> dict[str, str]:
     return {key: found[key] for key in ("qparams", "outputs")}
 
 
-def run_and_kill(outputs: Path, pattern: str) -> None:
+def run_and_kill(outputs: Path, pattern: str, *more: str) -> None:
     """Start a run and kill it as soon as a file of its folder matches `pattern`."""
-    process = subprocess.Popen(command(outputs), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
+    process = subprocess.Popen([*command(outputs), *more], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline and process.poll() is None:
         if any(outputs.glob(f"w4a16_gptq/*/{pattern}")):
             process.send_signal(signal.SIGKILL)
@@ -56,6 +58,62 @@ def test_killed_after_a_block_ends_with_the_same_bits(tmp_path, undisturbed, bor
     assert re.search(r"note: resumed before block \d", resumed.stdout)
     assert digests(tmp_path) == undisturbed
     assert not list(tmp_path.glob("w4a16_gptq/*/resume"))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "killed", "resumed"),
+    [
+        ("modules.json", "whole", "whole"),  # the model is saved, and not yet checked
+        ("modules.json", "streaming", "streaming"),
+        ("resume/points-4.safetensors", "streaming", "whole"),  # of the last block, while quality is being measured
+    ],
+    ids=["saving", "saving, streamed", "streamed, resumed with the whole model"],
+)
+def test_killed_after_the_last_block(tmp_path, undisturbed, pattern, killed, resumed):
+    run_and_kill(tmp_path, pattern, f"runtime.load={killed}")
+    again = [*command(tmp_path, "--resume"), f"runtime.load={resumed}"]
+    done = subprocess.run(again, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert digests(tmp_path) == undisturbed
+    (folder,) = tmp_path.glob("w4a16_gptq/*")
+    assert not [path.name for path in folder.iterdir() if path.name.startswith(".") or path.name == "resume"]
+    assert len(list(folder.glob("model.safetensors"))) == (resumed == "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_killed_at_twenty_random_moments(tmp_path, undisturbed, capsys):
+    """Each run is killed at a random moment and taken up, whole or streamed; one that kept nothing starts anew."""
+    random = Random(20)
+    start = time.monotonic()
+    subprocess.run(command(tmp_path / "timed"), check=True, capture_output=True)
+    seconds = time.monotonic() - start
+    ends = {"finished": 0, "resumed": 0, "anew": 0}
+    for number in range(20):
+        outputs = tmp_path / str(number)
+        process = subprocess.Popen(
+            [*command(outputs), f"runtime.load={random.choice(LOADS)}"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            process.wait(random.uniform(0, seconds))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        again = [*command(outputs, "--resume"), f"runtime.load={random.choice(LOADS)}"]
+        done = subprocess.run(again, capture_output=True, text=True)
+        end = "resumed" if done.returncode == 0 else "anew"
+        if end == "anew":
+            assert "nothing to resume: no unfinished run" in done.stderr
+            end = "finished" if list(outputs.glob("w4a16_gptq/*/recipe.lock.yaml")) else "anew"
+        if end == "anew":
+            subprocess.run(command(outputs), check=True, capture_output=True)
+        ends[end] += 1
+        assert digests(outputs) == undisturbed, f"run {number} ({end})"
+    assert ends["resumed"]
+    with capsys.disabled():
+        print(ends)
 
 
 def test_changed_recipe_is_refused(tmp_path):

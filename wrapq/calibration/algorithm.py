@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from wrapq.calibration.graph import Graph
 from wrapq.calibration.statistics import InputStatistics
+from wrapq.calibration.surgery import Surgeon
 from wrapq.observers.base import Observer
 from wrapq.quant.qparams import QParams
 from wrapq.quant.spec import QuantSpec
 from wrapq.registry import Registry
+from wrapq.wrappers.model import Specs
 
 Phase = Literal["transform", "range", "round", "correct"]
 PHASES: tuple[Phase, ...] = ("transform", "range", "round", "correct")
@@ -31,12 +34,12 @@ class Algorithm(ABC):
 
     Attributes:
         phase: where in the stack it belongs; transforms come before ranges, ranges before rounding, corrections last.
-        handles: the role of the points it decides.
+        handles: the role of the points it decides; `model` for a transform, which decides none.
         Options: the pydantic model of its options in a recipe.
     """
 
     phase: ClassVar[Phase]
-    handles: ClassVar[Literal["weight", "activation"]]
+    handles: ClassVar[Literal["weight", "activation", "model"]]
     Options: ClassVar[type[BaseModel]] = NoOptions
 
     def __init__(self, options: Any = None) -> None:
@@ -130,6 +133,49 @@ class RangeSetter(Algorithm):
     @abstractmethod
     def choose(self, observer: Observer, where: str) -> QParams:
         """The parameters for the point `where`; raises `CalibrationError` when the data cannot be used."""
+
+
+class Found(NamedTuple):
+    """What a transform will change, in the order of the model, by names of its own choice (the producer of a feed, a
+    stream); and what it could have changed and leaves alone, with the reason."""
+
+    targets: tuple[str, ...]
+    left: Mapping[str, str] = MappingProxyType({})
+
+
+class Transform(Algorithm):
+    """Changes the float model without changing its function. It is given no model, only who feeds whom in it and a
+    surgeon whose every operation keeps the function.
+
+    Attributes:
+        migrates: it scales what linears read, so that two such transforms cannot share an input.
+    """
+
+    phase = "transform"
+    handles = "model"
+    migrates: ClassVar[bool] = False
+
+    @abstractmethod
+    def find(self, graph: Graph, specs: Specs) -> Found:
+        """What there is to change; asked by the plan, on the model without weights."""
+
+    def inputs(self, graph: Graph, target: str) -> tuple[str, ...]:
+        """The modules whose inputs' statistics, as `needs` names them, it wants for `target`: a feed's readers."""
+        return tuple(reader.module for reader in graph.by_producer[target].readers)
+
+    def misplaced(self, before: Sequence[Transform]) -> str | None:
+        """Why it cannot run after the transforms `before`, or None when it can; asked by the plan."""
+        return None
+
+    @abstractmethod
+    def apply(self, surgeon: Surgeon, target: str, statistics: Mapping[str, InputStatistics]) -> Mapping[str, float]:
+        """Change `target`; returns figures worth keeping.
+
+        Args:
+            surgeon: with the graph, and the model as it is after the transforms before.
+            target: one of those that `find` named.
+            statistics: for each of `inputs`, what it is given as `needs` says, of the model as it is now.
+        """
 
 
 ALGORITHMS: Registry[type[Algorithm]] = Registry("algorithm", "wrapq.algorithms")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import cast
 
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from wrapq.calibration.algorithm import Algorithm, Corrector, RangeSetter, Rounded, Rounder, Rounding
 from wrapq.calibration.blockwise import BLOCK, BlockRounder, BlockStop
@@ -18,6 +19,7 @@ from wrapq.observers.base import Observer, observe_tensor
 from wrapq.wrappers.base import QuantModuleBase
 from wrapq.wrappers.model import iter_wrapped
 from wrapq.wrappers.quantizer import Quantizer, State, WeightQuantizer
+from wrapq.wrappers.siblings import sharing_global_scale
 
 
 class Decider:
@@ -47,10 +49,12 @@ class Decider:
         self.statistics: dict[str, Tensor] = {}
         self.reports: dict[str, dict[str, float]] = {}
         self.fallbacks: list[str] = []
+        self.wrapped = dict(iter_wrapped(model))
         self.modules: dict[Quantizer, QuantModuleBase] = {
-            quantizer: module for _, module in iter_wrapped(model) for quantizer in module.point_quantizers().values()
+            quantizer: module for module in self.wrapped.values() for quantizer in module.point_quantizers().values()
         }
-        self._tied: dict[tuple[int, str], Rounded] = {}
+        # a weight that is released takes its entry with it, and none that takes its place in memory is mistaken for it
+        self._tied: MutableMapping[Tensor, dict[str, Rounded]] = WeakTensorKeyDictionary()
         self._since = 0.0
 
     def points(self) -> Iterator[Quantizer]:
@@ -117,32 +121,34 @@ class Decider:
 
         They are in force at once, but for those that wait for statistics with which to correct them.
         """
-        mine = {q: self._key(q) for q in quantizers if self.is_blockwise(q) and q.state is not State.QUANTIZED}
-        first = {key: q for q, key in reversed(mine.items()) if key not in self._tied}
+        mine = {q: str(q.spec) for q in quantizers if self.is_blockwise(q) and q.state is not State.QUANTIZED}
+        first = {(id(self._ties(q)), spec): q for q, spec in reversed(mine.items()) if spec not in self._ties(q)}
         for rounder in dict.fromkeys(self.rounders[q.where] for q in mine):
             own = {q.where: q for q in reversed(first.values()) if self.rounders[q.where] is rounder}
             if own:
                 problem = stop.problem({where: (self.modules[q], q.spec) for where, q in own.items()})
                 for where, rounded in cast(BlockRounder, rounder).round_block(problem).items():
-                    self._tied[mine[own[where]]] = rounded
+                    self._ties(own[where])[mine[own[where]]] = rounded
         for quantizer in mine:
             if not self.needs(cast(WeightQuantizer, quantizer)):
                 self.decide(quantizer)
 
-    def _key(self, quantizer: Quantizer) -> tuple[int, str]:
-        """Equal for tied weights, which share their integers."""
-        return self.modules[quantizer].float_weight().data_ptr(), str(quantizer.spec)
+    def _ties(self, quantizer: Quantizer) -> dict[str, Rounded]:
+        """What the tensor was rounded to, by spec; tied weights share their integers."""
+        return self._tied.setdefault(self.modules[quantizer].float_weight(), {})
 
     def _round(self, quantizer: WeightQuantizer) -> None:
-        module, key, where = self.modules[quantizer], self._key(quantizer), quantizer.where
+        module, where = self.modules[quantizer], quantizer.where
+        tied, spec = self._ties(quantizer), str(quantizer.spec)
         weight = module.float_matrix()
         correctors = self.correctors.get(where, ())
-        new = where not in self.reports and (key not in self._tied or self.is_blockwise(quantizer))
+        new = where not in self.reports and (spec not in tied or self.is_blockwise(quantizer))
         wanted = self.needs(quantizer) and (new or correctors)
         statistics = self._inputs(quantizer, weight.shape[1]) if wanted else None
-        if key not in self._tied:
-            self._tied[key] = self._rounded(quantizer, weight, statistics)
-        rounded = self._tied[key]
+        if spec not in tied:
+            with sharing_global_scale(where.removesuffix(".weight"), self.wrapped):
+                tied[spec] = self._rounded(quantizer, weight, statistics)
+        rounded = tied[spec]
         if new:
             self.reports[where] = rounding_report(weight, rounded, statistics)
         quantizer.set_rounded(rounded.integers, rounded.qparams)

@@ -39,13 +39,13 @@ class Walk(Protocol):
         """Where forwards wait until the point is decided."""
 
 
-class _Run:
+class Run:
     """One run of the model, as a stream (`wrapq.wrappers.quantizer.Stream`)."""
 
     quantizes: bool
 
-    def __init__(self, walk: Walk, batch: Batch, index: int) -> None:
-        self.walk, self.batch, self.index = walk, batch, index
+    def __init__(self, model: nn.Module, batch: Batch, index: int) -> None:
+        self.model, self.batch, self.index = model, batch, index
 
     def __call__(self) -> None:
         """Run; what the model returns is dropped."""
@@ -55,7 +55,7 @@ class _Run:
         PADDING.set(self.batch.mask)
         STREAM.set(self)
         BATCH.set(self.index)
-        self.walk.model(**self.batch.inputs)
+        self.model(**self.batch.inputs)
 
     def observe(self, point: Quantizer, x: Tensor) -> None:
         """See `Stream.observe`."""
@@ -64,14 +64,14 @@ class _Run:
         """See `Stream.meet`."""
 
 
-class FloatTwin(_Run):
+class FloatTwin(Run):
     """The float model's run of a batch, for statistics of the difference; ahead of the run that gathers them."""
 
     quantizes = False
 
     def __init__(self, walk: Walk, batch: Batch, index: int, wait: Wait) -> None:
-        super().__init__(walk, batch, index)
-        self.wait = wait
+        super().__init__(walk.model, batch, index)
+        self.walk, self.wait = walk, wait
         self._at: tuple[WeightQuantizer, Tensor] | None = None
 
     def rows(self, weight: WeightQuantizer, like: Tensor) -> Tensor | None:
@@ -95,7 +95,7 @@ class FloatTwin(_Run):
         return shape[0], shape[:2].numel()
 
 
-class Forward(_Run):
+class Forward(Run):
     """A batch's run that gathers statistics.
 
     Args:
@@ -107,8 +107,8 @@ class Forward(_Run):
     """
 
     def __init__(self, walk: Walk, batch: Batch, index: int, wait: Wait | None, twin: FloatTwin | None = None) -> None:
-        super().__init__(walk, batch, index)
-        self.wait, self.twin = wait, twin
+        super().__init__(walk.model, batch, index)
+        self.walk, self.wait, self.twin = walk, wait, twin
         self.quantizes = wait is not None
         self._last: tuple[Tensor, str, InputStatistics] | None = None
 

@@ -1,4 +1,4 @@
-"""Who feeds whom: the channels that one module makes and others multiply, and the residual streams they are added to."""
+"""Who feeds whom: channels that one module makes and others multiply, and residual streams they are added to."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from wrapq.calibration.slots import Leaf
-from wrapq.calibration.trace import Read, Source, Trace, trace
+from wrapq.calibration.trace import Source, Trace, trace
 
 _EXAMPLE_TOKENS = 4
 
@@ -158,7 +158,8 @@ def _feed(source: Source, reads: Any, seen: Sequence[tuple[Tensor, str]]) -> Fee
     meeting = [(read, columns) for read, columns in meeting if bool((columns >= 0).any())]
     if not meeting or source.leaf is None:
         return None
-    channels, why = torch.zeros(source.width, dtype=torch.bool), {}
+    channels = torch.zeros(source.width, dtype=torch.bool)
+    why: dict[str, None] = {}
     for _, columns in meeting:
         channels[columns[columns >= 0]] = True
     for ids, who in seen:
@@ -202,9 +203,9 @@ def _stream(found: Trace, group: Sequence[str]) -> Stream | None:
     why: dict[str, None] = {}
     for total in found.sums:
         if total.source.name in group:
-            parts = [found.sources[part] for ids in (total.left, total.right) for part in _parts(found, ids)]
-            whole = [s.width == width and _is_all(ids, s) for ids, s in zip((total.left, total.right), parts, strict=False)]
-            if len(parts) != 2 or not all(whole):
+            sides = (total.left, total.right)
+            parts = [found.sources[part] for ids in sides for part in _parts(found, ids)]
+            if len(parts) != len(sides) or not all(map(_is_all, sides, parts)):
                 return None  # channels of one tensor added to others of it, as in rotary embeddings
             why |= dict.fromkeys(total.path - {"gain"})
     ids = torch.cat([source.ids for source in sources])

@@ -1,4 +1,4 @@
-"""Where a leaf module keeps what it multiplies its input with: which parameter, and along which axis its channels lie."""
+"""Where a leaf module keeps what it multiplies its input with: which parameter, along which axis its channels lie."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ class Surgeon:
             self._before.setdefault((name, parameter), (shared, None))
             module._parameters[parameter] = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
             self.notes.append(f"{name}.{parameter} is no longer tied to {', '.join(others)}, and is stored beside it")
-            config = getattr(self.model, "config", None)
+            config: Any = getattr(self.model, "config", None)
             if getattr(config, "tie_word_embeddings", False):
                 config.tie_word_embeddings = False
                 self._undo.append(partial(setattr, config, "tie_word_embeddings", True))
@@ -167,9 +167,12 @@ class Surgeon:
         self.transports.setdefault(reader.module, []).append(Shifted())
 
     def _check(self, feed: Feed, factors: Tensor) -> None:
-        kept = factors.cpu()[~feed.channels] if factors.dim() else factors[:0]
-        if factors.shape != feed.channels.shape or not bool((kept == 1).all()):
-            raise ModelError(f"{feed.name}: factors other than 1 for channels that others see: {', '.join(feed.seen_by)}")
+        if factors.shape != feed.channels.shape:
+            raise ModelError(f"{feed.name}: {tuple(factors.shape)} factors for {len(feed.channels)} channels")
+        if not bool((factors.cpu()[~feed.channels] == 1).all()):
+            raise ModelError(
+                f"{feed.name}: factors other than 1 for channels that others see: {', '.join(feed.seen_by)}"
+            )
         if not bool(torch.isfinite(factors).all()) or bool((factors == 0).any()):
             raise ModelError(f"{feed.name}: a factor is zero or not finite")
         if "positive" in feed.path and bool((factors < 0).any()):

@@ -23,17 +23,18 @@ from torch.utils._pytree import tree_leaves, tree_map
 from wrapq.calibration.slots import Leaf, find_leaf
 from wrapq.errors import ModelError
 
-_MOVES = frozenset(
-    "alias cat clone constant_pad_nd contiguous detach expand flip index index_select lift_fresh narrow permute "
-    "repeat repeat_interleave reshape _reshape_alias roll select slice split split_with_sizes squeeze stack t "
-    "_to_copy transpose unbind unfold unsqueeze unsafe_split _unsafe_view view".split()
-)
-_RESHAPES = frozenset("reshape _reshape_alias _unsafe_view view".split())
-_COPIES = frozenset("alias clone contiguous detach lift_fresh _to_copy".split())
-_SHAPE_ONLY = frozenset("empty_like full_like new_empty new_full new_ones new_zeros ones_like zeros_like".split())
-_POSITIVE = frozenset("relu relu_ leaky_relu leaky_relu_".split())
-_POOLS = frozenset("avg_pool1d avg_pool2d _adaptive_avg_pool2d max_pool2d_with_indices".split())
-_MEANS = frozenset("mean sum".split())
+_COPIES = frozenset({"alias", "clone", "contiguous", "detach", "lift_fresh", "_to_copy"})
+_RESHAPES = frozenset({"reshape", "_reshape_alias", "_unsafe_view", "view"})
+_MOVES = _COPIES | _RESHAPES | {
+    "cat", "constant_pad_nd", "expand", "flip", "index", "index_select", "narrow", "permute", "repeat",
+    "repeat_interleave", "roll", "select", "slice", "split", "split_with_sizes", "squeeze", "stack", "t", "transpose",
+    "unbind", "unfold", "unsafe_split", "unsqueeze",
+}  # fmt: skip
+_SHAPE_ONLY = frozenset({"empty_like", "full_like", "new_empty", "new_full", "new_ones", "new_zeros"})
+_SHAPE_ONLY |= {"ones_like", "zeros_like"}
+_POSITIVE = frozenset({"relu", "relu_", "leaky_relu", "leaky_relu_"})
+_POOLS = frozenset({"avg_pool1d", "avg_pool2d", "_adaptive_avg_pool2d", "max_pool2d_with_indices"})
+_MEANS = frozenset({"mean", "sum"})
 _NOBODY = -1
 _IMAGE_RANK = 4  # [B, C, H, W], whose channels are not the last axis
 
@@ -44,7 +45,8 @@ class Mark(NamedTuple):
     Attributes:
         ids: int64, of the tensor's shape: the number of the channel; -1 for what is not followed.
         path: what happened to it since a module gave it: `attention` (tokens were mixed), `product` (it was multiplied
-            with something), `gain` (each token was multiplied with one number), `positive` (a function that only positive factors pass).
+            with something), `gain` (each token was multiplied with one number), `positive` (a function that only
+            positive factors pass).
     """
 
     ids: Tensor
@@ -173,9 +175,12 @@ class Follower(TorchDispatchMode):
             return
         if leaf.kind == "norm":
             ids = _known(mark.ids)
-        elif leaf.reads is None or (ids := _channels(mark.ids, leaf.channel_axis)) is None:
-            self.escape(args[0], f"{name} ({type(module).__name__})")
-            return
+        else:
+            channels = None if leaf.reads is None else _channels(mark.ids, leaf.channel_axis)
+            if channels is None:
+                self.escape(args[0], f"{name} ({type(module).__name__})")
+                return
+            ids = channels
         before = self.trace.reads.setdefault(name, Read(name, leaf, ids, mark.path))
         if not torch.equal(before.ids, ids):
             self.trace.escapes += [(_known(seen), f"{name}, which runs more than once") for seen in (before.ids, ids)]

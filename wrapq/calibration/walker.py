@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import groupby
@@ -20,10 +20,10 @@ from wrapq.calibration.decider import Decider, release
 from wrapq.calibration.forward import Batch, FloatTwin, Forward
 from wrapq.calibration.lockstep import Stop, first, run_lockstep, wait_at
 from wrapq.calibration.offload import Offload
+from wrapq.calibration.residency import Residency
 from wrapq.calibration.statistics import TWIN
 from wrapq.calibration.stops import Gate, Once, OpenPoint
 from wrapq.errors import CalibrationError
-from wrapq.wrappers.model import iter_wrapped
 from wrapq.wrappers.quantizer import Quantizer, State, WeightQuantizer
 
 Schedule = Literal["sequential", "parallel"]
@@ -47,6 +47,7 @@ class Walker(Decider):
         on_hidden: called with a block's index, a batch's, and the hidden states that enter the block.
         on_border: called between two blocks with the index of the next and whether blocks return a tuple, when
             everything before is decided.
+        residency: brings in the blocks that are not in memory.
         offload: what keeps waiting forwards within a limit of memory; None keeps them in memory.
     """
 
@@ -61,9 +62,9 @@ class Walker(Decider):
         self.advance = advance
         self.on_hidden: Callable[[int, int, Tensor], None] = lambda block, batch, hidden: None
         self.on_border: Callable[[int, bool], None] = lambda block, as_tuple: None
+        self.residency = Residency()
         self.offload: Offload | None = None
         self.blocks: Blocks = find_blocks(model)
-        self.wrapped = dict(iter_wrapped(model))
         self._schedule: Schedule = "sequential"
         self._as_tuple = False
         self._points: dict[Quantizer, OpenPoint] = {}
@@ -98,8 +99,11 @@ class Walker(Decider):
             except _BlockAgainError:  # so no block is done before the last batch has run: the model is one block
                 self._forget()
                 self._walk(batches, None)
-        for quantizer in self._points:
-            self.decide(quantizer)
+        for index, group in self._groups():
+            with self.residency.holding(index) if self._open_points(group) else nullcontext():
+                for quantizer in group:
+                    self.decide(quantizer)
+            self.residency.release(index)
 
     def stop(self, point: Quantizer) -> Stop:
         """See `Walk.stop`."""
@@ -171,15 +175,17 @@ class Walker(Decider):
             hooks.append(layer.register_forward_pre_hook(gate.enter, with_kwargs=True))
         for stop in self._stops:
             hooks += stop.hook() if stop.index >= start else []
-        if self._schedule == "parallel":
-            visited = dict.fromkeys(self.blocks.names()[start:], _block_again) if self.blocks.count > 1 else {}
-        else:
+        visited: dict[str, Callable[[], NoReturn]] = {}
+        if self.blocks.count > 1 and (self._schedule == "parallel" or self.residency.streamed):
+            once = _streamed_again if self.residency.streamed else _block_again
+            visited |= dict.fromkeys(self.blocks.names()[start:], once)
+        if self._schedule == "sequential":
             static = (
                 name
                 for name, module in self.wrapped.items()
                 if any(not quantizer.spec.dynamic for quantizer in module.activation_quantizers())
             )
-            visited = {name: partial(_point_again, name) for name in static}
+            visited |= {name: partial(_point_again, name) for name in static}
         for name, again in visited.items():
             hooks.append(self.model.get_submodule(name).register_forward_pre_hook(Once(again).enter))
         return hooks
@@ -215,9 +221,20 @@ class Walker(Decider):
                     self.decide(quantizer)
             release(self._of_group(index - 1))
             self.on_border(index, self._as_tuple)
+            self.residency.release(index - 1)
             self.advance()
+        self.residency.bring(index)
         if self._schedule == "sequential":
             self.round_without_data(self._of_group(index))
+
+    def _groups(self) -> Iterator[tuple[int, list[Quantizer]]]:
+        """All points, in the groups that are decided one after the other."""
+        for index, group in groupby(sorted(self._points, key=self._group), self._group):
+            yield index, list(group)
+
+    @staticmethod
+    def _open_points(quantizers: Iterable[Quantizer]) -> list[Quantizer]:
+        return [quantizer for quantizer in quantizers if quantizer.state is not State.QUANTIZED]
 
     def _group(self, quantizer: Quantizer) -> int:
         """The block that the point lies in; -1 for what comes before all blocks, their number for what comes after."""
@@ -233,18 +250,19 @@ class Walker(Decider):
         """Decide, without running anything, the points whose statistics the store has."""
         if (recall := self.recall) is None:
             return
-        groups = [list(group) for _, group in groupby(sorted(self._points, key=self._group), self._group)]
-        recall.begin(groups, self.algorithms(), self._schedule == "parallel")
-        for group in groups:
-            waiting = [q for q in group if self.waits(q) and q.state is not State.QUANTIZED]
-            if waiting and not self.load(waiting):
-                if self._schedule == "sequential":  # what comes after depends on it
-                    break
-                continue
-            self.round_without_data(group)
-            for quantizer in waiting:
-                self.decide(quantizer)
-            release(group)
+        groups = list(self._groups())
+        recall.begin([group for _, group in groups], self.algorithms(), self._schedule == "parallel")
+        for index, group in groups:
+            waiting = [q for q in self._open_points(group) if self.waits(q)]
+            with self.residency.holding(index) if self._open_points(group) else nullcontext():
+                if waiting and not self.load(waiting):
+                    if self._schedule == "sequential":  # what comes after depends on it
+                        break
+                    continue
+                self.round_without_data(group)
+                for quantizer in waiting:
+                    self.decide(quantizer)
+                release(group)
 
 
 class _BlockAgainError(Exception):
@@ -253,6 +271,10 @@ class _BlockAgainError(Exception):
 
 def _block_again() -> NoReturn:
     raise _BlockAgainError
+
+
+def _streamed_again() -> NoReturn:
+    raise CalibrationError("a block runs more than once in a forward, so blocks cannot be streamed: runtime.load=whole")
 
 
 def _point_again(name: str) -> NoReturn:

@@ -4,50 +4,68 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from wrapq.calibration.algorithm import ALGORITHMS, Corrector, RangeSetter, Rounding
+from wrapq.calibration.algorithm import ALGORITHMS, Corrector, RangeSetter, Rounding, Transform
 from wrapq.calibration.data import Samples
 from wrapq.calibration.offload import Offload, shared_tensors
 from wrapq.calibration.recall import Recall
+from wrapq.calibration.residency import FloatBlocks
 from wrapq.calibration.store import Store
 from wrapq.calibration.walker import Batch, Walker
 from wrapq.engine.context import Run
+from wrapq.engine.folder import SCRATCH
 from wrapq.engine.lock import code_digest, device_class, environment
 from wrapq.engine.resume import Keeper
 from wrapq.resolve.plan import Plan
 from wrapq.wrappers.model import iter_wrapped
 
 
-def calibrate(run: Run, model: nn.Module, samples: Samples | None) -> Walker:
-    """Decide every point of a wrapped model: round weights, choose activation ranges."""
-    config, runtime = run.plan.recipe.calibration, run.settings.runtime
-    batches = [] if samples is None else _batches(samples, config.batch_size, run.device)
-    rounders, setters, correctors = _algorithms(run.plan)
-    walker = Walker(model, rounders, setters)
-    walker.correctors = correctors
-    walker.processes = run.processes
-    keeper = Keeper(run.folder, _fingerprint(run))
-    border = keeper.take_up(walker, run.device)
+def calibrate(
+    run: Run, model: nn.Module, samples: Samples | None, weights: Mapping[str, Tensor] | None = None
+) -> Walker:
+    """Decide every point of a wrapped model: round weights, choose activation ranges.
+
+    Args:
+        run: the run.
+        model: the model.
+        samples: calibration data, None where no stage looks at any.
+        weights: where the parameters of blocks are read from; None where all of them are in memory.
+    """
+    config = run.plan.recipe.calibration
+    batches = [] if samples is None else make_batches(samples, config.batch_size, run.device)
+    walker = make_walker(run, model, bool(batches))
+    keeper = Keeper(run.folder, _fingerprint(run), run.device)
+    if weights is not None:
+        walker.residency = FloatBlocks(model, weights, run.device, keeper)
+    border = keeper.take_up(walker)
     if border is not None:
         run.note(f"resumed before block {border.index}; what was decided before is kept")
     walker.on_hidden = keeper.keep_hidden
     if not run.processes.rank:
         walker.on_border = partial(keeper.keep, walker)
-    if batches and runtime.cache_gb:
-        walker.recall = Recall(Store(run.settings.paths.cache_folder(), runtime.cache_gb * 1e9), _root(run, model))
     title = "Calibrating" if batches else "Rounding weights"
-    with run.step("calibrate", title, *walker.steps()) as advance, _offload(run, walker):
-        walker.advance = advance
+    with run.step("calibrate", title, *walker.steps()) as advance, offloading(run, walker) as offload:
+        walker.advance, walker.offload = advance, offload
         walker.run(batches, config.schedule, border)
     _tell(run, walker)
+    return walker
+
+
+def make_walker(run: Run, model: nn.Module, looks_at_data: bool) -> Walker:
+    """The walker that decides the points of the plan, with the store where it looks at data."""
+    rounders, setters, correctors = _algorithms(run.plan)
+    walker, runtime = Walker(model, rounders, setters), run.settings.runtime
+    walker.correctors, walker.processes = correctors, run.processes
+    if looks_at_data and runtime.cache_gb:
+        walker.recall = Recall(Store(run.settings.paths.cache_folder(), runtime.cache_gb * 1e9), _root(run, model))
     return walker
 
 
@@ -59,6 +77,8 @@ def _algorithms(plan: Plan) -> tuple[dict[str, Rounding], dict[str, RangeSetter]
     for stage in plan.stages:
         kind = ALGORITHMS.get(stage.algorithm)
         algorithm = kind(kind.Options(**stage.options))
+        if isinstance(algorithm, Transform):
+            continue
         if isinstance(algorithm, Corrector):
             for target in stage.targets:
                 correctors.setdefault(target, []).append(algorithm)
@@ -72,19 +92,25 @@ def _root(run: Run, model: nn.Module) -> dict[str, str]:
     """All that every statistic of the run depends on, beside what is decided in its course."""
     recipe = run.plan.recipe
     replaced = sorted(name for name, module in iter_wrapped(model) if module.wrapper.replaces_forward)
-    how = {"dtype": recipe.model.dtype, "batch_size": recipe.calibration.batch_size, "forwards": replaced}
+    how: dict[str, object] = {
+        "dtype": recipe.model.dtype,
+        "batch_size": recipe.calibration.batch_size,
+        "forwards": replaced,
+    }
+    changed = [(s.algorithm, s.options, s.targets) for s in run.plan.stages if s.phase == "transform"]
+    how |= {"transforms": changed} if changed else {}
     machine = {key: value for key, value in _fingerprint(run).items() if key != "plan"}
-    return machine | {"how": json.dumps(how), "processes": str(run.processes.count)}
+    return machine | {"how": json.dumps(how)}
 
 
 @contextmanager
-def _offload(run: Run, walker: Walker) -> Iterator[None]:
+def offloading(run: Run, walk: Walker) -> Iterator[Offload]:
     """What waiting forwards hold is kept within the limit that the settings set."""
-    with tempfile.TemporaryDirectory(dir=run.folder.path, prefix=".activations-") as folder:
-        walker.offload = Offload(Path(folder), run.settings.runtime.offload_gb * 1e9, partial(shared_tensors, walker))
-        yield
-    if walker.offload.written:
-        run.note(f"{walker.offload.written / 1e9:.1f} GB of activations went through the disk (runtime.offload_gb)")
+    with tempfile.TemporaryDirectory(dir=run.folder.path, prefix=SCRATCH) as folder:
+        offload = Offload(Path(folder), run.settings.runtime.offload_gb * 1e9, partial(shared_tensors, walk))
+        yield offload
+    if offload.written:
+        run.note(f"{offload.written / 1e9:.1f} GB of activations went through the disk (runtime.offload_gb)")
 
 
 def _tell(run: Run, walker: Walker) -> None:
@@ -114,11 +140,16 @@ def _tell(run: Run, walker: Walker) -> None:
 def _fingerprint(run: Run) -> dict[str, str]:
     """What must be equal for a run to be taken up."""
     digests = {key: run.digests[key] for key in ("model", "plan", "calibration") if key in run.digests}
-    machine = {"device": device_class(run.device), "environment": json.dumps(environment(), sort_keys=True)}
+    machine = {
+        "device": device_class(run.device),
+        "processes": str(run.processes.count),
+        "environment": json.dumps(environment(), sort_keys=True),
+    }
     return digests | machine | {"code": code_digest()}
 
 
-def _batches(samples: Samples, size: int, device: torch.device) -> list[Batch]:
+def make_batches(samples: Samples, size: int, device: torch.device) -> list[Batch]:
+    """Samples as the arguments of forwards, `size` sequences at a time."""
     batches = []
     for ids, mask in samples.batches(size):
         ids, mask = ids.to(device), None if mask is None else mask.to(device)

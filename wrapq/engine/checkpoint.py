@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError
@@ -27,12 +27,37 @@ WEIGHTS, MANIFEST, GENERATION = "model.safetensors", "manifest.json", "generatio
 FORMAT = 1
 
 
-def save_model(model: nn.Module, folder: RunFolder) -> None:
+class Saved(NamedTuple):
+    """What was saved: the parameters of all points by their full names, the digest of all tensors, and that of each
+    quantized module's own, in the model's order."""
+
+    qparams: Mapping[str, Tensor]
+    digest: str
+    modules: Mapping[str, str]
+
+
+def save_model(model: nn.Module, folder: RunFolder) -> Saved:
     """Write a converted transformers model into `folder`: weights, manifest and the model's configuration."""
     for module in model.modules():
         if isinstance(module, QuantizedWeight):
             module.forget_kernel()
-    tensors, tied = _unique_tensors(model)
+    tensors, tied = unique_tensors(model)
+    for old in weight_files(folder.path):  # of a run that was killed here and taken up again
+        old.unlink()
+    folder.write(WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    return Saved(qparams_tensors(model), describe_model(model, tensors, tied, folder), module_digests(model))
+
+
+def describe_model(model: nn.Module, tensors: Mapping[str, Tensor], tied: Mapping[str, str], folder: RunFolder) -> str:
+    """Write the manifest and the configuration of a converted transformers model whose weights are in `folder`; returns
+    the digest of its tensors.
+
+    Args:
+        model: the model; of its tensors only the dtypes are looked at.
+        tensors: what the weight files hold.
+        tied: for each tensor that they leave out the name that holds it.
+        folder: the run's folder.
+    """
     manifest = {
         "format": FORMAT,
         "dtype": str(_float_dtype(model)).removeprefix("torch."),
@@ -41,14 +66,14 @@ def save_model(model: nn.Module, folder: RunFolder) -> None:
             for name, module in model.named_modules()
             if isinstance(module, QuantizedModule)
         },
-        "tied": tied,
+        "tied": dict(tied),
         "tensors": tensors_digest(tensors),
     }
-    folder.write(WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     folder.write_text("config.json", cast(Any, model).config.to_json_string(use_diff=False))
     if (generation := getattr(model, "generation_config", None)) is not None:
         folder.write_text(GENERATION, generation.to_json_string())
     folder.write_text(MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    return str(manifest["tensors"])
 
 
 def load(path: str | Path, device: str | torch.device = "cpu", runtime: str = REFERENCE) -> nn.Module:
@@ -65,29 +90,53 @@ def load(path: str | Path, device: str | torch.device = "cpu", runtime: str = RE
         ModelError: the folder is not that of a finished run, or its files do not belong together.
     """
     path = Path(path).expanduser()
-    manifest = _read_manifest(path)
-    try:
-        tensors = load_file(path / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{path / WEIGHTS} cannot be read: {error}") from error
+    manifest = read_manifest(path)
+    tensors: dict[str, Tensor] = {}
+    for file in weight_files(path) or [path / WEIGHTS]:
+        try:
+            tensors |= load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{file} cannot be read: {error}") from error
+    model = rebuild(path, manifest, tensors, device)
+    if left := [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]:
+        raise ModelError(f"{path / WEIGHTS} lacks {', '.join(left[:5])} ({len(left)} tensors in all)")
+    model = model.eval().requires_grad_(False)
+    if runtime != REFERENCE:
+        choose_kernels(model, runtime)
+    return model
+
+
+def rebuild(
+    path: Path,
+    manifest: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    device: str | torch.device,
+    wanted: Callable[[str], bool] = lambda name: True,
+) -> nn.Module:
+    """The model that `manifest` describes, with those of `tensors` whose name is `wanted`, on `device`.
+
+    Raises:
+        ModelError: the tensors are not those of the manifest, or do not belong to the model.
+    """
     if tensors_digest(tensors) != manifest["tensors"]:
         raise ModelError(f"{path / WEIGHTS} is not what {MANIFEST} says: it was changed or damaged")
     try:
         model = _skeleton(path, manifest)
-        for name, tensor in tensors.items():
-            _assign(model, name, tensor)
+        for name in filter(wanted, tensors):
+            assign(model, name, tensors[name].to(device))
         for name, source in manifest["tied"].items():
-            _assign(model, name, _get(model, source))
+            if wanted(name):
+                assign(model, name, tensor_named(model, source))
     except (AttributeError, KeyError, TypeError, SpecError) as error:
         raise ModelError(
             f"{path}: the manifest, the weights and config.json do not belong together: {error}"
         ) from error
-    if left := [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]:
-        raise ModelError(f"{path / WEIGHTS} lacks {', '.join(left[:5])} ({len(left)} tensors in all)")
-    model = model.eval().requires_grad_(False).to(device)
-    if runtime != REFERENCE:
-        choose_kernels(model, runtime)
     return model
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files that hold the weights of the model in the folder `path`: one, or several; none without a model."""
+    return sorted([*path.glob(WEIGHTS), *path.glob("model-*-of-*.safetensors")])
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
@@ -112,6 +161,17 @@ def qparams_tensors(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def module_digests(model: nn.Module) -> dict[str, str]:
+    """For each quantized module that has its data, in the model's order, the digest of its tensors."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedModule):
+            tensors = dict(chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False)))
+            if not any(tensor.is_meta for tensor in tensors.values()):
+                found[name] = tensors_digest(tensors)
+    return found
+
+
 def _float_dtype(model: nn.Module) -> torch.dtype:
     """The dtype that a converted model computes in: not that of its scales, which are always float32."""
     rounded = (module.weight_dtype for module in model.modules() if isinstance(module, QuantizedWeight))
@@ -119,17 +179,19 @@ def _float_dtype(model: nn.Module) -> torch.dtype:
     return next(chain(rounded, kept), torch.float32)
 
 
-def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+def unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Every parameter and buffer once, and for the names left out the name that holds theirs.
 
     Buffers that a state dict leaves out, such as rotary frequencies, are kept too: a model built without data lacks
-    them.
+    them. What has no data itself is left out.
     """
     first: dict[tuple[int, torch.Size], str] = {}
     tensors, tied = {}, {}
     parameters = model.named_parameters(remove_duplicate=False)
     for name, tensor in (*parameters, *model.named_buffers(remove_duplicate=False)):
         key = (tensor.data_ptr(), tensor.shape)
+        if tensor.is_meta:
+            continue
         if tensor.numel() and key in first:
             tied[name] = first[key]
         else:
@@ -138,7 +200,8 @@ def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]
     return tensors, tied
 
 
-def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
+def assign(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put `tensor` in the place `name` of a converted model; raises `KeyError` where its shape is another."""
     parent, _, key = name.rpartition(".")
     module = model.get_submodule(parent)
     place = module._parameters.get(key, module._buffers.get(key))
@@ -152,13 +215,15 @@ def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
         module._buffers[key] = tensor
 
 
-def _get(model: nn.Module, name: str) -> Tensor:
+def tensor_named(model: nn.Module, name: str) -> Tensor:
+    """The parameter or buffer `name` of `model`."""
     parent, _, key = name.rpartition(".")
     module = model.get_submodule(parent)
     return cast(Tensor, module._parameters.get(key, module._buffers.get(key)))
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> dict[str, Any]:
+    """What the folder says of its model; raises `ModelError` when it is not that of a finished run."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -17,6 +17,8 @@ from typing import Any
 from wrapq.errors import OutputError
 
 STATUS_FILE = "run.json"
+SCRATCH = ".activations-"
+"""How the names of folders begin that hold what is not in memory for the moment."""
 _SPARE = 16 * 2**20
 _FILE_MODE = 0o666
 
@@ -72,6 +74,7 @@ class RunFolder:
         """Let `save` fill another folder first with files that then come here together; see `write`."""
         partial = self.path / ".files.partial"
         with self._guarded(self.path, partial):
+            shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             save(partial)
             for file in sorted(partial.iterdir()):
@@ -101,6 +104,14 @@ class RunFolder:
             if isinstance(error, Exception) and (reason := _disk_reason(error)):
                 raise OutputError(f"cannot write {target}: {reason}") from error
             raise
+
+    def sweep(self) -> None:
+        """Remove what a process that was killed left half written; it is the only one that wrote here."""
+        for left in (*self.path.glob(".*.partial"), *self.path.glob(f"{SCRATCH}*")):
+            if left.is_dir():
+                shutil.rmtree(left)
+            else:
+                left.unlink()
 
     def write_text(self, name: str, text: str) -> Path:
         """Write `text` as the file `name`; see `write`."""

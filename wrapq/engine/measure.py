@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
 from wrapq.calibration.blocks import find_blocks
+from wrapq.calibration.border import made_for_all
 from wrapq.calibration.data import Samples
+from wrapq.calibration.offload import Offload
+from wrapq.calibration.residency import Residency, run_blockwise
 from wrapq.errors import ModelError
 from wrapq.evaluation.quality import LayerErrorMeter, QualityMeter
 from wrapq.wrappers.model import iter_quantizers
-from wrapq.wrappers.quantizer import WeightQuantizer
+from wrapq.wrappers.quantizer import Quantizer, WeightQuantizer
 
 FLOAT, WEIGHTS, QUANTIZED = "float", "weights", "quantized"
 
@@ -40,38 +45,110 @@ def stages_of(model: nn.Module) -> tuple[str, ...]:
 
 
 @torch.no_grad()
-def measure_stages(model: nn.Module, samples: Samples, batch_size: int, advance: Callable[[], None]) -> Quality:
+def measure_stages(
+    model: nn.Module,
+    samples: Samples,
+    batch_size: int,
+    advance: Callable[[], None],
+    residency: Residency | None = None,
+    offload: Offload | None = None,
+) -> Quality:
     """All stages side by side, batch by batch, so that nothing of the float model has to be kept.
 
     Args:
         model: a wrapped model, every point quantized.
         samples: what to measure on.
         batch_size: windows per forward.
-        advance: called after each batch.
+        advance: called after each batch; after each block where they are streamed.
+        residency: brings in the model's blocks; all batches then go through a block before the next one comes.
+        offload: keeps what the batches hold meanwhile within a limit of memory.
     """
-    stages = stages_of(model)
-    meters, layers = {stage: QualityMeter() for stage in stages}, LayerErrorMeter()
-    device = next(model.parameters()).device
-    for ids, mask in samples.batches(batch_size):
+    measuring = _Measuring(model, stages_of(model))
+    device = device_of(model)
+    forwards: list[Callable[[], None]] = []
+    streamed = residency is not None and residency.streamed
+    for batch, (ids, mask) in enumerate(samples.batches(batch_size)):
         ids, mask = ids.to(device), None if mask is None else mask.to(device)
-        outputs = {}
-        reference = None
-        for stage in stages:
-            with _only(model, stage), _block_outputs(model) as blocks:
-                logits = forward_logits(model, ids, mask)
-            meters[stage].update(reference, logits, ids, mask)
-            reference = logits if reference is None else reference
-            outputs[stage] = blocks
-        for index, (before, after) in enumerate(zip(outputs[FLOAT], outputs[QUANTIZED], strict=True)):
-            layers.update(index, before, after, mask)
-        advance()
-    return Quality({stage: _result(meter, stage) for stage, meter in meters.items()}, layers.curves("layer/"))
+        last = advance if not streamed else lambda: None
+        forwards += [
+            partial(measuring.run, batch, stage, ids, mask, last if stage == QUANTIZED else lambda: None)
+            for stage in measuring.stages
+        ]
+    with measuring.block_outputs():
+        if residency is None or not streamed:
+            for forward in forwards:
+                forward()
+        else:
+            run_blockwise(model, residency, forwards, offload, advance, measuring.resume)
+    stages = {stage: _result(meter, stage) for stage, meter in measuring.meters.items()}
+    return Quality(stages, measuring.layers.curves("layer/"))
+
+
+class _Measuring:
+    """Forwards of several stages, of which one may be put aside in the middle for another; each batch's come in turn.
+
+    What the float model gave is kept for as long as the others are compared with it.
+    """
+
+    def __init__(self, model: nn.Module, stages: Sequence[str]) -> None:
+        self.model, self.stages = model, stages
+        self.meters, self.layers = {stage: QualityMeter() for stage in stages}, LayerErrorMeter()
+        self.blocks = find_blocks(model)
+        self._points: dict[int | None, list[Quantizer]] = {}
+        for quantizer in iter_quantizers(model):
+            self._points.setdefault(self.blocks.index(quantizer.where), []).append(quantizer)
+        self._now: tuple[int, str, Tensor | None] = (0, FLOAT, None)
+        self._started: list[tuple[int, str, Tensor | None]] = []
+        self._reference: Tensor | None = None
+        self._outputs: dict[tuple[int, int], Tensor] = {}
+
+    def run(self, batch: int, stage: str, ids: Tensor, mask: Tensor | None, finished: Callable[[], None]) -> None:
+        """One batch [B, T] at one stage."""
+        self._now = (batch, stage, mask)
+        self._started.append(self._now)
+        _enable(chain.from_iterable(self._points.values()), stage)
+        try:
+            logits = forward_logits(self.model, ids, mask)
+        finally:
+            _enable(chain.from_iterable(self._points.values()), QUANTIZED)
+        self.meters[stage].update(self._reference, logits, ids, mask)
+        self._reference = None if stage == self.stages[-1] else logits if stage == FLOAT else self._reference
+        finished()
+
+    def resume(self, forward: int, block: int) -> None:
+        """The `forward`, counted as they started, goes on with `block`."""
+        self._now = self._started[forward]
+        _enable((*self._points.get(block, ()), *self._points.get(None, ())), self._now[1])
+
+    @contextmanager
+    def block_outputs(self) -> Iterator[None]:
+        """While this holds the outputs of the float and the quantized blocks are compared."""
+
+        def compare(index: int, module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
+            batch, stage, mask = self._now
+            hidden = output if isinstance(output, Tensor) else output[0]
+            if stage == FLOAT:
+                with made_for_all():  # a copy, which is not put aside with what the forward holds
+                    self._outputs[index, batch] = hidden.clone()
+            elif stage == QUANTIZED:
+                self.layers.update(index, self._outputs.pop((index, batch)), hidden, mask)
+
+        names = self.blocks.names()
+        hooks = [
+            self.model.get_submodule(name).register_forward_hook(partial(compare, index))
+            for index, name in enumerate(names)
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 @torch.no_grad()
 def measure(model: nn.Module, samples: Samples, batch_size: int, advance: Callable[[], None]) -> dict[str, float]:
     """The quality of any model, without another to compare it with."""
-    meter, device = QualityMeter(), next(model.parameters()).device
+    meter, device = QualityMeter(), device_of(model)
     for ids, mask in samples.batches(batch_size):
         ids, mask = ids.to(device), None if mask is None else mask.to(device)
         meter.update(None, forward_logits(model, ids, mask), ids, mask)
@@ -94,30 +171,12 @@ def forward_logits(model: nn.Module, ids: Tensor, mask: Tensor | None = None) ->
     return model(input_ids=ids, attention_mask=mask, use_cache=False).logits
 
 
-@contextmanager
-def _only(model: nn.Module, stage: str) -> Iterator[None]:
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model runs; blocks that are not in memory do not count."""
+    return next(parameter.device for parameter in model.parameters() if not parameter.is_meta)
+
+
+def _enable(quantizers: Iterable[Quantizer], stage: str) -> None:
     """Let only the points of `stage` quantize."""
-    quantizers: Sequence = list(iter_quantizers(model))
-    try:
-        for quantizer in quantizers:
-            weight = isinstance(quantizer, WeightQuantizer)
-            quantizer.enabled = stage == QUANTIZED or (stage == WEIGHTS and weight)
-        yield
-    finally:
-        for quantizer in quantizers:
-            quantizer.enabled = True
-
-
-@contextmanager
-def _block_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
-    outputs: list[Tensor] = []
-
-    def keep(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
-        outputs.append(output if isinstance(output, Tensor) else output[0])
-
-    hooks = [model.get_submodule(name).register_forward_hook(keep) for name in find_blocks(model).names()]
-    try:
-        yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()
+    for quantizer in quantizers:
+        quantizer.enabled = stage == QUANTIZED or (stage == WEIGHTS and isinstance(quantizer, WeightQuantizer))

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
+from wrapq.calibration.blocks import find_blocks
 from wrapq.errors import ModelError, PlanError, Problem
 from wrapq.recipe.schema import ModelConfig
 from wrapq.recipe.suggest import alike
+from wrapq.resolve.shards import Renamed, Shards
 
 PACKAGED = "wrapq://"
+_GENERATION = "generation_config.json"
+_SHOWN = 80
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -59,8 +64,9 @@ class ModelSource:
         from transformers import AutoModelForCausalLM
 
         trust = self.options["trust_remote_code"]
+        config = copy.deepcopy(self.hf_config)  # which the model changes, and of which the digest is taken
         with torch.device("meta"), _quiet():
-            model = AutoModelForCausalLM.from_config(self.hf_config, dtype=self.dtype, trust_remote_code=trust)
+            model = AutoModelForCausalLM.from_config(config, dtype=self.dtype, trust_remote_code=trust)
         model.tie_weights()
         return model.eval()
 
@@ -75,6 +81,63 @@ class ModelSource:
             shown = f"{', '.join(lacking[:3])}{' and others' if len(lacking) > 3 else ''}"
             raise ModelError(f"model.path {self.config.path}: {len(lacking)} tensors are not in the weights: {shown}")
         return model.eval().requires_grad_(False).to(device)
+
+    def open_blocks(self, device: torch.device) -> tuple[nn.Module, Mapping[str, Tensor]]:
+        """The model with all weights but those of its repeated blocks, and all weights by the model's names.
+
+        The parameters of the blocks are on the meta device, and no weight is read before it is asked for.
+
+        Raises:
+            ModelError: the weights are not in safetensors files, or not under the names that the model has for them.
+        """
+        model = self.meta_model().requires_grad_(False)
+        weights = self._named_weights(model)
+        blocks = find_blocks(model)
+        tables = [(name, m._parameters) for name, m in model.named_modules() if blocks.index(name) is None]
+        read: dict[int, nn.Parameter] = {}
+        for name, table in tables:
+            for key, meta in [(key, p) for key, p in table.items() if p is not None]:
+                if id(meta) not in read:
+                    tensor = weights[f"{name}.{key}".removeprefix(".")].to(device, meta.dtype)
+                    read[id(meta)] = nn.Parameter(tensor, requires_grad=False)
+                table[key] = read[id(meta)]
+        self._fill_buffers(model, weights, device)
+        if (Path(self.path) / _GENERATION).is_file():
+            from transformers import GenerationConfig
+
+            cast(Any, model).generation_config = GenerationConfig.from_pretrained(self.path)
+        return model.eval(), weights
+
+    def _named_weights(self, model: nn.Module) -> Mapping[str, Tensor]:
+        """The tensors of the checkpoint under the model's names, which may differ by the base model's prefix."""
+        files = sorted(Path(self.path).glob("*.safetensors"))
+        if not files:
+            what = f"model.path {self.config.path}: no safetensors files in it"
+            raise ModelError(f"{what}, which runtime.load=streaming reads from: give a folder that has them")
+        shards = Shards(files)
+        prefix = f"{getattr(model, 'base_model_prefix', '')}."
+        names = {name: name for name in shards} | {f"{prefix}{name}": name for name in shards}
+        names |= {name.removeprefix(prefix): name for name in shards} | {name: name for name in shards}
+        if lacking := [name for name, _ in model.named_parameters() if name not in names]:
+            shown = f"{', '.join(lacking[:3])}{' and others' if len(lacking) > 3 else ''}"
+            raise ModelError(
+                f"model.path {self.config.path}: {len(lacking)} tensors are not in the weights under the names that "
+                f"the model has for them: {shown}; transformers may convert them when it loads the model whole: "
+                f"runtime.load=whole"
+            )
+        return Renamed(shards, names)
+
+    def _fill_buffers(self, model: Any, weights: Mapping[str, Tensor], device: torch.device) -> None:
+        """Buffers as in a model that was loaded whole: read, or computed by the model where no file has them."""
+        for parameter in model.parameters():
+            parameter._is_hf_initialized = True  # what transformers marks those with that it must not initialize
+        for module in model.modules():
+            for key, buffer in module._buffers.items():
+                module._buffers[key] = None if buffer is None else torch.empty_like(buffer, device=device)
+        model.initialize_weights()
+        for name, buffer in model.named_buffers():
+            if name in weights:
+                buffer.copy_(weights[name])
 
     def tokenizer(self) -> Any:
         """The model's tokenizer, or the one the recipe names."""
@@ -109,7 +172,15 @@ def _locate(path: str) -> str:
         if not (assets / name).is_dir():
             raise _no_model(path, [f"{PACKAGED}{close}" for close in alike(name, [f.name for f in assets.iterdir()])])
         return str(assets / name)
-    folder = Path(path).expanduser()
+    try:
+        folder = Path(path).expanduser()
+        folder.lstat()
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL in it, a home that is nobody's
+        shown = path if len(path) <= _SHOWN else f"{path[:_SHOWN]}..."
+        what = f"cannot be a folder: {shown!r} ({getattr(error, 'strerror', None) or error})"
+        raise PlanError([Problem("model.path", what)]) from None
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise PlanError([Problem("model.path", f"{path} holds no config.json, so it is not a model")])

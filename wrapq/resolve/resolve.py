@@ -11,7 +11,7 @@ from torch import nn
 
 from wrapq.calibration.blocks import Blocks, find_blocks
 from wrapq.calibration.sources.base import SOURCES, Source
-from wrapq.errors import CalibrationError, PlanError, Problem, RecipeError, SpecError, UnknownNameError
+from wrapq.errors import CalibrationError, PlanError, Problem, RecipeError, SpecError, UnknownNameError, Unread
 from wrapq.recipe.schema import Calibration, Evaluation, Export, Recipe, Rule
 from wrapq.resolve.checks import build_spec, tied_problems, weight_shape
 from wrapq.resolve.estimate import estimate
@@ -21,6 +21,7 @@ from wrapq.resolve.plan import ModelFacts, ModulePlan, Plan, PointPlan, Untouche
 from wrapq.resolve.rules import Drafted, Sources, draft_points
 from wrapq.resolve.selectors import Site, find_sites
 from wrapq.resolve.stages import StackEntry, check_stack, option_problems, plan_stages
+from wrapq.resolve.transforms import Transforms
 
 
 def resolve(recipe: Recipe, sources: Mapping[str, Any] | None = None, trust_remote_code: bool = False) -> Plan:
@@ -74,7 +75,9 @@ def resolve_model(recipe: Recipe, model: nn.Module, stack: Sequence[StackEntry],
     if not resolved.modules:
         what = "no rule quantizes anything in this model: the run would change nothing"
         raise PlanError([Problem("rules", what, (), "wrapq evaluate measures a model as it is")])
-    stages, problems = plan_stages(stack, resolved.modules, resolved.selected, sources)
+    specs = {m.name: {p.name: p.quant_spec for p in m.points} for m in resolved.modules}
+    transforms = Transforms(model, specs)
+    stages, problems = plan_stages(stack, resolved.modules, resolved.selected, transforms, sources)
     needs_data = any(stage.needs for stage in stages)
     if problems := problems + _unread(recipe, needs_data, sources):
         raise PlanError(problems)
@@ -92,6 +95,8 @@ def resolve_model(recipe: Recipe, model: nn.Module, stack: Sequence[StackEntry],
         untouched=resolved.untouched,
         stages=stages,
         estimate=estimate(model, resolved.modules, recipe, needs_data, stages),
+        notes=tuple(transforms.notes),
+        presets=sources.origins(),
     )
     check_export(plan)
     return plan
@@ -196,7 +201,7 @@ def _check_export(config: Export, sources: Sources) -> list[Problem]:
     if config.format == NONE:
         what = "nothing reads it: export.format is none"
         return [
-            Problem(sources.where(f"export.{key}"), what, (), "choose a format: export=...") for key in config.options
+            Unread(sources.where(f"export.{key}"), what, (), "choose a format: export=...") for key in config.options
         ]
     try:
         kind = EXPORTERS.get(config.format)
@@ -214,7 +219,8 @@ def _unread(recipe: Recipe, needs_data: bool, sources: Sources) -> list[Problem]
     """Keys of the calibration that a recipe or the command line set although no stage looks at data."""
     if needs_data:
         return []
-    said = [leaf for leaf in sources.leaves if leaf.startswith("calibration.")]
+    read = ("calibration.", "evaluation.compare_schedules")
+    said = [leaf for leaf in sources.leaves if leaf.startswith(read)]
     said = [leaf for leaf in said if not str(sources.leaves[leaf]).startswith("conf/")]
     what = "nothing reads it: no stage of this recipe looks at calibration data"
-    return [Problem(sources.where(leaf), what, (), "leave it out") for leaf in said]
+    return [Unread(sources.where(leaf), what, (), "leave it out") for leaf in said]

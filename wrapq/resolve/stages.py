@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from pydantic import BaseModel, ValidationError
 
-from wrapq.calibration.algorithm import ALGORITHMS, PHASES, Algorithm, Corrector, Rounding
+from wrapq.calibration.algorithm import ALGORITHMS, PHASES, Algorithm, Corrector, Rounding, Transform
 from wrapq.calibration.blockwise import BLOCK
 from wrapq.calibration.statistics import TWIN
-from wrapq.errors import Problem, UnknownNameError, nearest
+from wrapq.errors import ModelError, Problem, UnknownNameError, nearest
 from wrapq.recipe.schema import Recipe, Stage
 from wrapq.resolve.plan import ModulePlan, PointPlan, StagePlan
 from wrapq.resolve.rules import Sources
 from wrapq.resolve.selectors import Site
+from wrapq.resolve.transforms import Transforms
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,12 @@ def check_stack(recipe: Recipe, sources: Sources) -> tuple[list[StackEntry], lis
             valid = [*algorithm.Options.model_fields, *Stage.model_fields]
             problems += option_problems(error, f"stack.{name}", valid, stage.algorithm, sources)
             continue
-        needs = algorithm(options).needs
-        if {BLOCK, *TWIN} & set(needs) and recipe.calibration.schedule == "parallel":
-            how = f"{stage.algorithm}" if BLOCK in needs else "asymmetric calibration"
+        parallel, needs = recipe.calibration.schedule == "parallel", algorithm(options).needs
+        if {BLOCK, *TWIN} & set(needs) and (parallel or recipe.evaluation.compare_schedules):
+            how = stage.algorithm if BLOCK in needs else "asymmetric calibration"
             what = f"{how} looks at what the quantized blocks before give, and parallel runs none"
-            remedy = "set calibration.schedule=sequential"
+            said = "calibration.schedule=sequential" if parallel else "evaluation.compare_schedules=false"
+            remedy = f"set {said}"
             problems.append(Problem(sources.where(f"stack.{name}"), what, (), remedy))
         for rule in stage.rules or ():
             if rule not in recipe.rules:
@@ -82,14 +85,20 @@ def plan_stages(
     entries: Sequence[StackEntry],
     modules: Sequence[ModulePlan],
     selected: Mapping[str, Sequence[Site]],
+    transforms: Transforms,
     sources: Sources,
 ) -> tuple[tuple[StagePlan, ...], list[Problem]]:
     """The stages with the points each decides; every point left over or decided twice is a problem."""
-    stages, problems = [], []
+    stages: list[StagePlan] = []
+    problems: list[Problem] = []
     owner: dict[str, str] = {}
     for entry in entries:
         named = entry.stage.rules
-        allowed = None if named is None else {site.name for rule in named for site in selected[rule]}
+        allowed = None if named is None else frozenset(site.name for rule in named for site in selected[rule])
+        if issubclass(entry.algorithm, Transform):
+            stage, wrong = _plan_transform(entry, allowed, transforms, sources)
+            stages, problems = [*stages, stage], problems + wrong
+            continue
         points = [
             (module, point)
             for module in modules
@@ -106,7 +115,7 @@ def plan_stages(
             problems.append(
                 Problem(where, what, (), f"remove the stage with ~stack.{entry.name}, or add a rule for it")
             )
-        problems += _without_hessian(entry, points, where)
+        problems += _without_statistics(entry, points, where)
         problems += _unsupported(entry, points, where)
         problems += _outside_blocks(entry, points, modules, where)
         if issubclass(entry.algorithm, Corrector):
@@ -120,21 +129,38 @@ def plan_stages(
             problems.append(Problem(where, what, (), "give each stage its own rules: stack.NAME.rules=[...]"))
         owner |= dict.fromkeys(said.values(), entry.name)
         observers = {p.quant_spec.observer for _, p in points} if entry.algorithm.handles == "activation" else ()
-        stages.append(
-            StagePlan(
-                name=entry.name,
-                algorithm=entry.stage.algorithm,
-                phase=entry.algorithm.phase,
-                options=entry.options.model_dump(),
-                targets=targets,
-                needs=(*entry.needs, *sorted(observers)),
-                source=sources.of(f"stack.{entry.name}.algorithm"),
-            )
-        )
+        stages.append(_stage(entry, targets, (*entry.needs, *sorted(observers)), sources))
     return tuple(stages), problems + list(_undecided(modules, owner))
 
 
-def _without_hessian(
+def _stage(entry: StackEntry, targets: tuple[str, ...], needs: tuple[str, ...], sources: Sources) -> StagePlan:
+    return StagePlan(
+        name=entry.name,
+        algorithm=entry.stage.algorithm,
+        phase=entry.algorithm.phase,
+        options=entry.options.model_dump(),
+        targets=targets,
+        needs=needs,
+        source=sources.of(f"stack.{entry.name}.algorithm"),
+    )
+
+
+def _plan_transform(
+    entry: StackEntry, allowed: frozenset[str] | None, transforms: Transforms, sources: Sources
+) -> tuple[StagePlan, list[Problem]]:
+    where = sources.where(f"stack.{entry.name}")
+    targets: tuple[str, ...] = ()
+    algorithm = cast(Transform, entry.algorithm(entry.options))
+    try:
+        found = transforms.ask(entry.name, entry.stage.algorithm, algorithm, allowed)
+        problems = list(transforms.check(entry.name, entry.stage.algorithm, algorithm, found, where))
+        targets = found.targets
+    except ModelError as error:
+        problems = [Problem(where, f"{entry.stage.algorithm} cannot follow this model: {error}")]
+    return _stage(entry, targets, entry.needs, sources), problems
+
+
+def _without_statistics(
     entry: StackEntry, points: Sequence[tuple[ModulePlan, PointPlan]], where: str
 ) -> Iterator[Problem]:
     inputs = set(entry.needs) - {BLOCK} if entry.algorithm.handles == "weight" else set()
@@ -142,7 +168,8 @@ def _without_hessian(
     if others:
         kinds = ", ".join(sorted({module.type for module in others}))
         does = "corrects" if issubclass(entry.algorithm, Corrector) else "rounds"
-        what = f"{entry.stage.algorithm} {does} what multiplies a matrix; not so the weights of {kinds} ({others[0].name})"
+        does = f"{entry.stage.algorithm} {does} what multiplies a matrix"
+        what = f"{does}; not so the weights of {kinds} ({others[0].name})"
         remedy = f"name its rules: stack.{entry.name}.rules=[...], and give the others +algorithm@stack.others=rtn"
         yield Problem(where, what, (), remedy)
 
@@ -214,4 +241,10 @@ def _order(recipe: Recipe, entries: Sequence[StackEntry], sources: Sources) -> t
             problems.append(Problem(where, what.format(", ".join(names)), (), remedy))
     if problems:
         return list(entries), problems
-    return [by_name[name] for name in recipe.stack_order if name in by_name], []
+    order = [by_name[name] for name in said if name in by_name]
+    phases = [entry.algorithm.phase for entry in order]
+    for entry, before in zip(order, (phases[:i] for i in range(len(order))), strict=True):
+        if entry.algorithm.phase == "transform" and set(before) - {"transform"}:
+            what = f"{entry.name} changes the float model, in which the stages before it have decided points already"
+            problems.append(Problem(where, what, (), f"name {entry.name} before them"))
+    return order, problems

@@ -1,0 +1,57 @@
+"""Folding the weights and biases of norms into what reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pydantic import BaseModel, ConfigDict
+
+from wrapq.calibration.algorithm import ALGORITHMS, Found, Transform
+from wrapq.calibration.graph import Feed, Graph
+from wrapq.calibration.statistics import InputStatistics
+from wrapq.calibration.surgery import Surgeon
+from wrapq.wrappers.model import Specs
+
+
+class FoldOptions(BaseModel):
+    """Options of `fold_norms`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    untie: bool = False
+    """Fold into weights that are tied to others too, such as a head's to the embedding's, which unties them."""
+
+
+@ALGORITHMS.register("fold_norms")
+class FoldNorms(Transform):
+    """`W (g * n(x) + b) + c = (W diag(g)) n(x) + (W b + c)`: the norm is left with weight 1 and no bias.
+
+    Norms whose output somebody else sees too, such as the residual stream of a post-norm encoder, are left alone.
+    """
+
+    Options = FoldOptions
+    options: FoldOptions
+
+    def find(self, graph: Graph, specs: Specs) -> Found:
+        """See `Transform.find`."""
+        norms = [feed for feed in graph.feeds if feed.leaf.kind == "norm"]
+        left = {feed.producer: reason for feed in norms if (reason := self._unfit(feed, graph)) is not None}
+        return Found(tuple(feed.producer for feed in norms if feed.producer not in left), left)
+
+    def apply(self, surgeon: Surgeon, target: str, statistics: Mapping[str, InputStatistics]) -> Mapping[str, float]:
+        """See `Transform.apply`."""
+        feed = surgeon.graph.by_producer[target]
+        for name in (feed.producer, *(reader.module for reader in feed.readers)):
+            surgeon.untie(name)
+        surgeon.fold(feed)
+        return {"readers": float(len(feed.readers))}
+
+    def _unfit(self, feed: Feed, graph: Graph) -> str | None:
+        if not feed.closed:
+            return f"its output is also seen by {', '.join(feed.seen_by)}"
+        if feed.path:
+            return f"between it and what reads it there is more than the norm: {', '.join(sorted(feed.path))}"
+        for name in (feed.producer, *(reader.module for reader in feed.readers)):
+            if name in graph.tied and not self.options.untie:
+                return f"{name} is tied to {', '.join(graph.tied[name])} (untie: true folds it and stores both)"
+        return None

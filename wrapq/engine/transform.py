@@ -1,0 +1,133 @@
+"""The transforms of a run: the float model changed in the order of the stack, and its outputs compared after each."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from wrapq.calibration.algorithm import ALGORITHMS, Transform
+from wrapq.calibration.data import Samples
+from wrapq.calibration.forward import Batch
+from wrapq.calibration.gather import Gathered, Gatherer
+from wrapq.calibration.graph import find_graph
+from wrapq.calibration.statistics import InputStatistics
+from wrapq.calibration.surgery import Surgeon
+from wrapq.engine.calibrate import make_batches
+from wrapq.engine.context import Run
+from wrapq.errors import ModelError
+from wrapq.resolve.model import ModelSource
+from wrapq.resolve.plan import StagePlan
+
+BANDS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+"""How far the outputs may move, relative to their norm: rounding in the dtype that the model computes in."""
+_SYNTHETIC = (2, 32)  # [B, T] of token ids where the recipe reads no calibration data
+_log = logging.getLogger(__name__)
+
+
+def transform(run: Run, model: nn.Module, source: ModelSource, samples: Samples | None) -> None:
+    """Run the transforms of the plan on a float model, in place.
+
+    Raises:
+        ModelError: one of them changed the model's function; the model is as it was before it.
+    """
+    stages = [stage for stage in run.plan.stages if stage.phase == "transform"]
+    if not stages:
+        return
+    config = run.plan.recipe.calibration
+    batches = [] if samples is None else make_batches(samples, config.batch_size, run.device)
+    surgeon = Surgeon(model, find_graph(source.meta_model()))
+    with run.step("transform", "Transforming", len(stages), "stage") as advance:
+        for stage in stages:
+            change = apply_transform(surgeon, make(stage), stage, batches, run)
+            run.tracker.metrics({f"transform/{stage.name}/change": change})
+            advance()
+    for note in surgeon.notes:
+        run.note(note)
+
+
+def make(stage: StagePlan) -> Transform:
+    """The transform of a stage."""
+    kind = ALGORITHMS.get(stage.algorithm)
+    algorithm = kind(kind.Options(**stage.options))
+    if not isinstance(algorithm, Transform):
+        raise ModelError(f"{stage.algorithm} is no transform")
+    return algorithm
+
+
+def apply_transform(
+    surgeon: Surgeon, algorithm: Transform, stage: StagePlan, batches: Sequence[Batch], run: Run
+) -> float:
+    """Run one transform; returns how far the outputs moved, relative to their norm."""
+    probe = batches[0] if batches else synthetic(surgeon.model)
+    with checked(surgeon, probe, stage.name) as change:
+        if not algorithm.needs:
+            for target in stage.targets:
+                algorithm.apply(surgeon, target, {})
+        else:
+            _walk(surgeon, algorithm, stage.targets, batches, run)
+    return change[0]
+
+
+@contextmanager
+def checked(surgeon: Surgeon, probe: Batch, name: str) -> Iterator[list[float]]:
+    """What is done meanwhile must not move the model's outputs; else, or when it fails, all of it is undone.
+
+    Yields a list that holds the relative change afterwards.
+
+    Raises:
+        ModelError: the outputs moved further than rounding explains.
+    """
+    before, change = outputs(surgeon.model, probe), [0.0]
+    band = BANDS.get(next(surgeon.model.parameters()).dtype, BANDS[torch.float32])
+    try:
+        yield change
+        after = outputs(surgeon.model, probe)
+        change[0] = float((after - before).norm() / before.norm())
+        _log.info("%s moved the outputs of the float model by %.2g", name, change[0])
+        if not change[0] <= band:  # NaN is no less either
+            raise ModelError(
+                f"{name} changed the function of the float model: its outputs moved by {change[0]:.2g} relative to "
+                f"their norm, and rounding explains {band:g}; the model was put back as it was"
+            )
+    except BaseException:
+        surgeon.restore()
+        raise
+    surgeon.commit()
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, batch: Batch) -> Tensor:
+    """The first output of a forward, in float64, without what padding gives."""
+    out = model(**batch.inputs)
+    first = out if isinstance(out, Tensor) else next(iter(out.values())) if hasattr(out, "values") else out[0]
+    return (first if batch.mask is None else first[batch.mask.bool()]).double()
+
+
+def synthetic(model: nn.Module) -> Batch:
+    """A batch of token ids for a model that is given no data."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    ids = torch.randint(vocabulary, _SYNTHETIC, generator=torch.Generator().manual_seed(0))
+    return Batch({"input_ids": ids.to(next(model.parameters()).device)})
+
+
+def _walk(surgeon: Surgeon, algorithm: Transform, targets: Sequence[str], batches: Sequence[Batch], run: Run) -> None:
+    inputs = {target: algorithm.inputs(surgeon.graph, target) for target in targets}
+    waiting = dict(inputs)
+    held: dict[str, InputStatistics] = {}
+
+    def done(gathered: Gathered) -> None:
+        held.update(gathered)
+        for target in [target for target, names in waiting.items() if set(names) <= set(held)]:
+            algorithm.apply(surgeon, target, {name: held[name] for name in waiting.pop(target)})
+        still = {name for names in waiting.values() for name in names}
+        for name in [name for name in held if name not in still]:
+            del held[name]
+
+    needs = {name: frozenset(algorithm.needs) for names in inputs.values() for name in names}
+    gatherer = Gatherer(surgeon.model, needs, done)
+    gatherer.processes = run.processes
+    gatherer.run(batches)
