@@ -25,7 +25,7 @@ class Leaf(Wrapper):
         """The module's own forward on the quantized input; what a subclass takes besides goes to it as it is."""
         quantized = self.q("input", x)
         met = self.meet(x, quantized) if self.multiplies(self) else quantized
-        return self.q("output", super().forward(met, *args, **kwargs))
+        return self.q("output", self.repaired(met, super().forward(met, *args, **kwargs)))
 
 
 @WRAPPERS.register("torch.nn.modules.linear.Linear")
