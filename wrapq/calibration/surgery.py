@@ -1,4 +1,4 @@
-"""Changes of a float model that leave its function as it is."""
+"""Changes of a float model that leave its function as it is, and one that may not."""
 
 from __future__ import annotations
 
@@ -82,6 +82,13 @@ class Surgeon:
                 self._multiply(feed.producer, slot.bias, -1, 1 / factors)
         for reader in feed.readers:
             self._scale_reader(reader, factors)
+
+    @torch.no_grad()
+    def rewrite(self, reader: Reader, weight: Tensor) -> None:
+        """Give a linear the weight [N, K], which gives another function: the one change that does not keep it."""
+        slot = _reads(reader)
+        data = self._edit(reader.module, slot.parameter)
+        data.copy_(weight if slot.columns == data.dim() - 1 else weight.t())
 
     @torch.no_grad()
     def fold(self, feed: Feed) -> None:

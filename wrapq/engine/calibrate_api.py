@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from wrapq.algorithms.ranges import Ranges
 from wrapq.algorithms.rtn import RTN
-from wrapq.calibration.algorithm import Algorithm, RangeSetter, Rounder
+from wrapq.calibration.algorithm import Algorithm, RangeSetter, Rounder, Transform
 from wrapq.calibration.walker import Batch, Schedule, Walker
+from wrapq.engine.transform import Figures
+from wrapq.engine.transform_api import transform_prepared
 from wrapq.errors import CalibrationError, LifecycleError, PlanError, Problem
 from wrapq.recipe.schema import Calibration, Recipe, Stage
 from wrapq.resolve.rules import Sources
@@ -31,12 +33,14 @@ class Calibrated:
         reports: for each weight its error and what its algorithm reports, likewise.
         fallbacks: why weights were rounded to nearest instead of by their algorithm; empty is good.
         statistics: what the observer of each static activation point gathered.
+        transforms: what each transform reports of each of its targets, by the name of the stage.
     """
 
     algorithms: Mapping[str, Algorithm]
     reports: dict[str, dict[str, float]]
     fallbacks: list[str]
     statistics: dict[str, Tensor]
+    transforms: Mapping[str, Figures]
 
 
 def calibrate(
@@ -49,7 +53,7 @@ def calibrate(
 
     Weights that multiply no matrix, such as those of norms, embeddings and grouped convolutions, are rounded to nearest where the stack's
     algorithm needs the statistics of an input. Static activations take the range that their observer finds unless the
-    stack names another algorithm for them.
+    stack names another algorithm for them. Transforms change the float weights before, following the first batch.
 
     Args:
         model: what `prepare` returned.
@@ -70,10 +74,17 @@ def calibrate(
     """
     if next(iter_wrapped(model), None) is None:
         raise LifecycleError("the model is not prepared: call prepare first")
-    rounders, setters = _assign(model, _check(stack, schedule))
+    entries = _check(stack, schedule)
+    rounders, setters = _assign(model, entries)
+    given = [_as_batch(model, batch) for batch in batches]
+    made = {entry.name: entry.algorithm(entry.options) for entry in entries}
+    transforms = {name: algorithm for name, algorithm in made.items() if isinstance(algorithm, Transform)}
+    figures = transform_prepared(model, transforms, given) if transforms else {}
+    if transforms:  # which put new wrappers in
+        rounders, setters = _assign(model, entries)
     walker = Walker(model, rounders, setters)
-    walker.run([_as_batch(model, batch) for batch in batches], schedule)
-    return Calibrated({**rounders, **setters}, walker.reports, walker.fallbacks, walker.statistics)
+    walker.run(given, schedule)
+    return Calibrated({**rounders, **setters}, walker.reports, walker.fallbacks, walker.statistics, figures)
 
 
 def _check(stack: Mapping[str, str | Mapping[str, Any]], schedule: Schedule) -> list[StackEntry]:
@@ -95,7 +106,7 @@ def _check(stack: Mapping[str, str | Mapping[str, Any]], schedule: Schedule) -> 
         twice = [entry.name for entry in entries if entry.algorithm.phase == phase]
         if len(twice) > 1:
             problems.append(Problem("calibrate", f"stages {' and '.join(twice)} would decide the same points"))
-    others = [entry for entry in entries if not issubclass(entry.algorithm, Rounder | RangeSetter)]
+    others = [entry for entry in entries if not issubclass(entry.algorithm, Rounder | RangeSetter | Transform)]
     problems += [Problem(sources.where(f"stack.{e.name}"), f"{e.stage.algorithm} decides no point") for e in others]
     if problems:
         raise PlanError(problems)

@@ -80,31 +80,33 @@ def apply_transform(
     """Run one transform; returns how far the outputs moved, relative to their norm, and what it reports of each
     target."""
     probe = batches[0] if batches else synthetic(surgeon.model)
-    with checked(surgeon, probe, stage.name) as change:
+    with checked(surgeon, probe, stage.name, algorithm.band) as change:
         figures = walk(surgeon, algorithm, stage.targets, batches, run.processes)
     return change[0], figures
 
 
 @contextmanager
-def checked(surgeon: Surgeon, probe: Batch, name: str) -> Iterator[list[float]]:
+def checked(surgeon: Surgeon, probe: Batch, name: str, band: float | None = None) -> Iterator[list[float]]:
     """What is done meanwhile must not move the model's outputs; else, or when it fails, all of it is undone.
 
     Yields a list that holds the relative change afterwards.
 
     Raises:
-        ModelError: the outputs moved further than rounding explains.
+        ModelError: the outputs moved further than `band`, or than rounding explains where it is None.
     """
     before, change = outputs(surgeon.model, probe), [0.0]
-    band = BANDS.get(next(surgeon.model.parameters()).dtype, BANDS[torch.float32])
+    rounding = BANDS.get(next(surgeon.model.parameters()).dtype, BANDS[torch.float32])
+    allowed = rounding if band is None else band
     try:
         yield change
         after = outputs(surgeon.model, probe)
         change[0] = float((after - before).norm() / before.norm())
         _log.info("%s moved the outputs of the float model by %.2g", name, change[0])
-        if not change[0] <= band:  # NaN is no less either
+        if not change[0] <= allowed:  # NaN is no less either
             raise ModelError(
                 f"{name} changed the function of the float model: its outputs moved by {change[0]:.2g} relative to "
-                f"their norm, and rounding explains {band:g}; the model was put back as it was"
+                f"their norm, and {'rounding explains' if band is None else 'it may by'} {allowed:g}; the model was put "
+                "back as it was"
             )
     except BaseException:
         surgeon.restore()
@@ -117,7 +119,9 @@ def outputs(model: nn.Module, batch: Batch) -> Tensor:
     """The first output of a forward, in float64, without what padding gives."""
     out = model(**batch.inputs)
     first = out if isinstance(out, Tensor) else next(iter(out.values())) if hasattr(out, "values") else out[0]
-    return (first if batch.mask is None else first[batch.mask.bool()]).double()
+    if batch.mask is not None and first.shape[:2] == batch.mask.shape:
+        first = first[batch.mask.bool()]
+    return first.double()
 
 
 def synthetic(model: nn.Module) -> Batch:
