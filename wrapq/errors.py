@@ -14,7 +14,7 @@ from dataclasses import dataclass
 class WrapqError(Exception):
     """Base of every error whose cause is the user's input or surroundings, not a defect of wrapq."""
 
-    exit_code = 1
+    exit_code = 2  # 1 is a command's answer: it differs, a goal was missed
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,11 @@ class Problem:
         if self.remedy:
             lines.append(f"    {self.remedy}")
         return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Unread(Problem):
+    """A key that is right and that nothing in this recipe reads."""
 
 
 class ProblemsError(WrapqError):

@@ -16,8 +16,9 @@ LAYERS = (
     ("wrappers",),
     ("calibration",),
     ("resolve",),
-    ("algorithms", "evaluation", "export", "tracking"),
+    ("algorithms", "evaluation", "export", "tracking", "pages"),
     ("engine",),
+    ("sweep",),
     ("report",),
     ("wrapq",),  # the package's own names, which re-export those of the engine
     ("cli", "examples"),
@@ -76,9 +77,9 @@ def test_imports_point_down() -> None:
     [
         ("wrapq.quant.spec", "from wrapq.engine.api import prepare", "wrapq/m.py:1: quant (layer 1)"),
         ("wrapq.evaluation.quality", "def f():\n    import wrapq.tracking.base", "wrapq/m.py:2: evaluation (layer 6)"),
-        ("wrapq.resolve.plan", "from wrapq import cli", "imports wrapq.cli (layer 10)"),
-        ("wrapq.engine.run", "from wrapq import load", "imports wrapq (layer 9)"),
-        ("wrapq.engine.run", "import wrapq\n\nwrapq.load('x')", "imports wrapq (layer 9)"),
+        ("wrapq.resolve.plan", "from wrapq import cli", "imports wrapq.cli (layer 11)"),
+        ("wrapq.engine.run", "from wrapq import load", "imports wrapq (layer 10)"),
+        ("wrapq.engine.run", "import wrapq\n\nwrapq.load('x')", "imports wrapq (layer 10)"),
     ],
 )
 def test_a_wrong_import_is_named(name: str, text: str, named: str) -> None:

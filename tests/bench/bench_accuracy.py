@@ -57,7 +57,9 @@ OURS: dict[str, tuple[str, dict[str, Any], str]] = {  # algorithm, its options, 
     "rtn-mse": ("rtn", {}, "mse"),
     "seqmse": ("seqmse", {}, "minmax"),
     "gptq": ("gptq", {"damp": DAMP}, "minmax"),
-    "gptq-mse": ("gptq", {"damp": DAMP}, "mse"),
+    "gptq-asymmetric": ("gptq", {"damp": DAMP, "asymmetric": 1.0}, "minmax"),
+    "gptq-observer": ("gptq", {"damp": DAMP, "ranges": "observer"}, "minmax"),
+    "gptq-mse": ("gptq", {"damp": DAMP, "ranges": "observer"}, "mse"),
     "gptq-hessian": ("gptq", {"damp": DAMP, "ranges": "hessian"}, "minmax"),
 }
 MSE = {"observer": "memoryless_mse"}

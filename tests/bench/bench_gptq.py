@@ -1,10 +1,11 @@
 """What GPTQ costs: CPU seconds and memory against the floor that the machine's own matrix rate sets, in one run.
 
-    python tests/bench/bench_gptq.py [--threads 1] [--samples 64] [--length 512]
+    python tests/bench/bench_gptq.py [--threads 1] [--samples 64] [--length 512] [--offload-gb 0.25]
 
 A random-init Llama (hidden 512, intermediate 1408, 8 layers, 8 heads, 4 key-value heads, vocabulary 4096), W4 group
 128, float32. The floor is one forward of the blocks, measured, one Hessian for each distinct input of a block and the
-solves, at the rate of a large matrix product measured before and after.
+solves, at the rate of a large matrix product measured before and after. Waiting batches that hold more than
+`--offload-gb` wait on disk.
 """
 
 from __future__ import annotations
@@ -12,12 +13,16 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import tempfile
 import time
+from functools import partial
+from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from wrapq.algorithms.gptq import GPTQ
+from wrapq.calibration.offload import Offload, shared_tensors
 from wrapq.calibration.walker import Batch, Walker
 from wrapq.quant.spec import QuantSpec
 from wrapq.wrappers.model import wrap_model
@@ -68,7 +73,7 @@ def floor_seconds(model: LlamaForCausalLM, tokens: torch.Tensor, batch: int, rat
 
 
 @torch.no_grad()
-def measure(threads: int, samples: int, length: int, batch: int) -> dict[str, object]:
+def measure(threads: int, samples: int, length: int, batch: int, offload_gb: float) -> dict[str, object]:
     torch.set_num_threads(threads)
     model = make_model()
     tokens = torch.randint(3, 4096, (samples, length), generator=torch.Generator().manual_seed(0))
@@ -79,13 +84,16 @@ def measure(threads: int, samples: int, length: int, batch: int) -> dict[str, ob
     wrapped = wrap_model(model, {name: {"weight": QuantSpec.parse("int4:g128:sym")} for name in names})
     walker = Walker(wrapped, {f"{name}.weight": GPTQ() for name in names}, {})
     batches = [Batch({"input_ids": tokens[i : i + batch], "use_cache": False}) for i in range(0, samples, batch)]
-    seconds = cpu_seconds(lambda: walker.run(batches, "sequential"))
+    with tempfile.TemporaryDirectory() as folder:
+        walker.offload = Offload(Path(folder), offload_gb * 1e9, partial(shared_tensors, walker))
+        seconds = cpu_seconds(lambda: walker.run(batches, "sequential"))
     rates.append(matrix_rate())
     return {
         "threads": threads,
         "gflops": [round(rate / 1e9) for rate in rates],
         "cpu_seconds": round(seconds, 1),
         "floor": {name: round(value, 1) for name, value in floor.items()},
+        "offloaded_gb": round(walker.offload.written / 1e9, 2),
         "ratio_to_floor": round(seconds / sum(floor.values()), 2),
         "extra_mib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024,
         "mean_output_error": sum(r["output_error"] for r in walker.reports.values()) / len(walker.reports),
@@ -98,8 +106,9 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--offload-gb", type=float, default=0.25)
     given = parser.parse_args()
-    print(json.dumps(measure(given.threads, given.samples, given.length, given.batch), indent=1))
+    print(json.dumps(measure(given.threads, given.samples, given.length, given.batch, given.offload_gb), indent=1))
 
 
 if __name__ == "__main__":

@@ -241,3 +241,47 @@ class TestTiedEmbeddings:
         prepared(input_ids=torch.randint(3, 96, (2, 8)))
         converted = convert(prepared)
         assert converted.lm_head.weight is converted.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (PTQConfig(None, None), "PTQConfig: quantizes nothing"),
+        (PTQConfig(None, None, {"0": None}), "PTQConfig: quantizes nothing"),
+        (PTQConfig(overrides={"": None}), "PTQConfig.overrides: '' is no pattern"),
+        (PTQConfig(overrides={"0": "int8"}), "'0': 'int8' should be a mapping from points to specs, or None"),
+        (PTQConfig("int44"), "PTQConfig.weight: unknown dtype 'int44'"),
+        (PTQConfig(overrides={"0": {"input": "int4:g8:sim"}}), r"PTQConfig.overrides\['0'\].input: "),
+    ],
+)
+def test_a_config_that_says_nothing_or_nonsense_is_refused(config: PTQConfig, said: str):
+    model = nn.Sequential(nn.Linear(8, 8))
+    with pytest.raises(PlanError, match=said):
+        prepare(model, config)
+    assert type(model[0]) is nn.Linear
+
+
+def test_overrides_alone_quantize_what_they_name():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    prepared = prepare(model, PTQConfig(None, None, {"1": {"weight": "int8:channel", "input": None}}))
+    assert [name for name, _ in iter_wrapped(prepared)] == ["1"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("int8:channel@-1", "that axis of input is as long as the data: use channel@-3, or tensor"),
+        ("int8:channel@1", "use channel@-3"),
+        ("int8:g8", "the last axis of input is as long as the data, so it has no groups"),
+        ("int8:head", "one scale for each attention head"),
+    ],
+)
+def test_images_have_their_channels_before_their_sides(spec: str, said: str):
+    with pytest.raises(PlanError, match=said):
+        prepare(SmallCNN(), PTQConfig(None, None, {"conv1": {"input": spec}}))
+
+
+def test_one_range_for_each_channel_of_images():
+    prepared = prepare(SmallCNN().eval(), PTQConfig(None, None, {"conv1": {"input": "int8:channel@-3"}}))
+    prepared(torch.randn(2, 3, 16, 16))
+    assert convert(prepared).conv1.input_scale.shape == (1, 3, 1, 1)

@@ -8,13 +8,22 @@ import torch
 import yaml
 
 import wrapq
-from wrapq.engine.lock import code_digest, device_class, environment, lock_text
+from wrapq.engine.lock import Lock, code_digest, device_class, environment
 from wrapq.recipe.compose import compose
+from wrapq.resolve.resolve import resolve
 
 
 def lock() -> dict:
-    recipe = compose(["recipe=int16_activations"]).recipe.model_dump(mode="json")
-    return yaml.safe_load(lock_text(recipe, {"model": "abc"}, torch.device("cpu")))
+    composed = compose(["recipe=int16_activations"])
+    plan = resolve(composed.recipe, composed.sources)
+    made = Lock(
+        recipe=plan.recipe,
+        presets=plan.presets,
+        digests={"model": "1234e567"},
+        environment=environment(),
+        device=device_class(torch.device("cpu")),
+    )
+    return yaml.safe_load(made.to_yaml())
 
 
 def test_recipe_comes_back_whole() -> None:
@@ -27,11 +36,19 @@ def test_rules_keep_their_order() -> None:
 
 def test_code_and_versions_are_in_it() -> None:
     found = lock()
-    assert found["digests"] == {"model": "abc", "code": code_digest()}
+    assert found["digests"] == {"model": "1234e567"}  # a digest that reads like a number stays a text
     assert found["environment"] == environment()
+    assert len(code_digest()) == 64
     assert environment()["python"] == platform.python_version()
     assert environment()["wrapq"] == wrapq.__version__
     assert environment()["torch"].startswith(torch.__version__.split("+")[0])
+
+
+def test_presets_are_in_it_with_package_version_and_digest() -> None:
+    presets = {row["preset"]: row for row in lock()["presets"]}
+    assert "recipe/int16_activations" in presets
+    assert {(row["package"], row["version"]) for row in presets.values()} == {("wrapq", wrapq.__version__)}
+    assert all(len(row["digest"]) == 64 for row in presets.values())
 
 
 def test_device_class_names_what_bits_depend_on() -> None:

@@ -104,7 +104,7 @@ CASES = {
         exact=False,
     ),
     "fp8_block": Case(layers("fp8_e4m3:b128x128", "fp8_e4m3:g128:dyn"), "float-quantized"),
-    "nvfp4a16": Case(weights("nvfp4", BFLOAT, TRANSFORMERS), "nvfp4-pack-quantized"),
+    "nvfp4a16": Case(weights("nvfp4", BFLOAT), "nvfp4-pack-quantized"),
     "w4a8": Case(layers("int4:g128:sym", "int8:token:sym:dyn", "~rules.head"), "pack-quantized"),
     "w4afp8": Case(layers("int4:g128:sym", "fp8_e4m3:token:sym:dyn"), "pack-quantized"),
     "mxfp4a16": Case(weights("mxfp4", BFLOAT), "mxfp4-pack-quantized"),

@@ -18,10 +18,14 @@ From a bfloat16 model the same, and
 | point                       | rounded to bfloat16                              |                                             |
 | MXFP4, MXFP8 scale          | the next power of two where a group's largest is | never: OCP MX specification 1.0, section    |
 |                             | 1.75 times one or more                           | 6.3; observer mse takes whichever is better |
-| NVFP4 global scale          | one for q, k and v, one for gate and up: the     | one for each layer                          |
-|                             | least of theirs; `1 / max` and `* 2688` in       | in float32                                  |
-|                             | bfloat16                                         |                                             |
+| NVFP4 global scale          | `1 / max` and `* 2688` in bfloat16; the least    | in float32; the least of q, k and v and of  |
+|                             | of q, k and v and of gate and up for all         | gate and up for all                         |
 | NVFP4 scale                 | `max / 6` in bfloat16, then `* global`           | in float32                                  |
+
+Neither side's rule loses least everywhere, and ours stay the defaults: float32 scales are what wrapq's own files keep,
+and MX scales are the specification's. On the shipped model's weights `scale=bfloat16`, for a model in bfloat16, takes 8 %
+off the squared error of an exported W8A8 and 0.1 % off that of W4A16; `observer: mse` takes 5 % off MXFP4's and 20 % off
+MXFP8's.
 
 With the scales and zero points given, the MX and NVFP4 codes are equal to the bit. Each difference is asserted: both
 sides are recomputed here from the weights, in plain torch and in the dtype that the table says.
@@ -52,6 +56,7 @@ from tests.models import DEMO
 from tests.peers.environment import peer_python, run_oneshots
 from wrapq.quant.qparams import QParams
 from wrapq.quant.spec import QuantSpec
+from wrapq.wrappers.siblings import siblings
 
 pytest.importorskip("compressed_tensors")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -61,7 +66,6 @@ HALF = "bfloat16"
 CACHE = "fp8_e4m3:tensor:sym:ema(momentum=0.99)"
 CACHE_RULE = f"+rules.cache={{match: {{type: Attention}}, points: {{key: '{CACHE}', value: '{CACHE}'}}}}"
 CACHE_ARGS = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 @dataclass(frozen=True)
@@ -241,13 +245,11 @@ def test_powers_of_two(name: str, ours: Reader, theirs: Reader, weights: Tensors
 def test_global_scales(ours: Reader, theirs: Reader, weights: Tensors) -> None:
     found, expected, spec = ours("NVFP4A16", HALF), theirs("NVFP4A16", HALF), QuantSpec.parse("nvfp4")
     for name, weight in weights.items():
-        parent, _, own = name.rpartition(".")
-        family = next((parts for parts in FUSED if own in parts), (own,))
-        largest = torch.stack([weights[f"{parent}.{part}"].abs().amax() for part in family]).amax()
+        largest = torch.stack([weights[sibling].abs().amax() for sibling in siblings(name)]).amax()
         bound = tiles(weight, spec).abs().amax(-1)
         for tensors, whole, bounds in (
             (expected, 2688 / largest, bound),
-            (found, 2688 / weight.float().abs().amax(), bound.float()),
+            (found, 2688 / largest.float(), bound.float()),
         ):
             global_scale = whole.float().reshape(1)
             assert torch.equal(tensors[f"{name}.weight_global_scale"], global_scale)

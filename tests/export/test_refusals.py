@@ -105,10 +105,6 @@ def test_mixtures_that_fuse_nothing_are_no_matter() -> None:
             cache_of("int8:tensor"),
             "vLLM's quantized cache is fp8_e4m3, with one scale by tensor or head",
         ),
-        "global scales of their own": (
-            weights("nvfp4", "model.dtype=bfloat16"),
-            "model.layers.0.self_attn and 3 more: vLLM reads one NVFP4 global scale for q_proj, k_proj and v_proj",
-        ),
         "fp4 in float32": (
             weights("nvfp4"),
             """compressed-tensors unpacks nvfp4-pack-quantized to bfloat16, which a model in float32 cannot multiply
@@ -222,3 +218,14 @@ def test_a_plan_without_export_is_not_asked() -> None:
     with pytest.raises(PlanError):
         planned(*weights("int4:channel@1"))
     planned(*weights("int4:channel@1"), "export=none")
+
+
+def test_the_plan_shows_what_the_export_says_of_each_kind_of_layer() -> None:
+    eight = "+rules.mlp={match: {name: '*.mlp.*', type: Linear}, weight: 'int8:channel', input: 'int8:token:dyn'}"
+    plan = planned(*weights("int4:g128", eight))
+    assert list(exporter_module.CompressedTensors().layers(plan)) == [
+        "pack-quantized: 16 layers, 4-bit by group of 128",
+        "int-quantized: 12 layers, 8-bit by channel with 8-bit by token inputs",
+    ]
+    cache = planned(*cache_of("fp8_e4m3:tensor"))
+    assert list(exporter_module.CompressedTensors().layers(cache))[1:] == ["kv_cache_scheme: 8-bit by tensor"]

@@ -101,3 +101,26 @@ def test_low_bit_weights_improve_and_eight_bits_hardly_change():
 def test_half_precision_weights_are_searched_as_they_are():
     w, spec = heavy_tailed(16, 64).bfloat16(), QuantSpec.parse("int4:g32:mse")
     assert observe_tensor(w, spec, "w").digest() == observe_tensor(w.float(), spec, "w").digest()
+
+
+@pytest.mark.parametrize("observer", ["mse", "percentile", "compare"])
+def test_a_global_scale_is_that_of_the_whole_range(observer: str):
+    x = heavy_tailed(8, 64)
+    spec = QuantSpec.parse(f"nvfp4:{observer}")
+    stream = make_observer(spec)
+    stream.update(x)
+    for qparams in (observe_tensor(x, spec, "w"), stream.qparams("x")):
+        assert float(qparams.global_scale) == float(2688 / x.abs().amax())
+
+
+def test_the_search_is_in_the_global_scale_that_is_kept():
+    x, spec = heavy_tailed(8, 64), QuantSpec.parse("nvfp4:mse(norm=2.0)")
+    best = observe_tensor(x, spec, "w")
+    low, high = reduce_range(x, spec)
+    errors = []
+    for factor in shrink_factors(100, 0.8):
+        parameters = range_to_qparams(low * factor, high * factor, spec, best.global_scale)
+        off = fake_quantize(x, *parameters, spec, best.global_scale).double() - x.double()
+        errors.append(off.square().unflatten(-1, (-1, 16)).sum(-1))
+    found = (best.fake_quantize(x).double() - x.double()).square().unflatten(-1, (-1, 16)).sum(-1)
+    torch.testing.assert_close(found, torch.stack(errors).amin(0), rtol=1e-4, atol=0)

@@ -101,7 +101,7 @@ def run_console(text: str, folder: Path) -> None:
 
 def small(command: str) -> str:
     """The same command with less data; a recipe in which nothing is calibrated takes no such settings."""
-    if not command.startswith("wrapq run"):
+    if not command.startswith(("wrapq run", "wrapq sweep")):
         return command
     reads_data = not re.search(r"w8a16|w4a16_rtn|mine", command)
     return " ".join([command, SMALL, SMALL_CALIBRATION if reads_data else ""])

@@ -158,7 +158,7 @@ def test_one_problem_stands_for_all_modules_it_is_about(refusal: Callable[..., s
         ("{match: {type: Embedding}, output: int8:channel@-2}", "output is as long as the data: use channel@-1"),
         ("{match: {type: Attention}, points: {probs: int8:channel@-1}}", "that axis of probs is as long as the data"),
         ("{match: {type: Attention}, points: {scores: int8:channel}}", "scores is as long as the data: use channel@-3"),
-        ("{match: {type: Attention}, points: {probs: int8:g16:dyn}}", "the last axis of probs is as long as the text"),
+        ("{match: {type: Attention}, points: {probs: int8:g16:dyn}}", "the last axis of probs is as long as the data"),
         ("{match: {type: Attention}, points: {key: int4:g24}}", "group size 24 does not divide the width 32"),
         ("{match: {type: Linear}, output: int8:g24:dyn}", "group size 24 does not divide the width 256"),
         ("{match: {type: MLP}, points: {mul: int8:g100}}", "group size 100 does not divide the width 512"),

@@ -34,11 +34,11 @@ class Server:
         command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", self.backend, "--workers", "1"]
         command += ["--artifacts-destination", str(self.folder / "files"), "--host", "127.0.0.1"]
         log = (self.folder / "server.log").open("ab")
-        environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}
+        quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         self.process = subprocess.Popen([*command, "--port", str(self.port)], stdout=log, stderr=log,
-                                        start_new_session=True, env=environment)  # fmt: skip
+                                        start_new_session=True, env=os.environ | quiet)  # fmt: skip
         end = time.monotonic() + seconds
-        while time.monotonic() < end:
+        while time.monotonic() < end and self.process.poll() is None:
             try:
                 urlopen(f"{self.uri}/health", timeout=5).read()
                 return self
@@ -71,7 +71,7 @@ class Proxy:
             def handle_request(self) -> None:
                 proxy.answer(self)
 
-            do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = handle_request
+            do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = handle_request  # noqa: N815
 
             def log_message(self, *args: object) -> None:
                 pass

@@ -36,6 +36,8 @@ def test_secret_keys(key: str) -> None:
         ("evaluation.tokens", "16384"),
         ("granularity", "token"),
         ("per_token", True),
+        ("tokens", "/data/rows.npy"),
+        ("tokens", "rows.safetensors"),
         ("hf_token", None),
         ("hf_token", ""),
         ("calibration.source", "tokens"),
@@ -70,6 +72,8 @@ def test_text(text: str, expected: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
+        "tokens:/data/rows.npy gives 3 samples",
+        "tokens:rows.npy",
         "input: int8:token:dyn",
         '["int8:token:dyn"]',
         "granularity: token\n  dynamic: true",
@@ -78,6 +82,8 @@ def test_text(text: str, expected: str) -> None:
         "tokenizer: gpt2",
         "https://host:8080/a?b=c",
         "seen 12 tokens (of 13)",
+        "tokens:/data/ids.npy",
+        "calibration on tokens:ids.safetensors, 64 samples",
     ],
 )
 def test_plain_text_is_left_alone(text: str) -> None:

@@ -7,7 +7,7 @@ from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward a
 from transformers.models.llama.modeling_llama import eager_attention_forward as llama_eager
 
 from tests.conftest import build_model
-from wrapq import PTQConfig, prepare
+from wrapq import PTQConfig, padding, prepare
 from wrapq.errors import ModelError
 from wrapq.wrappers.attention import IMPLEMENTATION, attention_forward
 from wrapq.wrappers.model import iter_quantizers, iter_wrapped
@@ -53,11 +53,19 @@ def test_sinks_are_refused_not_dropped(attention: nn.Module):
         attention_forward(attention, *states(), None, s_aux=torch.zeros(4))
 
 
-def test_masked_scores_count_as_zero(attention: nn.Module):
-    mask = torch.full((2, 1, 5, 5), MIN).triu(1)
-    attention_forward(attention, *states(), mask)
-    low, high = attention.quantizers["scores"].observer.range()
-    assert -100 < float(low) < 0 < float(high) < 100
+@pytest.mark.parametrize("padded", [False, True])
+def test_masked_scores_enter_no_statistic(attention: nn.Module, padded: bool):
+    seen, observer = [], attention.quantizers["scores"].observer
+    observer.update = seen.append
+    query, key, value = states()
+    mask, real = torch.full((2, 1, 5, 5), MIN).triu(1), torch.ones(2, 5, dtype=torch.bool)
+    real[1, 3:] = not padded
+    with padding(real):
+        attention_forward(attention, query, key, value, mask, scaling=1.0)
+    keys = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    scores = query @ keys.transpose(-1, -2)
+    keep = (torch.ones(5, 5).tril() > 0) & real[..., None]
+    assert torch.equal(seen[0].flatten(1), torch.stack([head[keep] for head in scores.transpose(0, 1)]))
 
 
 def test_layers_may_be_left_out():

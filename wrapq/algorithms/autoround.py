@@ -29,7 +29,9 @@ class AutoRoundOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     iterations: int = Field(200, ge=1, description="Steps for each block; each looks at one batch.")
-    lr: float | None = Field(None, gt=0, description="The first step's length; it falls to zero. 1 / iterations if null.")
+    lr: float | None = Field(
+        None, gt=0, description="The first step's length; it falls to zero. 1 / iterations if null."
+    )
     ranges: bool = Field(True, description="Learn the ranges too, not the rounding alone.")
 
 

@@ -7,20 +7,26 @@ every column j > i.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
+from torch.nn.functional import pad
 
-from wrapq.algorithms.seqmse import search_ranges, unread_observer
+from wrapq.algorithms.seqmse import search_ranges, tile, unread_observer
 from wrapq.calibration.algorithm import ALGORITHMS, Rounded, Rounder
 from wrapq.calibration.factor import Factor
 from wrapq.calibration.statistics import InputStatistics
 from wrapq.observers.base import observe_tensor
-from wrapq.quant.affine import quantize_elements, round_to_grid
+from wrapq.observers.mse import search_range
+from wrapq.quant.affine import quantize_elements, range_to_qparams, round_to_grid
 from wrapq.quant.qparams import QParams
-from wrapq.quant.spec import QuantSpec
+from wrapq.quant.spec import DEFAULT_OBSERVER, QuantSpec
+
+CANDIDATES, SMALLEST = 5, 0.8
+"""The ranges that are tried: clipping more suits rounding to nearest, while here the open columns bear the error."""
 
 
 class GPTQOptions(BaseModel):
@@ -30,8 +36,10 @@ class GPTQOptions(BaseModel):
 
     damp: float = Field(0.01, gt=0, description="Added to the Hessian's diagonal, relative to its mean.")
     act_order: bool = Field(True, description="Round the columns with the largest inputs first.")
-    ranges: Literal["observer", "hessian"] = Field(
-        "observer", description="Ranges by the spec's observer, or by their error in the layer's output as seqmse does."
+    ranges: Literal["best", "observer", "hessian"] = Field(
+        "best",
+        description="Ranges by the spec's observer, by their error in the layer's output as seqmse does, or of several "
+        "ranges for each row the best, by what GPTQ itself loses in them.",
     )
     asymmetric: float = Field(
         0.0,
@@ -68,30 +76,42 @@ class GPTQ(Rounder):
             weight = weight + self.options.asymmetric * input_correction(
                 weight, statistics.sums["cross"].float(), factor
             )
+        hessian = statistics.get("hessian", where).float()
+        tried = self._ranges(weight, spec, hessian, where)
+        codes = gptq(weight, tried, factor, self.options.block_size)
+        chosen, qparams = best_of_each_row(weight, codes, tried, hessian)
+        return Rounded(chosen, qparams, {"damp": factor.damp, "dead_columns": float(factor.dead.sum())})
+
+    def _ranges(self, weight: Tensor, spec: QuantSpec, hessian: Tensor, where: str) -> list[QParams]:
         if self.options.ranges == "hessian":
-            qparams = search_ranges(weight, spec, statistics.get("hessian", where).float(), where)
-        else:
-            qparams = observe_tensor(weight, spec, where)
-        report = {"damp": factor.damp, "dead_columns": float(factor.dead.sum())}
-        return Rounded(gptq(weight, qparams, factor, self.options.block_size), qparams, report)
+            return [search_ranges(weight, spec, hessian, where)]
+        if self.options.ranges == "observer":
+            return [observe_tensor(weight, spec, where)]
+        observed = [] if spec.observer == DEFAULT_OBSERVER else [observe_tensor(weight, spec, where)]
+        by_output = search_ranges(weight, spec, hessian, where, CANDIDATES, SMALLEST)
+        low, high = search_range(weight, spec, grid=round((CANDIDATES - 1) / (1 - SMALLEST)), max_shrink=1 - SMALLEST)
+        scale, zero_point = range_to_qparams(low, high, spec, by_output.global_scale)
+        return [*observed, by_output, QParams(spec, scale, zero_point, global_scale=by_output.global_scale)]
 
 
-def gptq(weight: Tensor, qparams: QParams, factor: Factor, block_size: int = 128) -> Tensor:
-    """The codes [N, K] for `weight` [N, K] in the grid of `qparams`.
+def gptq(weight: Tensor, ranges: Sequence[QParams], factor: Factor, block_size: int = 128) -> list[Tensor]:
+    """The codes [N, K] for `weight` [N, K] in the grid of each of `ranges`, all of one spec.
 
     Columns that no data reached are rounded to nearest. The work is done on the transposed weight, whose rows are the
-    columns that the algorithm goes through, so that each step reads memory in order.
+    columns that the algorithm goes through, so that each step reads memory in order; several ranges stand side by side,
+    as if the weight had so many times its rows, which are independent of each other.
     """
-    rows, columns = weight.shape
-    spec = qparams.spec
+    (rows, columns), spec = weight.shape, ranges[0].spec
     order = torch.arange(columns, device=weight.device) if factor.order is None else factor.order
-    scale = per_column(qparams.effective_scale, rows, columns, spec)[order]
-    zero = None if qparams.zero_point is None else per_column(qparams.zero_point, rows, columns, spec)[order]
-    steps = weight.float().t()[order].contiguous()  # [K, N]: the open columns, then in their place grid points
+    scale = torch.cat([per_column(r.effective_scale, rows, columns, spec)[order] for r in ranges], 1)
+    zeros = [per_column(r.zero_point, rows, columns, spec)[order] for r in ranges if r.zero_point is not None]
+    zero = torch.cat(zeros, 1) if zeros else None
+    # [K, N x ranges]: the open columns, then in their place grid points
+    steps = weight.float().t()[order].repeat(1, len(ranges))
     upper, step = factor.upper, 1 / factor.upper.diagonal()
     for start in range(0, columns, block_size):
         stop = min(start + block_size, columns)
-        errors = torch.empty(stop - start, rows, device=weight.device)  # (w - q) / U_ii
+        errors = torch.empty(stop - start, steps.shape[1], device=weight.device)  # (w - q) / U_ii
         for i in range(start, stop):
             done = errors[: i - start]
             column = torch.addmv(steps[i], done.t(), upper[start:i, i], alpha=-1)
@@ -103,7 +123,38 @@ def gptq(weight: Tensor, qparams: QParams, factor: Factor, block_size: int = 128
     codes = quantize_elements(steps, torch.ones(1, device=weight.device), zero, spec.dtype)
     result = torch.empty_like(codes)
     result[order] = codes
-    return result.t().contiguous()
+    return [part.t().contiguous() for part in result.split(rows, 1)]
+
+
+def best_of_each_row(
+    weight: Tensor, codes: Sequence[Tensor], ranges: Sequence[QParams], hessian: Tensor
+) -> tuple[Tensor, QParams]:
+    """Of several roundings of `weight` [N, K], for each row the one with the least output error under `hessian` [K, K].
+
+    Rows that share a scale are taken together.
+    """
+    if len(ranges) == 1:
+        return codes[0], ranges[0]
+    errors = []
+    for integers, qparams in zip(codes, ranges, strict=True):
+        difference = qparams.dequantize(integers, torch.float32) - weight.float()
+        errors.append(((difference @ hessian) * difference).sum(1))
+    spec, rows = ranges[0].spec, len(weight)
+    tall = tile(weight.shape, spec)[0]
+    bands = pad(torch.stack(errors), (0, -rows % tall)).unflatten(1, (-1, tall)).sum(2)  # [ranges, N / tall]
+    best = bands.argmin(0)
+    picked = best.repeat_interleave(tall)[:rows]
+    integers = torch.stack(list(codes))[picked, torch.arange(rows, device=weight.device)]
+    scale = _pick(best, [qparams.scale for qparams in ranges])
+    zeros = [qparams.zero_point for qparams in ranges if qparams.zero_point is not None]
+    return integers, QParams(spec, scale, _pick(best, zeros) if zeros else None, global_scale=ranges[0].global_scale)
+
+
+def _pick(best: Tensor, values: Sequence[Tensor]) -> Tensor:
+    """Along the first axis of the stacked `values`, or as a whole where there is one choice for all, the best one."""
+    if len(best) == 1:
+        return values[int(best)]
+    return torch.stack(list(values))[best, torch.arange(len(best), device=best.device)]
 
 
 def input_correction(weight: Tensor, cross: Tensor, factor: Factor) -> Tensor:

@@ -1,8 +1,8 @@
 """MagR: weights are made smaller, as far as the layer's output hardly changes, so that their grid can be finer.
 
 Zhang et al., "MagR: Weight Magnitude Reduction for Enhancing Post-Training Quantization", arXiv:2406.00800: for each
-row `w_0` of a weight, `min_w 1/2 |X w - X w_0|^2 + alpha |w|_inf` by proximal gradient descent (algorithm 1). The largest
-eigenvalue of the Hessian `X^T X` is taken to be 1 here, which makes 1 the step length and `alpha` free of units.
+row `w_0` of a weight, `min_w 1/2 |X w - X w_0|^2 + alpha |w|_inf` by proximal gradient descent (algorithm 1). The
+largest eigenvalue of the Hessian `X^T X` is taken to be 1 here: that makes 1 the step length and `alpha` free of units.
 """
 
 from __future__ import annotations

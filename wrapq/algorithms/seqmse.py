@@ -98,7 +98,7 @@ def _scaled(low: Tensor, high: Tensor, factor: Tensor | float, whole: QParams) -
 def output_error(difference: Tensor, hessian: Tensor, spec: QuantSpec) -> Tensor:
     """`d H d^T` of each scale's part of `difference` [N, K], shaped like the scale."""
     shape = scale_shape(difference.shape, spec)
-    tall, wide = _tile(difference.shape, spec)
+    tall, wide = tile(difference.shape, spec)
     missing = -difference.shape[1] % wide
     parts = pad(difference, (0, missing)).unflatten(1, (-1, wide)).transpose(0, 1)  # [G, N, g]
     blocks = pad(hessian, (0, missing, 0, missing)).unflatten(0, (-1, wide)).unflatten(2, (-1, wide))
@@ -108,7 +108,7 @@ def output_error(difference: Tensor, hessian: Tensor, spec: QuantSpec) -> Tensor
     return tiles.t().reshape(shape)
 
 
-def _tile(shape: Sequence[int], spec: QuantSpec) -> tuple[int, int]:
+def tile(shape: Sequence[int], spec: QuantSpec) -> tuple[int, int]:
     """Rows and columns of a matrix of `shape` [N, K] that share a scale."""
     rows, columns = shape
     if spec.granularity == "block":

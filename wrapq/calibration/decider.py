@@ -18,6 +18,7 @@ from wrapq.observers.base import Observer, observe_tensor
 from wrapq.wrappers.base import QuantModuleBase
 from wrapq.wrappers.model import iter_wrapped
 from wrapq.wrappers.quantizer import Quantizer, State, WeightQuantizer
+from wrapq.wrappers.siblings import sharing_global_scale
 
 
 class Decider:
@@ -45,8 +46,9 @@ class Decider:
         self.statistics: dict[str, Tensor] = {}
         self.reports: dict[str, dict[str, float]] = {}
         self.fallbacks: list[str] = []
+        self.wrapped = dict(iter_wrapped(model))
         self.modules: dict[Quantizer, QuantModuleBase] = {
-            quantizer: module for _, module in iter_wrapped(model) for quantizer in module.point_quantizers().values()
+            quantizer: module for module in self.wrapped.values() for quantizer in module.point_quantizers().values()
         }
         # a weight that is released takes its entry with it, and none that takes its place in memory is mistaken for it
         self._tied: MutableMapping[Tensor, dict[str, Rounded]] = WeakTensorKeyDictionary()
@@ -96,12 +98,13 @@ class Decider:
         if (spec := str(quantizer.spec)) not in tied:
             weight = module.float_matrix()
             statistics = self._inputs(quantizer, weight.shape[1]) if self.needs(quantizer) else None
-            try:
-                rounded = self.rounders[where].round(weight, quantizer.spec, where, statistics)
-            except UnusableStatisticsError as error:
-                self.fallbacks.append(str(error))
-                qparams = observe_tensor(weight, quantizer.spec, where)
-                rounded = Rounded(qparams.quantize(weight), qparams, {"fallback": 1.0})
+            with sharing_global_scale(where.removesuffix(".weight"), self.wrapped):
+                try:
+                    rounded = self.rounders[where].round(weight, quantizer.spec, where, statistics)
+                except UnusableStatisticsError as error:
+                    self.fallbacks.append(str(error))
+                    qparams = observe_tensor(weight, quantizer.spec, where)
+                    rounded = Rounded(qparams.quantize(weight), qparams, {"fallback": 1.0})
             tied[spec] = rounded
             self.reports[where] = rounding_report(weight, rounded, statistics)
         quantizer.set_rounded(tied[spec].integers, tied[spec].qparams)

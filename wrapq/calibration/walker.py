@@ -22,7 +22,6 @@ from wrapq.calibration.offload import Offload
 from wrapq.calibration.residency import Residency
 from wrapq.calibration.stops import Gate, Once, OpenPoint
 from wrapq.errors import CalibrationError
-from wrapq.wrappers.model import iter_wrapped
 from wrapq.wrappers.quantizer import Quantizer, State, WeightQuantizer
 
 Schedule = Literal["sequential", "parallel"]
@@ -64,7 +63,6 @@ class Walker(Decider):
         self.residency = Residency()
         self.offload: Offload | None = None
         self.blocks: Blocks = find_blocks(model)
-        self.wrapped = dict(iter_wrapped(model))
         self._schedule: Schedule = "sequential"
         self._as_tuple = False
         self._points: dict[Quantizer, OpenPoint] = {}

@@ -8,11 +8,12 @@ from typing import Any
 import click
 
 import wrapq
+from wrapq.cli.compare import compare, diff, recipe, verify
 from wrapq.cli.library import presets, schema
 from wrapq.cli.records import cache, evaluate, export, sync, ui
-from wrapq.cli.runs import plan, run
+from wrapq.cli.runs import plan, run, sweep
 
-_COMMANDS = (run, plan, presets, schema, ui, evaluate, export, cache, sync)
+_COMMANDS = (run, plan, sweep, diff, compare, verify, recipe, presets, schema, evaluate, export, ui, sync, cache)
 
 
 def _stop(signum: int, frame: Any) -> None:
@@ -30,6 +31,7 @@ def main() -> None:
     wrapq presets                                      what there is to choose from
     wrapq plan recipe=w8a8_static model=hf model.path=PATH
     wrapq run  recipe=w8a8_static model=hf model.path=PATH rules.linear.weight.observer=mse
+    wrapq sweep recipe=w4a16_rtn,w4a16_gptq            a job for every combination of the values given
 
     Every argument is a Hydra override of the recipe. Tab completion for bash: eval "$(_WRAPQ_COMPLETE=bash_source
     wrapq)" (zsh_source, fish_source likewise).

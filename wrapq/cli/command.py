@@ -15,6 +15,8 @@ from wrapq.errors import WrapqError
 
 _INTERRUPTED = 130
 _DEFECT = 70
+GOALS_MISSED, JOBS_FAILED = 10, 11
+"""The exit status of a run or sweep that ended well, with a result that was not asked for."""
 Command = Callable[..., Any]
 
 

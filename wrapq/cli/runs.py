@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
 
-from wrapq.cli.command import make_console, reports_errors, takes_recipe
+from wrapq.cli.command import GOALS_MISSED, JOBS_FAILED, make_console, reports_errors, takes_recipe
 
 
 @click.command()
@@ -14,7 +15,7 @@ from wrapq.cli.command import make_console, reports_errors, takes_recipe
 @takes_recipe
 @reports_errors
 def run(overrides: tuple[str, ...], config_dirs: tuple[Path, ...], resume: bool) -> None:
-    """Run a recipe: quantize, measure, save, record."""
+    """Run a recipe: quantize, measure, save, record. The exit status is 10 when a goal of the recipe is missed."""
     from wrapq.recipe.compose import compose
 
     composed = compose(overrides, config_dirs)
@@ -35,7 +36,36 @@ def run(overrides: tuple[str, ...], config_dirs: tuple[Path, ...], resume: bool)
         )
         result = execute(plan, composed.settings, ConsoleProgress(console), resume, tracker)
     if result is not None:
+        from wrapq.engine.goals import all_met
+
         show_result(console, result, int(next(iter(result.metrics.values()))["tokens"]))
+        if not all_met(result.goals):
+            sys.exit(GOALS_MISSED)
+
+
+@click.command()
+@takes_recipe
+@reports_errors
+def sweep(overrides: tuple[str, ...], config_dirs: tuple[Path, ...]) -> None:
+    """Run a recipe many times: wrapq sweep recipe=w4a16_rtn,w4a16_gptq rules.linear.weight.group_size=32,64,128
+
+    Several values, range(1,9,2) or glob(w4*) give a job for every combination; sweep=optuna chooses among them and from
+    interval(0.001,0.1). launcher=joblib, slurm or ray runs jobs side by side. The same command goes on with a sweep
+    that was interrupted. The exit status is 11 when a job failed, 10 when no job meets all goals.
+    """
+    from wrapq.recipe.axes import parse_axes
+
+    parse_axes(overrides, config_dirs)  # before anything heavy is imported
+    from wrapq.report.sweep import ConsoleSweep, show_sweep
+    from wrapq.sweep.run import sweep as run_sweep
+
+    console = make_console()
+    result = run_sweep(overrides, config_dirs, ConsoleSweep(console))
+    show_sweep(console, result)
+    if result.table.failed:
+        sys.exit(JOBS_FAILED)
+    if result.table.has_goals and result.table.winner is None:
+        sys.exit(GOALS_MISSED)
 
 
 @click.command()

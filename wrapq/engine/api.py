@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from wrapq.calibration.algorithm import ALGORITHMS, RangeSetter, Rounder
 from wrapq.calibration.walker import Walker
-from wrapq.errors import LifecycleError, PlanError, Problem
-from wrapq.quant.spec import QuantSpec
+from wrapq.errors import LifecycleError, PlanError, Problem, SpecError
+from wrapq.quant.spec import FLOAT, QuantSpec
 from wrapq.recipe.schema import Match, Rule
 from wrapq.resolve.resolve import resolve_specs
 from wrapq.resolve.rules import Sources
@@ -30,8 +30,9 @@ class PTQConfig:
     Attributes:
         weight: the spec of every weight, in short form; None leaves weights float.
         activation: the spec of every other point; None leaves activations float.
-        overrides: for modules by name, glob or `re:` pattern, in order, the specs of single points, or None to leave
-            the modules float: `{"lm_head": None, "*.down_proj": {"weight": "int8:channel"}}`.
+        overrides: for modules by name, glob or `re:` pattern, in order, the specs of single points, None for a
+            point or for all of a module's to leave float:
+            `{"lm_head": None, "*.down_proj": {"weight": "int8:channel"}}`.
         strict: a module with parameters that has no wrapper is an error.
 
     Example:
@@ -40,20 +41,46 @@ class PTQConfig:
 
     weight: Spec | None = "int8:channel:sym"
     activation: Spec | None = "int8:tensor:asym"
-    overrides: Mapping[str, Mapping[str, Spec] | None] = field(default_factory=dict)
+    overrides: Mapping[str, Mapping[str, Spec | None] | None] = field(default_factory=dict)
     strict: bool = False
 
     def rules(self) -> dict[str, Rule]:
-        """The same as the rules of a recipe."""
+        """The same as the rules of a recipe; raises `PlanError` where there is nothing to say, or an empty pattern."""
+        if problems := list(self._problems()):
+            raise PlanError(problems)
         weight, activation = (None if spec is None else str(spec) for spec in (self.weight, self.activation))
-        rules = {"config": Rule(match=Match(name="*"), weight=weight, activations=activation)}
+        rules = {}
+        if weight or activation:
+            rules["config"] = Rule(match=Match(name="*"), weight=weight, activations=activation)
         for pattern, points in self.overrides.items():
             match, name = Match(name=pattern), f"overrides[{pattern!r}]"
             if points is None:
                 rules[name] = Rule(match=match, quantize=False)
             else:
-                rules[name] = Rule(match=match, points={point: str(spec) for point, spec in points.items()})
+                rules[name] = Rule(match=match, points={point: str(spec or FLOAT) for point, spec in points.items()})
         return rules
+
+    def _problems(self) -> Iterator[Problem]:
+        yield from _wrong_specs("PTQConfig", {"weight": self.weight, "activation": self.activation})
+        if self.weight is None and self.activation is None and not any(self.overrides.values()):
+            yield Problem("PTQConfig", "quantizes nothing: weight and activation are None, and no override has a spec")
+        for pattern, points in self.overrides.items():
+            if not pattern:
+                yield Problem("PTQConfig.overrides", "'' is no pattern: '*' means every module")
+            if points is not None and not isinstance(points, Mapping):
+                what = f"{pattern!r}: {points!r} should be a mapping from points to specs, or None"
+                yield Problem("PTQConfig.overrides", what, (), "for example {'weight': 'int8:channel'}")
+            else:
+                yield from _wrong_specs(f"PTQConfig.overrides[{pattern!r}]", points or {})
+
+
+def _wrong_specs(where: str, specs: Mapping[str, Spec | None]) -> Iterator[Problem]:
+    for point, spec in specs.items():
+        try:
+            if spec is not None and spec != FLOAT:
+                QuantSpec.parse(str(spec))
+        except SpecError as error:
+            yield Problem(f"{where}.{point}", str(error))
 
 
 def prepare(model: nn.Module, config: PTQConfig | None = None) -> nn.Module:

@@ -12,11 +12,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from wrapq.calibration.blocks import Blocks, find_blocks
+from wrapq.calibration.processes import Processes
 from wrapq.calibration.residency import Residency
 from wrapq.engine.checkpoint import (
     WEIGHTS,
+    Saved,
     assign,
     describe_model,
+    module_digests,
     qparams_tensors,
     read_manifest,
     rebuild,
@@ -25,11 +28,37 @@ from wrapq.engine.checkpoint import (
     weight_files,
 )
 from wrapq.engine.folder import RunFolder
+from wrapq.errors import PlanError, Problem
+from wrapq.recipe.schema import Settings
+from wrapq.resolve.exporter import NONE
+from wrapq.resolve.plan import Plan
 from wrapq.resolve.shards import Shards
 from wrapq.wrappers.model import convert_model, iter_wrapped
 
 INDEX = f"{WEIGHTS}.index.json"
 """Which file holds which tensor, in the form that is common for checkpoints of several files."""
+
+
+def check_streaming(plan: Plan, settings: Settings, processes: Processes) -> None:
+    """Raise `PlanError` where the settings ask for streaming and it cannot be done."""
+    if settings.runtime.load != "streaming":
+        return
+    problems = []
+    if not plan.model.block_count:
+        problems.append((f"{plan.model.type} has no repeated blocks to bring in one at a time", "leave it out"))
+    if plan.recipe.export.format != NONE:
+        what = f"the export {plan.recipe.export.format} is made and compared with the whole model in memory"
+        problems.append((what, "leave the export to `wrapq export`, where there is memory"))
+    if plan.recipe.evaluation.compare_schedules:
+        what = "the result of the other schedule is held in memory"
+        problems.append((what, "set evaluation.compare_schedules=false, or use runtime.load=whole"))
+    if processes.count > 1:
+        problems.append(("several processes cannot stream one model yet", "use one process, or runtime.load=whole"))
+    if any(stage.phase == "transform" for stage in plan.stages):
+        what = "transforms change the float model as a whole before the first block is calibrated"
+        problems.append((what, "leave runtime.load as it is, or remove the transforms"))
+    if problems:
+        raise PlanError([Problem("runtime.load", f"streaming: {what}", (), remedy) for what, remedy in problems])
 
 
 def blockwise_files(blocks: Blocks) -> list[str]:
@@ -38,17 +67,15 @@ def blockwise_files(blocks: Blocks) -> list[str]:
     return [*(f"model-{index:05d}-of-{count:05d}.safetensors" for index in range(1, count + 1)), INDEX]
 
 
-def save_blockwise(model: nn.Module, residency: Residency, folder: RunFolder) -> dict[str, Tensor]:
+def save_blockwise(model: nn.Module, residency: Residency, folder: RunFolder) -> Saved:
     """Convert a wrapped model and write it into `folder`, a file for each block and one for what is outside.
 
     Afterwards `model` is the converted one, without data in its blocks.
-
-    Returns:
-        The parameters of all points, by their full names (`qparams_tensors`).
     """
     for old in weight_files(folder.path):  # of a run that was killed here and taken up again
         old.unlink()
     qparams: dict[str, Tensor] = {}
+    modules: dict[str, str] = {}
     tied: dict[str, str] = {}
     places: dict[str, str] = {}
     blocks = find_blocks(model)
@@ -60,14 +87,16 @@ def save_blockwise(model: nn.Module, residency: Residency, folder: RunFolder) ->
             tensors = {_full(name, key): tensor for key, tensor in tensors.items()}
             tied |= {_full(name, key): _full(name, other) for key, other in same.items()}
             qparams |= {_full(name, key): t.clone() for key, t in qparams_tensors(part).items() if not t.is_meta}
+            modules |= {_full(name, key): digest for key, digest in module_digests(part).items()}
             folder.write(file, partial(save_file, tensors, metadata={"format": "pt"}))
             places |= dict.fromkeys(tensors, file)
             if name:
                 part.to("meta")
     size = sum(file.stat().st_size for file in weight_files(folder.path))
     folder.write_text(INDEX, json.dumps({"metadata": {"total_size": size}, "weight_map": places}, indent=1) + "\n")
-    describe_model(model, Shards(weight_files(folder.path)), tied, folder)
-    return qparams
+    digest = describe_model(model, Shards(weight_files(folder.path)), tied, folder)
+    order = {name: modules[name] for name, _ in model.named_modules() if name in modules}
+    return Saved(qparams, digest, order)
 
 
 def _converted(model: nn.Module, name: str) -> nn.Module:

@@ -39,10 +39,9 @@ def calibrate(
         samples: calibration data, None where no stage looks at any.
         weights: where the parameters of blocks are read from; None where all of them are in memory.
     """
-    config, runtime = run.plan.recipe.calibration, run.settings.runtime
+    config = run.plan.recipe.calibration
     batches = [] if samples is None else make_batches(samples, config.batch_size, run.device)
-    walker = Walker(model, *_algorithms(run.plan))
-    walker.processes = run.processes
+    walker = make_walker(run, model, bool(batches))
     keeper = Keeper(run.folder, _fingerprint(run), run.device)
     if weights is not None:
         walker.residency = FloatBlocks(model, weights, run.device, keeper)
@@ -52,13 +51,20 @@ def calibrate(
     walker.on_hidden = keeper.keep_hidden
     if not run.processes.rank:
         walker.on_border = partial(keeper.keep, walker)
-    if batches and runtime.cache_gb:
-        walker.recall = Recall(Store(run.settings.paths.cache_folder(), runtime.cache_gb * 1e9), _root(run, model))
     title = "Calibrating" if batches else "Rounding weights"
     with run.step("calibrate", title, *walker.steps()) as advance, offloading(run, walker) as offload:
         walker.advance, walker.offload = advance, offload
         walker.run(batches, config.schedule, border)
     _tell(run, walker)
+    return walker
+
+
+def make_walker(run: Run, model: nn.Module, looks_at_data: bool) -> Walker:
+    """The walker that decides the points of the plan, with the store where it looks at data."""
+    walker, runtime = Walker(model, *_algorithms(run.plan)), run.settings.runtime
+    walker.processes = run.processes
+    if looks_at_data and runtime.cache_gb:
+        walker.recall = Recall(Store(run.settings.paths.cache_folder(), runtime.cache_gb * 1e9), _root(run, model))
     return walker
 
 

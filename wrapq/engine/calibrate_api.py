@@ -17,7 +17,7 @@ from wrapq.calibration.walker import Batch, Schedule, Walker
 from wrapq.engine.transform import Figures
 from wrapq.engine.transform_api import transform_prepared
 from wrapq.errors import CalibrationError, LifecycleError, PlanError, Problem
-from wrapq.recipe.schema import Calibration, Recipe, Stage
+from wrapq.recipe.schema import Calibration, Evaluation, Recipe, Stage
 from wrapq.resolve.rules import Sources
 from wrapq.resolve.stages import StackEntry, check_stack, option_problems
 from wrapq.wrappers.model import iter_wrapped
@@ -51,9 +51,10 @@ def calibrate(
 ) -> Calibrated:
     """Run `batches` through a prepared model and decide all its points by the algorithms of `stack`; then `convert` it.
 
-    Weights that multiply no matrix, such as those of norms, embeddings and grouped convolutions, are rounded to nearest where the stack's
-    algorithm needs the statistics of an input. Static activations take the range that their observer finds unless the
-    stack names another algorithm for them. Transforms change the float weights before, following the first batch.
+    Weights that multiply no matrix, such as those of norms, embeddings and grouped convolutions, are rounded to nearest
+    where the stack's algorithm needs the statistics of an input. Static activations take the range that their observer
+    finds unless the stack names another algorithm for them. Transforms change the float weights before, and follow the
+    model with the first batch.
 
     Args:
         model: what `prepare` returned.
@@ -98,8 +99,13 @@ def _check(stack: Mapping[str, str | Mapping[str, Any]], schedule: Schedule) -> 
         except ValidationError as error:
             problems += option_problems(error, f"stack.{name}", [*Stage.model_fields], "a stage", sources)
     # the rest of a recipe is not asked for
-    calibration = Calibration.model_construct(schedule=schedule)
-    recipe = Recipe.model_construct(stack=stages, rules={}, stack_order=None, calibration=calibration)
+    recipe = Recipe.model_construct(
+        stack=stages,
+        rules={},
+        stack_order=None,
+        calibration=Calibration.model_construct(schedule=schedule),
+        evaluation=Evaluation.model_construct(),
+    )
     entries, wrong = check_stack(recipe, sources)
     problems += wrong
     for phase in ("round", "range"):

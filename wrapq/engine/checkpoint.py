@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError
@@ -27,7 +27,16 @@ WEIGHTS, MANIFEST, GENERATION = "model.safetensors", "manifest.json", "generatio
 FORMAT = 1
 
 
-def save_model(model: nn.Module, folder: RunFolder) -> None:
+class Saved(NamedTuple):
+    """What was saved: the parameters of all points by their full names, the digest of all tensors, and that of each
+    quantized module's own, in the model's order."""
+
+    qparams: Mapping[str, Tensor]
+    digest: str
+    modules: Mapping[str, str]
+
+
+def save_model(model: nn.Module, folder: RunFolder) -> Saved:
     """Write a converted transformers model into `folder`: weights, manifest and the model's configuration."""
     for module in model.modules():
         if isinstance(module, QuantizedWeight):
@@ -36,11 +45,12 @@ def save_model(model: nn.Module, folder: RunFolder) -> None:
     for old in weight_files(folder.path):  # of a run that was killed here and taken up again
         old.unlink()
     folder.write(WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    describe_model(model, tensors, tied, folder)
+    return Saved(qparams_tensors(model), describe_model(model, tensors, tied, folder), module_digests(model))
 
 
-def describe_model(model: nn.Module, tensors: Mapping[str, Tensor], tied: Mapping[str, str], folder: RunFolder) -> None:
-    """Write the manifest and the configuration of a converted transformers model whose weights are in `folder`.
+def describe_model(model: nn.Module, tensors: Mapping[str, Tensor], tied: Mapping[str, str], folder: RunFolder) -> str:
+    """Write the manifest and the configuration of a converted transformers model whose weights are in `folder`; returns
+    the digest of its tensors.
 
     Args:
         model: the model; of its tensors only the dtypes are looked at.
@@ -63,6 +73,7 @@ def describe_model(model: nn.Module, tensors: Mapping[str, Tensor], tied: Mappin
     if (generation := getattr(model, "generation_config", None)) is not None:
         folder.write_text(GENERATION, generation.to_json_string())
     folder.write_text(MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    return str(manifest["tensors"])
 
 
 def load(path: str | Path, device: str | torch.device = "cpu", runtime: str = REFERENCE) -> nn.Module:
@@ -148,6 +159,17 @@ def qparams_tensors(model: nn.Module) -> dict[str, Tensor]:
         for key, tensor in (*module.named_buffers(recurse=False), *module.named_parameters(recurse=False))
         if key.endswith(ends)
     }
+
+
+def module_digests(model: nn.Module) -> dict[str, str]:
+    """For each quantized module that has its data, in the model's order, the digest of its tensors."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedModule):
+            tensors = dict(chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False)))
+            if not any(tensor.is_meta for tensor in tensors.values()):
+                found[name] = tensors_digest(tensors)
+    return found
 
 
 def _float_dtype(model: nn.Module) -> torch.dtype:

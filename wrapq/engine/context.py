@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -20,6 +20,14 @@ from wrapq.tracking import Tracker
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Label:
+    """What tells a tracked run from others of its recipe: a name instead of the recipe's, and tags beside its own."""
+
+    name: str = ""
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
 @dataclass
 class Run:
     """One run on its way: what its steps share."""
@@ -31,6 +39,7 @@ class Run:
     progress: Progress
     device: torch.device
     processes: Processes
+    label: Label
     seconds: dict[str, float] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)

@@ -1,14 +1,16 @@
-"""What is done with a run that finished before: it is found and exported."""
+"""What is done with a run that finished before: it is found, read and exported."""
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
-from typing import cast
-
-from pydantic import ValidationError
+from typing import Any, cast
 
 from wrapq.engine.checkpoint import MANIFEST, load
 from wrapq.engine.export import Exported, export_model
+from wrapq.engine.folder import STATUS_FILE
+from wrapq.engine.lock import LOCK
 from wrapq.engine.progress import Progress
 from wrapq.engine.run import use_machine
 from wrapq.errors import ModelError, PlanError, Problem, nearest
@@ -19,6 +21,8 @@ from wrapq.resolve.resolve import check_export, check_names
 from wrapq.resolve.rules import Sources
 
 PLAN = "plan.json"
+_RUN_ID = re.compile(r"[0-9a-f]{32}")
+_MAX_PATH = 1024
 
 
 def export_run(
@@ -40,7 +44,7 @@ def export_run(
     if export.format == NONE:
         raise PlanError([Problem("export", "no format is chosen", (), "say which: export=compressed_tensors")])
     folder = find_run(run, Path(settings.paths.outputs))
-    plan = _read_plan(folder, export)
+    plan = _plan_to_export(folder, export)
     check_export(plan)
     device = use_machine(settings, plan.recipe.seed)
     with progress.task("Loading the model"):
@@ -53,7 +57,15 @@ def export_run(
 
 
 def find_run(text: str, outputs: Path) -> Path:
-    """The folder of the run that `text` means; raises `ModelError` when it means none."""
+    """The folder of the run that `text` means: a folder, a recipe's name, or the id of an MLflow run.
+
+    Raises:
+        ModelError: it means none.
+    """
+    if "\0" in text or len(text) > _MAX_PATH:
+        raise ModelError(f"{text[:60]!r} is neither the folder of a finished run nor a recipe that was run")
+    if _RUN_ID.fullmatch(text) and (tracked := _find_tracked(text, outputs.expanduser())):
+        return tracked
     for candidate in (Path(text).expanduser(), outputs.expanduser() / text):
         runs = [candidate, *sorted(candidate.glob("*/"), reverse=True)] if candidate.is_dir() else []
         if found := next((run for run in runs if (run / MANIFEST).is_file()), None):
@@ -63,11 +75,39 @@ def find_run(text: str, outputs: Path) -> Path:
     raise ModelError(f"{text} is neither the folder of a finished run nor a recipe that was run{hint}")
 
 
-def _read_plan(folder: Path, export: Export) -> Plan:
+def find_lock(text: str, outputs: Path) -> Path:
+    """The lock that `text` means: a YAML file, or that of the run that `find_run` finds; raises `ModelError`."""
+    return Path(text).expanduser() if text.endswith(".yaml") else find_run(text, outputs) / LOCK
+
+
+def read_plan(path: Path) -> Plan:
+    """The plan in the file `path`, a run's `plan.json` or what `wrapq plan --json` printed; raises `ModelError`."""
     try:
-        plan = Plan.model_validate_json((folder / PLAN).read_text(encoding="utf-8"))
-    except (OSError, ValidationError) as error:
-        raise ModelError(f"{folder / PLAN} cannot be read: {str(error).splitlines()[0]}") from error
+        return Plan.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read as a plan: {str(error).splitlines()[0]}") from error
+
+
+def read_status(folder: Path) -> dict[str, Any]:
+    """What the run in `folder` says of how it ended; raises `ModelError` when it says nothing."""
+    try:
+        status = json.loads((folder / STATUS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder / STATUS_FILE} cannot be read: {error}") from error
+    if not isinstance(status, dict):
+        raise ModelError(f"{folder / STATUS_FILE} does not hold what a run writes")
+    return status
+
+
+def _find_tracked(run_id: str, outputs: Path) -> Path | None:
+    for manifest in outputs.glob(f"*/*/{MANIFEST}"):
+        if (status := manifest.parent / STATUS_FILE).is_file() and read_status(status.parent).get("run_id") == run_id:
+            return manifest.parent
+    return None
+
+
+def _plan_to_export(folder: Path, export: Export) -> Plan:
+    plan = read_plan(folder / PLAN)
     recipe: Recipe = plan.recipe.model_copy(update={"export": export})
     check_names(recipe, Sources({}))
     return plan.model_copy(update={"recipe": recipe})

@@ -1,4 +1,7 @@
-"""The lock of a run: its recipe with the digests of everything that decided the result, and of the result."""
+"""The lock of a run: its recipe with the digests of everything that decided the result, and of the result.
+
+A lock says nothing of when or in which folder the run was made: equal runs have equal locks, byte for byte.
+"""
 
 from __future__ import annotations
 
@@ -10,34 +13,68 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 import wrapq
+from wrapq.errors import ModelError, RecipeError
+from wrapq.recipe.documents import parse_document
+from wrapq.recipe.dump import dump_data
+from wrapq.recipe.provenance import Origin
+from wrapq.recipe.schema import Recipe
+from wrapq.registry import PLUGIN_GROUP
 
+LOCK = "recipe.lock.yaml"
 LIBRARIES = ("torch", "transformers", "hydra-core", "safetensors")
+_MAX_BYTES = 64 << 20
 
 
-def lock_text(recipe: dict[str, Any], digests: dict[str, str], device: torch.device) -> str:
-    """The lock as YAML.
+class Lock(BaseModel):
+    """What a lock holds."""
 
-    Args:
-        recipe: the composed recipe.
-        digests: of model, data, plan and results.
-        device: the device that computed.
-    """
-    lock = {
-        "recipe": recipe,
-        "digests": digests | {"code": code_digest()},
-        "environment": environment(),
-        "device": device_class(device),
-    }
-    return yaml.safe_dump(lock, sort_keys=False, allow_unicode=True, width=120)
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    recipe: Recipe
+    """The composed recipe."""
+    presets: tuple[Origin, ...] = ()
+    """The files it was composed of, with the packages they came from."""
+    digests: dict[str, str]
+    """SHA-256, in hex, of recipe, plan, model, data and code, of the quantization parameters, tensors and outputs."""
+    environment: dict[str, str]
+    """Versions of what computes."""
+    device: str
+    """See `device_class`."""
+    metrics: dict[str, dict[str, float]] = {}
+    """For each stage what was measured."""
+    modules: dict[str, str] = {}
+    """For each quantized module, in the model's order, the digest of its integers, scales and zero points."""
+
+    def to_yaml(self) -> str:
+        """The lock as the text of its file."""
+        return dump_data(self.model_dump(mode="json"))
+
+
+def read_lock(path: Path) -> Lock:
+    """The lock in the file `path`; raises `ModelError` when there is none or it does not hold what a lock holds."""
+    try:
+        with path.open("rb") as file:
+            raw = file.read(_MAX_BYTES + 1)
+        if len(raw) > _MAX_BYTES:
+            raise ModelError(f"{path} is larger than {_MAX_BYTES >> 20} MiB, which no lock is")
+        return Lock.model_validate(parse_document(raw.decode("utf-8"), str(path)).data)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path} cannot be read: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from error
+    except RecipeError as error:
+        raise ModelError(f"{path} is no lock of a run: {error.problems[0]}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ModelError(f"{path} is no lock of a run: {where}: {first['msg']}") from error
 
 
 def environment() -> dict[str, str]:
-    """The versions of what computes."""
+    """The versions of what computes, packages with plug-ins among them."""
     versions = {name: metadata.version(name) for name in LIBRARIES}
-    return {"wrapq": wrapq.__version__, "python": platform.python_version(), **versions}
+    return {"wrapq": wrapq.__version__, "python": platform.python_version(), **versions, **_plugins()}
 
 
 def device_class(device: torch.device) -> str:
@@ -56,3 +93,9 @@ def code_digest() -> str:
     for file in sorted(root.rglob("*.py")):
         sha.update(f"{file.relative_to(root)}\n".encode() + file.read_bytes())
     return sha.hexdigest()
+
+
+@cache
+def _plugins() -> dict[str, str]:
+    found: list[Any] = [point.dist for point in metadata.entry_points(group=PLUGIN_GROUP) if point.dist is not None]
+    return {dist.name: dist.version for dist in sorted(found, key=lambda dist: dist.name)}

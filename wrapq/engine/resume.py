@@ -30,6 +30,10 @@ from wrapq.wrappers.quantizer import Quantizer, State
 PROGRESS, STATE = "resume", "state.json"
 
 
+class ChangedError(ModelError):
+    """A run that cannot be taken up, since something that decides its result is no longer what it was."""
+
+
 class Keeper:
     """Keeps a walk's progress in the folder of its run.
 
@@ -82,13 +86,13 @@ class Keeper:
         """Restore what was kept into a fresh walker; None when nothing was.
 
         Raises:
-            ModelError: model, data, recipe, code or machine are not those of the run that was put aside.
+            ChangedError: model, data, recipe, code or machine are not those of the run that was put aside.
         """
         if not (self.path / STATE).is_file():
             return None
         state = json.loads((self.path / STATE).read_text(encoding="utf-8"))
         if changed := [key for key, value in self.fingerprint.items() if state["fingerprint"].get(key) != value]:
-            raise ModelError(f"cannot resume {self.path.parent}: changed since it stopped: {', '.join(changed)}")
+            raise ChangedError(f"cannot resume {self.path.parent}: changed since it stopped: {', '.join(changed)}")
         points = {quantizer.where: quantizer for quantizer in walker.points()}
         for self._files in range(1, state["files"] + 1):
             self._restore(walker, points, f"points-{self._files}.safetensors")

@@ -103,10 +103,10 @@ def checked(surgeon: Surgeon, probe: Batch, name: str, band: float | None = None
         change[0] = float((after - before).norm() / before.norm())
         _log.info("%s moved the outputs of the float model by %.2g", name, change[0])
         if not change[0] <= allowed:  # NaN is no less either
+            limit = "rounding explains" if band is None else "it may move them by"
             raise ModelError(
                 f"{name} changed the function of the float model: its outputs moved by {change[0]:.2g} relative to "
-                f"their norm, and {'rounding explains' if band is None else 'it may by'} {allowed:g}; the model was put "
-                "back as it was"
+                f"their norm, and {limit} {allowed:g}; the model was put back as it was"
             )
     except BaseException:
         surgeon.restore()

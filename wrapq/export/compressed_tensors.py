@@ -7,6 +7,7 @@ under the names of the library. Embeddings and norms stay as they are.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,7 +23,7 @@ from wrapq.export.checks import VLLM, Translation, translate
 from wrapq.export.reload import PLAIN, read
 from wrapq.export.scheme import DENSE, MIXED, Args, Scheme
 from wrapq.export.tensors import CACHE_NAMES, activation_tensors, linear_tensors
-from wrapq.export.vllm import linear_note
+from wrapq.export.vllm import describe, linear_note, unequal_global_scales, words
 from wrapq.resolve.exporter import EXPORTERS, Exporter, Folder, Reading
 from wrapq.resolve.plan import Plan
 from wrapq.runtime.module import QuantizedModule, QuantizedWeight
@@ -87,6 +88,8 @@ class CompressedTensors(Exporter):
         if said.problems:
             raise PlanError(said.problems)
         tensors = _tensors(model, said.schemes, getattr(torch, plan.recipe.model.dtype))
+        if self.options.reader == VLLM and (wrong := next(unequal_global_scales(tensors), None)):
+            raise ModelError(f"{wrong}: run the recipe again, or give vLLM up with export.reader=transformers")
         folder.write(WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
         config = json.loads(cast(Any, model).config.to_json_string())
         config.pop("_name_or_path", None)  # where the float model lay on this machine
@@ -100,6 +103,16 @@ class CompressedTensors(Exporter):
         if not logits:
             raise ModelError(f"transformers does not load the export: {reason}")
         return reading(logits)
+
+    def layers(self, plan: Plan) -> Iterable[str]:
+        """See `Exporter.layers`."""
+        said = self._translate(plan)
+        schemes = {scheme.key: scheme for scheme in said.schemes.values()}
+        counts = Counter(scheme.key for scheme in said.schemes.values())
+        for key, scheme in schemes.items():
+            yield f"{scheme.format}: {counts[key]} layers, {describe(scheme).removeprefix('is ')}"
+        if said.cache is not None:
+            yield f"kv_cache_scheme: {words(said.cache)}"
 
     def notes(self, plan: Plan) -> Iterable[str]:
         """See `Exporter.notes`."""

@@ -15,13 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from wrapq.export.scheme import MXFP4, MXFP8, NVFP4, PACK, Args, Scheme
+import torch
+from torch import Tensor
 
-FUSED: tuple[tuple[str, ...], ...] = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("gate_proj", "up_proj"),
-    ("q_a_proj", "kv_a_proj_with_mqa"),
-)
+from wrapq.export.scheme import MXFP4, MXFP8, NVFP4, PACK, Args, Scheme
+from wrapq.wrappers.siblings import FUSED, siblings
+
 _INPUT_BITS = (4, 8)
 _FP8_GROUP = 128
 
@@ -64,8 +63,7 @@ def cache_refusal(arguments: Args) -> str | None:
 def fusion_refusals(schemes: Mapping[str, Scheme | None], rows: Mapping[str, int]) -> Iterator[tuple[str, str]]:
     """For each set of layers that vLLM fuses and that differ here: where, and what differs.
 
-    Layers in NVFP4 always differ: vLLM divides all of a set by the largest of their global scales. Blocks must not run
-    from one layer into the next.
+    Blocks must not run from one layer into the next.
 
     Args:
         schemes: every linear layer by name, with None for the float ones.
@@ -77,10 +75,19 @@ def fusion_refusals(schemes: Mapping[str, Scheme | None], rows: Mapping[str, int
             if len({scheme.key if scheme else "" for scheme in found.values()}) > 1:
                 said = ", ".join(f"{part} {describe(scheme)}" for part, scheme in found.items())
                 yield parent, f"vLLM runs {_listed(list(found))} as one layer, which needs one spec, but {said}"
-            elif len(found) > 1 and any(scheme and scheme.format == NVFP4 for scheme in found.values()):
-                yield parent, f"vLLM reads one NVFP4 global scale for {_listed(list(found))}, but here each has its own"
             elif ragged := [part for part in [*found][:-1] if _is_ragged(found[part], rows.get(f"{parent}.{part}", 0))]:
                 yield parent, f"vLLM runs {_listed(list(found))} as one layer, and a block of {ragged[0]} is not whole"
+
+
+def unequal_global_scales(tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    """What is wrong in a checkpoint of which vLLM reads one NVFP4 global scale for layers that have several."""
+    for name, tensor in tensors.items():
+        layer, _, kind = name.rpartition(".")
+        if not kind.endswith("_global_scale"):
+            continue
+        others = (f"{sibling}.{kind}" for sibling in siblings(layer))
+        if different := [other for other in others if other in tensors and not torch.equal(tensors[other], tensor)]:
+            yield f"vLLM runs {layer} and {different[0].rpartition('.')[0]} as one layer, but their {kind} differ"
 
 
 def _is_ragged(scheme: Scheme | None, rows: int) -> bool:
@@ -95,11 +102,12 @@ def describe(scheme: Scheme | None) -> str:
     """The scheme in a few words, for messages."""
     if scheme is None:
         return "is float"
-    inputs = f" with {_words(scheme.inputs)} inputs" if scheme.inputs else ""
-    return f"is {_words(scheme.weights)}{inputs}"
+    inputs = f" with {words(scheme.inputs)} inputs" if scheme.inputs else ""
+    return f"is {words(scheme.weights)}{inputs}"
 
 
-def _words(arguments: Args) -> str:
+def words(arguments: Args) -> str:
+    """`QuantizationArgs` in a few words."""
     size = f" of {arguments['group_size']}" if "group_size" in arguments else ""
     kind = "" if arguments["symmetric"] else " asymmetric"
     return f"{arguments['num_bits']}-bit{kind} by {arguments['strategy']}{size}"

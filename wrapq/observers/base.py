@@ -6,6 +6,7 @@ import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from typing import Any, Self
 
 import torch
@@ -25,6 +26,9 @@ from wrapq.quant.qparams import QParams
 from wrapq.quant.short_form import meant_word
 from wrapq.quant.spec import QuantSpec
 from wrapq.registry import Registry
+
+SHARED_BOUND: ContextVar[Tensor | None] = ContextVar("shared_bound", default=None)
+"""While a weight is rounded that shares its global scale with others: the largest magnitude, (1,), of them all."""
 
 
 class Observer(ABC):
@@ -76,6 +80,10 @@ class Observer(ABC):
         """The range chosen for a whole tensor at hand, such as a weight, without approximation. Keeps nothing."""
         return reduce_range(x, self.spec)
 
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """The smallest and largest element seen, where the range may be a part of that; else the range."""
+        return self.range()
+
     @property
     def empty(self) -> bool:
         """Whether no element has been seen."""
@@ -89,7 +97,9 @@ class Observer(ABC):
         """
         if self.empty:
             raise CalibrationError(f"{where}: saw no data, so no {self.spec} range can be chosen")
-        return checked_qparams(*self.range(), self.target, where)
+        chosen = self.range()
+        whole = chosen if self.target.local else self.bounds()  # a local spec's range is the global scale's own
+        return checked_qparams(*chosen, self.target, where, global_scale_for(*whole, self.target))
 
     def report(self) -> dict[str, dict[str, float]]:
         """What there is to say about the choice beside the range itself, by name; nothing unless overridden."""
@@ -147,17 +157,31 @@ def observe_tensor(x: Tensor, spec: QuantSpec, where: str) -> QParams:
     x = x.detach()
     if not x.numel():
         raise CalibrationError(f"{where}: an empty tensor of shape {tuple(x.shape)} has no {spec} range")
-    return checked_qparams(*observer.tensor_range(x), spec, where)
+    global_scale = weight_global_scale(*reduce_range(x, spec), spec) if spec.global_scale else None
+    return checked_qparams(*observer.tensor_range(x), spec, where, global_scale)
 
 
-def checked_qparams(low: Tensor, high: Tensor, spec: QuantSpec, where: str) -> QParams:
-    """The parameters for the ranges `low` to `high`; raises `CalibrationError` where one is not finite."""
+def weight_global_scale(low: Tensor, high: Tensor, spec: QuantSpec) -> Tensor | None:
+    """The global scale of a weight whose elements are `low` to `high`, or of all that share it (`SHARED_BOUND`)."""
+    bound = SHARED_BOUND.get()
+    return global_scale_for(low, high, spec) if bound is None else global_scale_for(-bound, bound, spec)
+
+
+def checked_qparams(
+    low: Tensor, high: Tensor, spec: QuantSpec, where: str, global_scale: Tensor | None = None
+) -> QParams:
+    """The parameters for the ranges `low` to `high`, relative to `global_scale` where the spec has one.
+
+    Raises:
+        CalibrationError: a range is not finite; the message starts with `where`.
+    """
     finite = torch.isfinite(low) & torch.isfinite(high)
     if not bool(finite.all()):
         kind = "NaN" if bool((torch.isnan(low) | torch.isnan(high)).any()) else "inf"
         bad, count = int((~finite).sum()), finite.numel()
         raise CalibrationError(f"{where}: the data holds {kind} ({bad} of {count} {spec} ranges are not finite)")
-    global_scale = global_scale_for(low, high, spec)
+    if global_scale is None:
+        global_scale = weight_global_scale(low, high, spec)
     if spec.local:
         return QParams(spec, torch.empty(0, device=low.device), global_scale=global_scale)
     return QParams(spec, *range_to_qparams(low, high, spec, global_scale), global_scale=global_scale)

@@ -10,10 +10,16 @@ import torch
 from torch import Tensor
 
 from wrapq.errors import CalibrationError, SpecError
-from wrapq.observers.base import OBSERVERS, Observer, make_observer, scale_rows
+from wrapq.observers.base import OBSERVERS, Observer, make_observer, scale_rows, weight_global_scale
 from wrapq.observers.histogram import HistogramObserver
 from wrapq.observers.mse import histogram_error
-from wrapq.quant.affine import effective_scale, fake_quantize_elements, global_scale_for, range_to_qparams
+from wrapq.quant.affine import (
+    effective_scale,
+    fake_quantize_elements,
+    global_scale_for,
+    range_to_qparams,
+    reduce_range,
+)
 from wrapq.quant.spec import QuantSpec
 
 BEST = "best"
@@ -73,9 +79,9 @@ class Compare(Observer):
         if not self.judge.finite():
             return next(iter(ranges.values()))
         counts, width = self.judge.histogram()
-        errors = {}
+        errors, whole = {}, global_scale_for(*self.bounds(), self.spec)
         for name, (low, high) in ranges.items():
-            scale, zero_point = self._parameters(low, high)
+            scale, zero_point = self._parameters(low, high, whole)
             errors[name] = histogram_error(counts, width, scale, zero_point, self.spec.dtype, 2.0).reshape(low.shape)
         return self._chosen(ranges, errors, int(counts.sum()))
 
@@ -83,12 +89,17 @@ class Compare(Observer):
         """The chosen observer's range for a whole tensor, by its actual error."""
         ranges = {name: observer.tensor_range(x) for name, observer in self.children.items()}
         rows, errors = scale_rows(x, self.spec).float(), {}
+        whole = weight_global_scale(*reduce_range(x, self.spec), self.spec) if self.spec.global_scale else None
         for name, (low, high) in ranges.items():
             if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
                 return low, high
-            difference = fake_quantize_elements(rows, *self._parameters(low, high), self.spec.dtype) - rows
+            difference = fake_quantize_elements(rows, *self._parameters(low, high, whole), self.spec.dtype) - rows
             errors[name] = difference.square_().sum(-1).reshape(low.shape)
         return self._chosen(ranges, errors, x.numel())
+
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """See `Observer.bounds`."""
+        return self.judge.bounds()
 
     def report(self) -> dict[str, dict[str, float]]:
         """For each observer the mean squared error, and the share of scales for which it was taken."""
@@ -121,8 +132,7 @@ class Compare(Observer):
     def _all(self) -> dict[str, Observer]:
         return {**self.children, "histogram": self.judge}
 
-    def _parameters(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
-        global_scale = global_scale_for(low, high, self.spec)
+    def _parameters(self, low: Tensor, high: Tensor, global_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
         scale, zero_point = range_to_qparams(low.reshape(-1, 1), high.reshape(-1, 1), self.spec, global_scale)
         return effective_scale(scale, global_scale), zero_point
 

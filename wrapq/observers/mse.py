@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from wrapq.observers.base import OBSERVERS, check_option, scale_rows
+from wrapq.observers.base import OBSERVERS, check_option, scale_rows, weight_global_scale
 from wrapq.observers.histogram import HistogramObserver, edges
 from wrapq.quant.affine import (
     effective_scale,
@@ -95,7 +95,7 @@ def search_range(
     rows = scale_rows(x, spec)  # [R, M]
     factors = factors_for(spec, grid, max_shrink)
     ends = low.reshape(-1, 1), high.reshape(-1, 1)
-    global_scale = global_scale_for(low, high, spec)
+    global_scale = weight_global_scale(low, high, spec)
     if rows.shape[0] == 1:
         best = _search(rows, *ends, factors, spec, norm, global_scale)
     else:

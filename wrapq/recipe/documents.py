@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from wrapq.errors import Problem, RecipeError
+from wrapq.recipe.provenance import Origin
 
 KeyPath = tuple[str, ...]
 MAX_BYTES = 1 << 20
@@ -37,6 +38,7 @@ class Document:
     data: dict[str, Any]
     lines: dict[KeyPath, int]
     text: str = field(repr=False)
+    origin: Origin | None = None
 
     def where(self, path: KeyPath = ()) -> str:
         """`label:line` of the key at `path`, or of its nearest parent."""

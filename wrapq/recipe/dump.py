@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import yaml
 
+from wrapq.errors import OutputError
 from wrapq.recipe.documents import plain_value
 from wrapq.recipe.schema import Recipe
 
@@ -23,13 +25,29 @@ defaults: # everything is written below; nothing is taken from the presets
 def to_yaml(recipe: Recipe) -> str:
     """The recipe as the text of a recipe file, complete, so that later changes of presets do not change it."""
     header = _HEADER.format(lines="\n".join(f"  - override /{group}: null" for group in _GROUPS))
-    return header + yaml.dump(_data(recipe), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+    return header + dump_data(_data(recipe))
+
+
+def dump_data(data: dict[str, Any]) -> str:
+    """Plain data as YAML that `parse_document` reads back unchanged."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 def _data(recipe: Recipe) -> dict[str, Any]:
     data = recipe.model_dump()
     data["rules"] = {name: rule.model_dump(exclude_defaults=True) for name, rule in recipe.rules.items()}
     return data
+
+
+def write_new(path: Path, text: str) -> None:
+    """Write `text` as the new file `path`; raises `OutputError` when it is there already or cannot be written."""
+    try:
+        with path.expanduser().open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError as error:
+        raise OutputError(f"{path} is there already; nothing was overwritten") from error
+    except (OSError, ValueError) as error:
+        raise OutputError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 class _Dumper(yaml.SafeDumper):

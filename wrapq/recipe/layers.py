@@ -39,7 +39,7 @@ class Layers:
         entry = package[:2]
         if len(entry) == 2 and entry[0] in ORDERED and self.get(entry) is None:
             self._unplaced.add(entry)
-        self.merge(package, body, lambda path: Source(document.where(path[len(package) :]), choice))
+        self.merge(package, body, lambda path: Source(document.where(path[len(package) :]), choice, document.origin))
 
     def merge(self, path: KeyPath, value: Any, source: Callable[[KeyPath], Source]) -> None:
         """Merge `value` into the tree at `path`, making the mappings on the way."""
@@ -105,7 +105,8 @@ class Layers:
 
     def _merge(self, parent: dict[str, Any], key: str, path: KeyPath, value: Any, source: Callable) -> None:
         if not isinstance(value, dict):
-            self._forget(path)
+            if isinstance(parent.get(key), dict):
+                self._forget(path)
             parent[key] = value
             self.sources[path] = source(path)
             return
@@ -121,7 +122,6 @@ class Layers:
 
     def _make_mapping(self, parent: dict[str, Any], key: str, path: KeyPath, source: Callable) -> None:
         before = parent.get(key)
-        self._forget(path)
         parent[key] = {}
         if isinstance(before, str) and before != FLOAT and is_spec(path):
             self._take_apart(parent, key, path, before)

@@ -6,8 +6,10 @@ is read and checked once. What a recipe may not do (set up the machine, hold cod
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -15,15 +17,17 @@ from wrapq.errors import Problem, RecipeError
 from wrapq.recipe.content import content_problems
 from wrapq.recipe.documents import Document, read_document
 from wrapq.recipe.presets import GROUPS, SETTINGS_GROUPS, SUFFIX, Root, option_names, preset_roots
+from wrapq.recipe.provenance import Origin
 
 PRIMARY = "config"
+_MAX_PATH = 1024
 _PACKAGE_HEADER = re.compile(r"^#\s*@package\s+(\S+)", re.MULTILINE)
 RECIPE = "recipe"
 _SETTINGS_REASON = "belongs to the machine, not to a recipe: set it on the command line"
 
 
 class Library:
-    """The files under some roots, in order of look-up, and perhaps one recipe file chosen by its path."""
+    """The files under some roots, and perhaps one recipe file chosen by its path with the files beside it."""
 
     def __init__(self, extra_dirs: Sequence[Path] = (), recipe_file: Path | None = None) -> None:
         self.roots = preset_roots(extra_dirs)
@@ -54,6 +58,7 @@ class Library:
             if found is None:
                 raise RecipeError([Problem(config_path, "no such preset")])
             document = read_document(found[0], found[1])
+            document = replace(document, origin=self._origin(config_path, found[0], document.text))
             problems = [
                 *content_problems(document),
                 *_package_problems(config_path, document),
@@ -99,11 +104,14 @@ class Library:
             return shipped.conf / f"{PRIMARY}{SUFFIX}", f"conf/{PRIMARY}{SUFFIX}"
         if self.recipe_file and config_path == f"{RECIPE}/{self.recipe_file.stem}":
             return self.recipe_file, _label(self.recipe_file)
+        found: dict[Path, Path] = {}
         for folder, rest in self._folders(config_path):
             path = folder / f"{rest}{SUFFIX}"
-            if rest and len(str(path)) < 1024 and path.is_file():
-                return path, self._label_of(path)
-        return None
+            if rest and len(str(path)) < _MAX_PATH and path.is_file() and _within(path, folder):
+                found.setdefault(path.resolve(), path)
+        if len(found) > 1:
+            raise RecipeError([_clash(config_path, [self._named(path) for path in found.values()])])
+        return next(((path, self._label_of(path)) for path in found.values()), None)
 
     def _folders(self, config_path: str) -> Iterable[tuple[Path, str]]:
         group, _, rest = config_path.strip("/").partition("/")
@@ -122,12 +130,23 @@ class Library:
             return [path.stem for path in sorted(folder.glob(f"*{SUFFIX}"))]
         return [name for name in option_names(folder) if name.partition("/")[0] not in GROUPS]
 
+    def _root_of(self, path: Path) -> Root | None:
+        folders = ((root, folder) for root in self.roots for folder in (root.conf, root.recipes))
+        return next((root for root, folder in folders if path.is_relative_to(folder)), None)
+
     def _label_of(self, path: Path) -> str:
-        for root in self.roots:
-            for folder in (root.conf, root.recipes):
-                if path.is_relative_to(folder):
-                    return _shipped_label(root, path) if root.name == "wrapq" else _label(path)
-        return _label(path)
+        root = self._root_of(path)
+        return _shipped_label(root, path) if root and root.name == "wrapq" else _label(path)
+
+    def _named(self, path: Path) -> str:
+        root = self._root_of(path)
+        return f"{self._label_of(path)} of {root.name} {root.version}".strip() if root else _label(path)
+
+    def _origin(self, config_path: str, path: Path, text: str) -> Origin:
+        root, digest = self._root_of(path), hashlib.sha256(text.encode()).hexdigest()
+        if root is None:
+            return Origin(config_path, path.name, "", digest)
+        return Origin(config_path, root.package, root.version, digest)
 
     def _settings_problems(self, config_path: str, document: Document) -> list[Problem]:
         if config_path == PRIMARY or config_path.split("/")[0] in SETTINGS_GROUPS:
@@ -144,6 +163,17 @@ class Library:
                 where = f"{_where_in_defaults(document, written)}: defaults"
                 problems.append(Problem(where, f"{min(touched)} {_SETTINGS_REASON}: {written}"))
         return problems
+
+
+def _clash(config_path: str, places: Sequence[str]) -> Problem:
+    group, _, name = config_path.partition("/")
+    what = f"{group}={name} is the name of {len(places)} presets: {' and '.join(places)}"
+    return Problem("", what, remedy="rename one, or name a recipe by its file")
+
+
+def _within(path: Path, folder: Path) -> bool:
+    # a link in somebody's presets must not lead to the files of whoever runs them
+    return path.resolve().is_relative_to(folder.resolve())
 
 
 def _package_problems(config_path: str, document: Document) -> list[Problem]:

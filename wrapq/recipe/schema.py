@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,6 +21,7 @@ from wrapq.recipe.spec_patch import SpecPatch
 Positive = Annotated[int, Field(ge=1)]
 _ORDERED = ("rules", "stack")
 _LAYERS = re.compile(r"-?\d+|(-?\d+)?:(-?\d+)?")
+_PERCENT = re.compile(r"-?\d+(\.\d+)? ?%")
 
 
 def _folder_name(text: str) -> str:
@@ -43,6 +45,13 @@ def _layers(value: Any, _: Any) -> int | str | None:
     raise ValueError(f"{value!r} should be a block's index such as 3 or -1, or a range such as 0:8")
 
 
+def _bound(value: Any, _: Any) -> float | str | None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value is None or (number and math.isfinite(value)) or (isinstance(value, str) and _PERCENT.fullmatch(value)):
+        return value
+    raise ValueError(f"{value!r} should be a number such as 4.5, or a share such as 2%")
+
+
 Texts = Annotated[str | list[str] | None, WrapValidator(_texts)]
 """One text or several."""
 Name = Annotated[
@@ -53,6 +62,10 @@ Name = Annotated[
 """The name of a recipe, which becomes the name of a folder."""
 EntryName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", min_length=1, max_length=100)]
 """The name of a rule or a stage; no dot, since it is one step of a dotted path."""
+
+
+Bound = Annotated[float | str | None, WrapValidator(_bound)]
+"""A number, or a share such as `2%`; None asks nothing."""
 
 
 class _Closed(BaseModel):
@@ -160,6 +173,8 @@ class Evaluation(_Open):
     """Tokens per sequence."""
     batch_size: Positive = 8
     """Sequences per forward pass."""
+    compare_schedules: bool = False
+    """Whether the result of the other calibration schedule is measured too; it is calibrated for that, and not kept."""
 
 
 class Export(_Open):
@@ -167,6 +182,33 @@ class Export(_Open):
 
     format: Annotated[str, Field(min_length=1)] = "none"
     """The exporter's registered name, compressed_tensors or a plug-in's; `none` writes no copy."""
+
+
+class Goals(_Closed):
+    """What the quantized model should reach; a run says which goals it met, and its exit status follows."""
+
+    perplexity: Bound = None
+    """At most this perplexity."""
+    perplexity_increase: Bound = None
+    """At most this much more perplexity than the float model, such as 2%."""
+    kl: Bound = None
+    """At most this mean divergence from the float model's predictions, in nats per token."""
+    top1_agreement: Bound = None
+    """At least this share of tokens for which the float model predicts the same, such as 95%."""
+    bits_per_weight: Bound = None
+    """At most this many bits per quantized weight, scales and zero points included."""
+    size_mb: Bound = None
+    """At most this large a file of weights, in MB of a million bytes."""
+    seconds: Bound = None
+    """At most this long a run."""
+
+    def bounds(self) -> dict[str, float]:
+        """The goals that are set, by the name of their metric."""
+        return {name: _number(value) for name in Goals.model_fields if (value := getattr(self, name)) is not None}
+
+
+def _number(value: float | str) -> float:
+    return float(value.rstrip("% ")) / 100 if isinstance(value, str) else float(value)
 
 
 class Recipe(_Closed):
@@ -192,18 +234,30 @@ class Recipe(_Closed):
     """Whether the result is also written in another project's format."""
     seed: int = 0
     """The seed of everything random outside calibration."""
+    goals: Goals = Goals()
+    """What the quantized model should reach."""
 
     def digest(self) -> str:
-        """SHA-256, in hex, of what decides the result: all but `name` and `description`, which are labels.
+        """SHA-256, in hex, of what decides the result: all but `name` and `description`, which are labels, and `goals`,
+        which judge the result.
 
         Key order counts only where it has a meaning: among rules and among stages. Keys left out and keys written with
         their default are the same.
         """
-        data = self.model_dump(mode="json", exclude={"name", "description"})
+        data = self.model_dump(mode="json", exclude={"name", "description", "goals"})
         for key in _ORDERED:
             data[key] = list(data[key].items())
         text = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Register(_Closed):
+    """The entry of a finished model in MLflow's model registry."""
+
+    name: Annotated[str, Field(min_length=1, pattern=r"^[^/:.]+$")]
+    """The registered model, of which the run becomes the next version."""
+    alias: Annotated[str, Field(min_length=1, pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")] | None = None
+    """What the version is called from then on, such as `candidate`."""
 
 
 class Tracking(_Closed):
@@ -215,6 +269,8 @@ class Tracking(_Closed):
     """A tracking server; the local database under the outputs folder when not given."""
     experiment: Annotated[str, Field(min_length=1)] = "wrapq"
     """The MLflow experiment."""
+    register_as: Register | None = None
+    """Enters the model of every run that finishes in the registry, its files being uploaded; null: none."""
 
 
 class Runtime(_Closed):
@@ -249,6 +305,24 @@ class Paths(_Closed):
         return Path(self.cache or Path(self.outputs) / "cache").expanduser()
 
 
+class Sweep(_Open):
+    """Which jobs a sweep consists of and how they are judged; the sampler's options stand beside it."""
+
+    sampler: Annotated[str, Field(min_length=1)] = "grid"
+    """The sampler's registered name: grid, optuna."""
+    name: Name = "sweep"
+    """The folder under `outputs/` and the MLflow run are called by it."""
+    minimize: Texts = "kl"
+    """The metric that decides the winner, or several of which the first does; the names are those of `goals`."""
+
+
+class Launcher(_Open):
+    """What runs the jobs of a sweep; the launcher's options stand beside it."""
+
+    kind: Annotated[str, Field(min_length=1)] = "local"
+    """The launcher's registered name: local, joblib, slurm, ray."""
+
+
 class Settings(_Closed):
     """The machine: not part of a recipe, nor of its digest."""
 
@@ -258,3 +332,7 @@ class Settings(_Closed):
     """How the machine is used."""
     paths: Paths = Paths()
     """Where files go."""
+    sweep: Sweep = Sweep()
+    """Which jobs `wrapq sweep` runs."""
+    launcher: Launcher = Launcher()
+    """What runs the jobs of `wrapq sweep`."""

@@ -23,6 +23,7 @@ from rich.text import Text
 from wrapq.engine.export import Exported
 from wrapq.engine.progress import Progress
 from wrapq.engine.run import RunResult
+from wrapq.report.figures import goal_lines
 from wrapq.report.plan import megabytes
 
 
@@ -88,9 +89,12 @@ _TITLES = {"weights": "weights quantized", "quantized": "all quantized"}
 def show_result(console: Console, result: RunResult, tokens: int) -> None:
     """The end of `wrapq run`."""
     console.print(quality_table(result.metrics, result.sizes))
+    for line in goal_lines(result.goals):
+        console.print(line)
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in result.seconds.items() if name != "total")
     console.print(f"\nmeasured on {tokens:,} tokens; {result.seconds['total']:.1f} s in all: {seconds}")
     console.print(f"model and record: {result.folder}")
+    console.print(f"to read: {result.folder / 'report.html'}")
     if result.kernels:
         console.print(f"kernels here: {result.kernels}")
     if result.run_id:

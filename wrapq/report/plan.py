@@ -9,8 +9,8 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from wrapq.report.folding import fold
 from wrapq.resolve.exporter import Exporter, make_exporter
+from wrapq.resolve.folding import fold
 from wrapq.resolve.plan import ModulePlan, Plan
 
 _SHORT = 12  # digits of a digest that are shown
@@ -81,7 +81,8 @@ def _stages(plan: Plan) -> Table:
 def _export(plan: Plan, exporter: Exporter) -> Text:
     """Which format is written, and what it says a little differently; what it cannot say has been refused."""
     said = _called(plan.recipe.export.format, exporter.options.model_dump())
-    return Text("\n  ".join([f"export {said}", *(f"note: {note}" for note in exporter.notes(plan))]))
+    notes = (f"note: {note}" for note in exporter.notes(plan))
+    return Text("\n  ".join([f"export {said}", *exporter.layers(plan), *notes]))
 
 
 def _called(name: str, options: Mapping[str, Any]) -> str:

@@ -72,26 +72,26 @@ def _check_weight(site: Site, spec: QuantSpec) -> None:
 
 
 def _check_activation(site: Site, point: Point, spec: QuantSpec) -> None:
-    fixed = point.fixed_axes
+    fixed = site.wrapper.fixed_axes(site.module, point) if site.wrapper is not None else point.fixed_axes
     if spec.granularity == "block" and not spec.dynamic:
         raise SpecError(
             f"{spec}: fixed blocks have rows, and so no meaning for tensors of varying length: use groups, or add dyn"
         )
-    if spec.granularity == "head" and (fixed is None or _HEADS not in fixed):
+    if spec.granularity == "head" and (point.fixed_axes is None or _HEADS not in point.fixed_axes):
         having = [p.name for p in site.points if p.fixed_axes is not None and _HEADS in p.fixed_axes]
         has = f"of {type(site.module).__name__} only {', '.join(having)} have" if having else "it has none"
         raise SpecError(f"{spec}: one scale for each attention head, and {has}: use tensor, or token with dyn")
     if spec.granularity == "channel":
-        _check_channels(point, spec)
+        _check_channels(point, spec, fixed)
     if spec.granularity == "group":
         if fixed is not None and -1 not in fixed:
-            raise SpecError(f"{spec}: the last axis of {point.name} is as long as the text, so it has no groups")
+            raise SpecError(f"{spec}: the last axis of {point.name} is as long as the data, so it has no groups")
         if site.wrapper is not None and (width := site.wrapper.width(site.module, point.name)) is not None:
             _check_groups(spec, (1,) * (_ACTIVATION_RANK - 1) + (width,))
 
 
-def _check_channels(point: Point, spec: QuantSpec) -> None:
-    axis, fixed = spec.axis or 0, point.fixed_axes
+def _check_channels(point: Point, spec: QuantSpec, fixed: tuple[int, ...] | None) -> None:
+    axis = spec.axis or 0
     if axis >= 0 and (fixed is None or -1 in fixed):
         raise SpecError(f"{spec}: an activation's channels are its last axis: write channel@-1 (axis: -1)")
     if fixed is not None and axis not in fixed and (axis >= 0 or not spec.dynamic):

@@ -68,6 +68,10 @@ class Exporter(ABC):
             ModelError: the other project does not load the files, or loads only some of them.
         """
 
+    def layers(self, plan: Plan) -> Iterable[str]:
+        """What the format calls each kind of quantized layer in `plan`, and how many there are."""
+        return ()
+
     def notes(self, plan: Plan) -> Iterable[str]:
         """What is said a little differently in the format than in `plan`."""
         return ()

@@ -26,6 +26,7 @@ from wrapq.resolve.shards import Renamed, Shards
 
 PACKAGED = "wrapq://"
 _GENERATION = "generation_config.json"
+_SHOWN = 80
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -171,7 +172,15 @@ def _locate(path: str) -> str:
         if not (assets / name).is_dir():
             raise _no_model(path, [f"{PACKAGED}{close}" for close in alike(name, [f.name for f in assets.iterdir()])])
         return str(assets / name)
-    folder = Path(path).expanduser()
+    try:
+        folder = Path(path).expanduser()
+        folder.lstat()
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL in it, a home that is nobody's
+        shown = path if len(path) <= _SHOWN else f"{path[:_SHOWN]}..."
+        what = f"cannot be a folder: {shown!r} ({getattr(error, 'strerror', None) or error})"
+        raise PlanError([Problem("model.path", what)]) from None
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise PlanError([Problem("model.path", f"{path} holds no config.json, so it is not a model")])

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from wrapq.quant.spec import QuantSpec
+from wrapq.recipe.provenance import Origin
 from wrapq.recipe.schema import Recipe
 
 
@@ -102,6 +103,8 @@ class Plan(_Frozen):
     stages: tuple[StagePlan, ...]
     estimate: Estimate
     notes: tuple[str, ...] = ()
+    presets: tuple[Origin, ...] = ()
+    """The files that set the recipe's keys."""
 
     def specs(self) -> dict[str, dict[str, QuantSpec]]:
         """For each module the spec of each of its points."""

@@ -11,7 +11,7 @@ from torch import nn
 
 from wrapq.calibration.blocks import Blocks, find_blocks
 from wrapq.calibration.sources.base import SOURCES, Source
-from wrapq.errors import CalibrationError, PlanError, Problem, RecipeError, SpecError, UnknownNameError
+from wrapq.errors import CalibrationError, PlanError, Problem, RecipeError, SpecError, UnknownNameError, Unread
 from wrapq.recipe.schema import Calibration, Evaluation, Export, Recipe, Rule
 from wrapq.resolve.checks import build_spec, tied_problems, weight_shape
 from wrapq.resolve.estimate import estimate
@@ -96,6 +96,7 @@ def resolve_model(recipe: Recipe, model: nn.Module, stack: Sequence[StackEntry],
         stages=stages,
         estimate=estimate(model, resolved.modules, recipe, needs_data),
         notes=tuple(transforms.notes),
+        presets=sources.origins(),
     )
     check_export(plan)
     return plan
@@ -199,7 +200,7 @@ def _check_export(config: Export, sources: Sources) -> list[Problem]:
     if config.format == NONE:
         what = "nothing reads it: export.format is none"
         return [
-            Problem(sources.where(f"export.{key}"), what, (), "choose a format: export=...") for key in config.options
+            Unread(sources.where(f"export.{key}"), what, (), "choose a format: export=...") for key in config.options
         ]
     try:
         kind = EXPORTERS.get(config.format)
@@ -217,7 +218,8 @@ def _unread(recipe: Recipe, needs_data: bool, sources: Sources) -> list[Problem]
     """Keys of the calibration that a recipe or the command line set although no stage looks at data."""
     if needs_data:
         return []
-    said = [leaf for leaf in sources.leaves if leaf.startswith("calibration.")]
+    read = ("calibration.", "evaluation.compare_schedules")
+    said = [leaf for leaf in sources.leaves if leaf.startswith(read)]
     said = [leaf for leaf in said if not str(sources.leaves[leaf]).startswith("conf/")]
     what = "nothing reads it: no stage of this recipe looks at calibration data"
-    return [Problem(sources.where(leaf), what, (), "leave it out") for leaf in said]
+    return [Unread(sources.where(leaf), what, (), "leave it out") for leaf in said]

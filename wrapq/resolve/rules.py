@@ -10,6 +10,7 @@ from wrapq.calibration.blocks import Blocks
 from wrapq.errors import Problem, nearest
 from wrapq.quant.short_form import parse_fields
 from wrapq.quant.spec import FLOAT
+from wrapq.recipe.provenance import Origin
 from wrapq.recipe.schema import Rule
 from wrapq.resolve.selectors import Site, broken_patterns, explain_no_match, select
 from wrapq.wrappers.base import Point
@@ -49,6 +50,11 @@ class Sources:
             probe = probe.rpartition(".")[0]
         below = (source for leaf, source in self.leaves.items() if leaf.startswith(f"{path}."))
         return str(next(below, "the recipe"))
+
+    def origins(self) -> tuple[Origin, ...]:
+        """The preset files among the sources, by name."""
+        found = {origin for source in self.leaves.values() if (origin := getattr(source, "origin", None))}
+        return tuple(sorted(found, key=lambda origin: origin.preset))
 
     def where(self, path: str) -> str:
         """The source of `path`, then the path itself, as problems quote it."""

@@ -48,9 +48,11 @@ def check_stack(recipe: Recipe, sources: Sources) -> tuple[list[StackEntry], lis
             valid = [*algorithm.Options.model_fields, *Stage.model_fields]
             problems += option_problems(error, f"stack.{name}", valid, stage.algorithm, sources)
             continue
-        if "cross" in algorithm(options).needs and recipe.calibration.schedule == "parallel":
+        parallel = recipe.calibration.schedule == "parallel"
+        if "cross" in algorithm(options).needs and (parallel or recipe.evaluation.compare_schedules):
             what = "asymmetric calibration looks at what the quantized blocks before give, and parallel runs none"
-            remedy = "set calibration.schedule=sequential"
+            said = "calibration.schedule=sequential" if parallel else "evaluation.compare_schedules=false"
+            remedy = f"set {said}"
             problems.append(Problem(sources.where(f"stack.{name}"), what, (), remedy))
         for rule in stage.rules or ():
             if rule not in recipe.rules:
@@ -110,7 +112,7 @@ def plan_stages(
             problems.append(
                 Problem(where, what, (), f"remove the stage with ~stack.{entry.name}, or add a rule for it")
             )
-        problems += _without_hessian(entry, points, where)
+        problems += _without_statistics(entry, points, where)
         problems += _unsupported(entry, points, where)
         twice = sorted({owner[target] for target in targets if target in owner})
         if twice:
@@ -149,10 +151,10 @@ def _plan_transform(
     return _stage(entry, targets, entry.needs, sources), problems
 
 
-def _without_hessian(
+def _without_statistics(
     entry: StackEntry, points: Sequence[tuple[ModulePlan, PointPlan]], where: str
 ) -> Iterator[Problem]:
-    others = [module for module, _ in points if not module.multiplies] if "hessian" in entry.needs else []
+    others = [module for module, _ in points if not module.multiplies] if entry.needs else []
     if others:
         kinds = ", ".join(sorted({module.type for module in others}))
         what = (

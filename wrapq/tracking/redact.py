@@ -15,6 +15,7 @@ _SECRET_KEY = re.compile(
     r"credentials?|authorization)(?:[^a-z]|$)"
 )
 _COUNT_KEY = re.compile(r"(?:^|[^a-z])tokens(?:[^a-z]|$)")  # `evaluation.tokens: 16384` is a count
+_FILE = re.compile(r"(?:~?/|\.{1,2}/|[A-Za-z]:[\\/])|.*\.(?:npy|safetensors)$")  # a data source says `tokens:PATH`
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 _NUMBER = re.compile(r"[+-]?\d[\d_,]*(?:\.\d*)?(?:[eE][+-]?\d+)?$")
 _HARMLESS = re.compile(r"(?i)(?:null|none|true|false|~|\[\]|\{\})?$")
@@ -38,14 +39,15 @@ def is_secret(key: str, value: object = "unknown") -> bool:
     """Whether a value under `key` must not be recorded.
 
     A key is secret when one of its words is token, secret, password, api_key, access_key, private_key, credential or
-    authorization, in any case and plural. Numbers under a plural `tokens` are counts, and true, false, null and the
-    empty string hide nothing.
+    authorization, in any case and plural. Under a plural `tokens` numbers are counts and paths are data; true, false,
+    null and the empty string hide nothing.
     """
     words = _CAMEL.sub("_", key).lower()
     if not _SECRET_KEY.search(words):
         return False
     text = str(value).strip().strip("\"'")
-    return not _HARMLESS.match(text) and not (_COUNT_KEY.search(words) and _NUMBER.match(text))
+    plain = _COUNT_KEY.search(words) and (_NUMBER.match(text) or _FILE.match(text))
+    return not _HARMLESS.match(text) and not plain
 
 
 def redact_value(key: str, value: Any) -> str:

@@ -8,7 +8,8 @@ none is stored.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from wrapq.errors import ModelError
 from wrapq.wrappers.base import Point, Wrapper
+from wrapq.wrappers.quantizer import VISIBLE
 from wrapq.wrappers.registry import WRAPPERS
 
 IMPLEMENTATION = "wrapq"
@@ -101,10 +103,13 @@ def attention_forward(
         key, value = key.repeat_interleave(repeat, dim=1), value.repeat_interleave(repeat, dim=1)
     query = q("query", query, _HEADS_FIRST)
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if attention_mask is not None:
-        # what the mask will hide must not enter a statistic; zero is in every range
-        scores = scores.masked_fill(attention_mask < 0, 0.0)
-    scores = q("scores", scores, _HEADS_FIRST)
+    if attention_mask is None:
+        scores = q("scores", scores, _HEADS_FIRST)
+    else:
+        hidden = attention_mask < 0
+        scores = scores.masked_fill(hidden, 0.0)  # what a dynamic range must not see either; zero is in every range
+        with _visible(scores, hidden):
+            scores = q("scores", scores, _HEADS_FIRST)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     for term in (position_bias, attention_mask):
@@ -112,6 +117,21 @@ def attention_forward(
     probs = q("probs", scores.softmax(-1, dtype=torch.float32).to(query.dtype), _HEADS_FIRST)
     probs = nn.functional.dropout(probs, p=dropout, training=module.training)
     return q("context", (probs @ value).transpose(1, 2).contiguous()), probs
+
+
+@contextmanager
+def _visible(scores: Tensor, hidden: Tensor) -> Iterator[None]:
+    """While this holds, only scores [B, H, T, S] that are not `hidden` enter a statistic.
+
+    A mask with heads of its own says nothing here: what it hides counts as zero.
+    """
+    shared = hidden.dim() == len(scores.shape) and hidden.shape[1] == 1
+    batch, _, queries, keys = scores.shape
+    token = VISIBLE.set(~hidden[:, 0].expand(batch, queries, keys) if shared else None)
+    try:
+        yield
+    finally:
+        VISIBLE.reset(token)
 
 
 def _unquantized(point: str, x: Tensor, token_dim: int = 1) -> Tensor:

@@ -75,6 +75,11 @@ class Wrapper(nn.Module):
         """The size of the last axis of what comes to an activation point of `module`; None where it is not known."""
         return None
 
+    @classmethod
+    def fixed_axes(cls, module: nn.Module, point: Point) -> tuple[int, ...] | None:
+        """`Point.fixed_axes` of a point of this very `module`; None where it is not known."""
+        return point.fixed_axes
+
     @staticmethod
     def to_matrix(weight: Tensor) -> Tensor:
         """The weight as the matrix [N, K] that specs and algorithms speak of: N outputs, K inputs."""

@@ -73,6 +73,11 @@ class Conv(Leaf):
     points = (WEIGHT, *_IMAGES)
 
     @classmethod
+    def fixed_axes(cls, module: nn.Module, point: Point) -> tuple[int, ...] | None:
+        """See `Wrapper.fixed_axes`: channels lie before the dimensions of the image, which the data decides."""
+        return (-1 - len(cast(nn.Conv2d, module).kernel_size),)
+
+    @classmethod
     def multiplies(cls, module: nn.Module) -> bool:
         """True unless there are groups, whose output channels see different inputs: no one matrix is what all meet."""
         return module.groups == 1

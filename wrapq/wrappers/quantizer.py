@@ -29,6 +29,10 @@ PADDING: ContextVar[Tensor | None] = ContextVar("padding", default=None)
 """Mask [B, T] of the real tokens of the batch being run, or None where every token is real."""
 
 
+VISIBLE: ContextVar[Tensor | None] = ContextVar("visible", default=None)
+"""While attention scores are observed: mask [B, T, S] of those that the attention mask does not hide."""
+
+
 class Stream(Protocol):
     """The forward that is running, where a walk of calibration data runs it."""
 
@@ -213,9 +217,14 @@ def real_tokens(x: Tensor, token_dim: int) -> Tensor:
 
     Batch is dimension 0 and tokens are `token_dim`, or both are one in a matrix [B * T, K]. A tensor that all of the
     batch share, as they share positions, has a real token where any of them has. One of any other shape is left whole.
-    Batch and tokens become one dimension, where the tokens were: of [B, H, T, D] what is left is [H, tokens, D].
+    Batch and tokens become one dimension, where the tokens were: of [B, H, T, D] what is left is [H, tokens, D]. Of
+    attention scores [B, H, T, S] it is those that are not masked, [H, scores, 1].
     """
-    mask = PADDING.get()
+    mask, visible = PADDING.get(), VISIBLE.get()
+    if visible is not None:
+        if mask is not None and mask.shape == visible.shape[:2]:
+            visible = visible & mask[..., None]
+        return x.transpose(0, 1)[:, visible, None]
     if mask is None:
         return x
     if x.dim() == 2 and x.shape[0] == mask.numel():

@@ -18,8 +18,12 @@ def find_files(path: str, suffixes: tuple[str, ...]) -> list[Path]:
     Raises:
         CalibrationError: nothing is there (with the nearest names of the folder), or the folder has no such file.
     """
-    where = Path(path).expanduser()
-    if not where.exists():
+    try:
+        where = Path(path).expanduser()
+        there = where.exists()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL in it, a home that is nobody's
+        raise CalibrationError(f"data file {path[:80]!r} cannot be read: {error}") from None
+    if not there:
         raise CalibrationError(f"data file {path!r} does not exist{_neighbours(where)}")
     if where.is_file():
         return [where]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from wrapq.report.folding import fold
+from wrapq.resolve.folding import fold
 
 Row = tuple[str, str]
 

@@ -1,0 +1,68 @@
+"""What a run reached against what its recipe asks for."""
+
+from __future__ import annotations
+
+import pytest
+
+from wrapq.engine.goals import all_met, figures, judge
+from wrapq.errors import RecipeError
+from wrapq.recipe.compose import compose
+from wrapq.recipe.schema import Goals
+
+STAGES = {
+    "float": {"perplexity": 20.0},
+    "quantized": {"perplexity": 20.5, "kl": 0.01, "top1_agreement": 0.95},
+}
+REACHED = figures(STAGES, {"quantized": 5_500_000}, {"total": 3.0}, 4.25)
+
+
+def test_figures_are_those_that_goals_name() -> None:
+    assert REACHED.keys() == set(Goals.model_fields)
+    assert REACHED["perplexity_increase"] == pytest.approx(0.025)
+    assert REACHED["size_mb"] == 5.5
+
+
+@pytest.mark.parametrize(
+    ("goals", "met"),
+    [
+        ({"perplexity_increase": "2.5%"}, True),
+        ({"perplexity_increase": "2.4%"}, False),
+        ({"perplexity_increase": 0.03}, True),
+        ({"top1_agreement": "95%"}, True),
+        ({"top1_agreement": 0.951}, False),
+        ({"bits_per_weight": 4.25, "size_mb": 5.5, "seconds": 3, "kl": 0.01, "perplexity": 20.5}, True),
+        ({"bits_per_weight": 4.5, "size_mb": 5.4}, False),
+        ({}, True),
+    ],
+)
+def test_verdict(goals: dict[str, object], met: bool) -> None:
+    verdicts = judge(Goals.model_validate(goals), REACHED)
+    assert verdicts.keys() == goals.keys()
+    assert all_met(verdicts) is met
+    assert all((verdict.excess() <= 0) is verdict.met for verdict in verdicts.values())
+
+
+def test_a_figure_that_is_not_there_meets_no_goal() -> None:
+    (verdict,) = judge(Goals(bits_per_weight=8), figures(STAGES, {"quantized": 1}, {"total": 1}, None)).values()
+    assert (verdict.value, verdict.met) == (None, False)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("goals.perplexity_incrase=2%", "did you mean: perplexity_increase"),
+        ("goals.kl=little", "should be a number such as 4.5, or a share such as 2%"),
+        ("goals.kl=true", "should be a number"),
+        ("goals.kl=.nan", "should be a number"),
+    ],
+)
+def test_a_goal_that_makes_no_sense_is_refused(override: str, said: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        compose([override])
+    assert said in str(caught.value)
+
+
+def test_goals_do_not_decide_the_result() -> None:
+    plain, asked = compose([]).recipe, compose(["goals.perplexity_increase=2%"]).recipe
+    assert asked.goals.bounds() == {"perplexity_increase": 0.02}
+    assert asked.digest() == plain.digest()

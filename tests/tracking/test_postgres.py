@@ -1,0 +1,74 @@
+"""Four processes write at once, each several runs, to a real MLflow server on a real PostgreSQL: nothing is lost."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from tests.tracking.postgres import postgres
+from tests.tracking.server import Server
+from wrapq.tracking.outbox import Outbox
+
+WRITERS, RUNS, POINTS = 4, 3, 200
+PROGRAM = """
+import sys
+from pathlib import Path
+from wrapq.tracking.mlflow import MLflowTracker
+uri, folder, writer, runs, points = sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
+for run in range(runs):
+    place = folder / f"{writer}-{run}"
+    place.mkdir()
+    tracker = MLflowTracker(uri, "team", folder)
+    tracker.start(f"{writer}-{run}", {"writer": writer}, {f"p{i}": i for i in range(120)}, place, wait=False)
+    for step in range(points):
+        tracker.metrics({"m": step, "n": -step}, step)
+    (place / "notes.md").write_text(f"{writer} {run}")
+    tracker.artifact(place / "notes.md")
+    tracker.finish()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_four_writers_at_once(tmp_path: Path) -> None:
+    with postgres() as database:
+        server = Server(tmp_path, backend=database).start(300)
+        try:
+            start = time.perf_counter()
+            arguments = [server.uri, str(tmp_path)]
+            writers = [
+                subprocess.Popen([sys.executable, "-c", PROGRAM, *arguments, f"w{i}", str(RUNS), str(POINTS)])
+                for i in range(WRITERS)
+            ]
+            assert [writer.wait(600) for writer in writers] == [0] * WRITERS
+            seconds = time.perf_counter() - start
+            check(server.uri, tmp_path, seconds)
+        finally:
+            server.kill()
+
+
+def check(uri: str, folder: Path, seconds: float) -> None:
+    client = MlflowClient(tracking_uri=uri)
+    (experiment,) = [e for e in client.search_experiments() if e.name == "team"]
+    runs = client.search_runs([experiment.experiment_id])
+    assert sorted(run.info.run_name for run in runs) == sorted(f"w{i}-{j}" for i in range(WRITERS) for j in range(RUNS))
+    sent = found = 0
+    for run in runs:
+        outbox = Outbox(folder / run.info.run_name)
+        assert (outbox.sent().count, outbox.sent().rejected) == (outbox.count(), [])
+        assert run.info.status == "FINISHED"
+        assert len(run.data.params) == 120
+        for key, sign in (("m", 1), ("n", -1)):
+            points = client.get_metric_history(run.info.run_id, key)
+            assert [(p.step, p.value) for p in points] == [(i, sign * i) for i in range(POINTS)]
+            found += len(points)
+        assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["notes.md"]
+        sent += outbox.count()
+    expected = WRITERS * RUNS * POINTS * 2
+    print(f"\n{len(runs)} runs, {sent} records sent, {found} of {expected} points found, {seconds:.1f} s")
+    assert found == expected

@@ -1,0 +1,35 @@
+"""A finished model in MLflow's model registry, found by its alias, downloaded and loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from mlflow import MlflowClient
+from mlflow.artifacts import download_artifacts
+
+import wrapq
+from wrapq.tracking.outbox import Outbox, Sent
+from wrapq.tracking.sync import sync
+
+
+def test_a_registered_model_is_downloaded_by_its_alias_and_loads(tmp_path: Path) -> None:
+    place = [f"paths.outputs={tmp_path / 'out'}", "tracking.register_as={name: demo-w8, alias: candidate}"]
+    result = wrapq.run("w8a16", ["evaluation.tokens=512", *place])
+    uri = f"sqlite:///{tmp_path / 'out' / 'mlflow.db'}"
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    version = client.get_model_version_by_alias("demo-w8", "candidate")
+    assert (version.version, version.run_id) in ((1, result.run_id), ("1", result.run_id))
+    assert version.tags["recipe"] == "w8a16"
+    assert version.tags["digest.outputs"] == result.digests["outputs"]
+    copy = download_artifacts(version.source, dst_path=str(tmp_path / "copy"), tracking_uri=uri)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        here, there = (wrapq.load(folder)(input_ids=ids).logits for folder in (result.folder, copy))
+    assert torch.equal(here, there)
+    outbox = Outbox(result.folder)  # all of it sent once more makes no second version, and no second run
+    outbox.write_sent(Sent(tried=True))
+    (again,) = sync(result.folder)
+    assert again.left == 0
+    assert len(client.search_model_versions("name='demo-w8'")) == 1
+    assert outbox.sent().run_id == result.run_id

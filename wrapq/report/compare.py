@@ -1,0 +1,114 @@
+"""Runs side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from wrapq.engine.compare import Record, best, comparable
+from wrapq.report.folding import fold
+
+_CURVE = "layer/relative_error"
+_SHOWN: dict[str, Callable[[float], str]] = {
+    "perplexity": lambda value: f"{value:.3f}",
+    "perplexity_increase": lambda value: f"{100 * value:+.2f} %",
+    "kl": lambda value: f"{value:z.5f}",
+    "top1_agreement": lambda value: f"{100 * value:.2f} %",
+    "size_mb": lambda value: f"{value:.1f}",
+    "bits_per_weight": lambda value: f"{value:.2f}",
+    "seconds": lambda value: f"{value:.1f}",
+}
+
+
+def comparison_tables(records: Sequence[Record]) -> Iterator[RenderableType]:
+    """Figures, errors of blocks and errors of weights: a row each, a column for each run, the best marked `*`."""
+    yield _figures(records)
+    if len(comparable(records)) < len(_SHOWN):
+        yield Text("note: measured on different models or texts, so that none is best in quality", "yellow")
+    if any(_CURVE in record.curves for record in records):
+        yield _blocks(records)
+    if any(record.weights for record in records):
+        yield _weights(records)
+
+
+def comparison_json(records: Sequence[Record]) -> dict[str, Any]:
+    """The same for programs, without folding."""
+    runs = [
+        {
+            "name": record.name,
+            "folder": str(record.folder),
+            "recipe": record.plan.recipe.name,
+            "digests": record.lock.digests,
+            "figures": record.figures,
+            "stages": record.stages,
+            "seconds": record.seconds,
+            "curves": record.curves,
+            "weights": record.weights,
+        }
+        for record in records
+    ]
+    marks = {name: value for name in _SHOWN if (value := best(records, name)) is not None}
+    winners = {name: [r.name for r in records if r.figures.get(name) == value] for name, value in marks.items()}
+    return {"runs": runs, "best": winners, "comparable": list(comparable(records))}
+
+
+def _figures(records: Sequence[Record]) -> Table:
+    table = _table("runs", records)
+    for name, show in _SHOWN.items():
+        mark = best(records, name)
+        cells = [_marked(record.figures.get(name), show, mark) for record in records]
+        if any(cells):
+            table.add_row(name, *cells)
+    return table
+
+
+def _blocks(records: Sequence[Record]) -> Table:
+    """Where along the model each run loses."""
+    table = _table("relative error of the output of each block", records)
+    for index in range(max(len(record.curves.get(_CURVE, ())) for record in records)):
+        values = [_at(record.curves.get(_CURVE, ()), index) for record in records]
+        table.add_row(str(index), *_cells(values, lower=True, records=records))
+    return table
+
+
+def _weights(records: Sequence[Record]) -> Table:
+    """The signal-to-noise ratio of every weight, that of the worst block where blocks are folded."""
+    names = list(dict.fromkeys(name for record in records for name in record.weights))
+    prefix = records[0].plan.model.blocks
+    table = _table("least signal-to-noise ratio of weights, dB", records)
+    for name, members in fold(names, prefix, lambda weight: weight, lambda weight: 0):
+        values = []
+        for record in records:
+            reports = (record.weights.get(member, {}) for member in members)
+            values.append(min((r["weight_sqnr_db"] for r in reports if "weight_sqnr_db" in r), default=math.nan))
+        table.add_row(name, *_cells(values, lower=False, records=records, shown=".1f"))
+    return table
+
+
+def _cells(values: Sequence[float], lower: bool, records: Sequence[Record], shown: str = ".3g") -> list[Text]:
+    known = [value for value in values if not math.isnan(value)]
+    mark = (min(known) if lower else max(known)) if len(set(known)) > 1 and "kl" in comparable(records) else None
+    return [_marked(None if math.isnan(v) else v, lambda value: f"{value:{shown}}", mark) for v in values]
+
+
+def _marked(value: float | None, show: Callable[[float], str], mark: float | None) -> Text:
+    if value is None:
+        return Text("")
+    return Text(f"{show(value)} *", "bold green") if value == mark else Text(show(value))
+
+
+def _at(values: Sequence[float], index: int) -> float:
+    return values[index] if index < len(values) else math.nan
+
+
+def _table(title: str, records: Sequence[Record]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
+    table.add_column("", overflow="fold")
+    for record in records:
+        table.add_column(Text(record.name), overflow="fold")
+    return table

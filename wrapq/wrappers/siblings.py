@@ -1,0 +1,53 @@
+"""Layers that inference engines run as one, because they multiply the same input.
+
+Such an engine has one global scale for all of them (NVFP4), so that weights which have global scales share them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from wrapq.observers.base import SHARED_BOUND
+from wrapq.wrappers.base import QuantModuleBase
+
+FUSED: tuple[tuple[str, ...], ...] = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+)
+"""The names within one parent, as vLLM 0.33 fuses them; llm-compressor shares global scales among the same."""
+
+
+def siblings(name: str) -> tuple[str, ...]:
+    """The layers that the layer called `name` may be run as one with, itself included, in their order."""
+    parent, dot, own = name.rpartition(".")
+    return tuple(f"{parent}{dot}{part}" for part in next((parts for parts in FUSED if own in parts), (own,)))
+
+
+@contextmanager
+def sharing_global_scale(name: str, modules: Mapping[str, QuantModuleBase]) -> Iterator[None]:
+    """While this holds, the weight of the wrapped module `name` gets the global scale of all its `siblings` in
+    `modules` that have one too; it is `SHARED_BOUND` that says so to the observers.
+    """
+    found = [module for sibling in siblings(name) if (module := modules.get(sibling)) is not None]
+    sharing = [module for module in found if has_global_scale(module)]
+    alone = len(sharing) < 2 or modules[name] not in sharing
+    token = SHARED_BOUND.set(None if alone else _bound([module.float_weight().detach() for module in sharing]))
+    try:
+        yield
+    finally:
+        SHARED_BOUND.reset(token)
+
+
+def has_global_scale(module: QuantModuleBase) -> bool:
+    """Whether the scales of the module's weight are relative to a global one."""
+    return (quantizer := module.weight_quantizer) is not None and quantizer.spec.global_scale
+
+
+def _bound(weights: Sequence[Tensor]) -> Tensor:
+    ranges = [weight.aminmax() for weight in weights]
+    return torch.stack([torch.maximum(-low, high).float().to(weights[0].device) for low, high in ranges]).amax(0, True)
