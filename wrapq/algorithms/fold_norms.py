@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from pydantic import BaseModel, ConfigDict
 
@@ -37,6 +37,12 @@ class FoldNorms(Transform):
         norms = [feed for feed in graph.feeds if feed.leaf.kind == "norm"]
         left = {feed.producer: reason for feed in norms if (reason := self._unfit(feed, graph)) is not None}
         return Found(tuple(feed.producer for feed in norms if feed.producer not in left), left)
+
+    def misplaced(self, before: Sequence[Transform]) -> str | None:
+        """See `Transform.misplaced`."""
+        if any(transform.migrates for transform in before):
+            return "it would fold back into the weights what a stage before it scaled out of the norms; name it first"
+        return None
 
     def apply(self, surgeon: Surgeon, target: str, statistics: Mapping[str, InputStatistics]) -> Mapping[str, float]:
         """See `Transform.apply`."""

@@ -149,11 +149,14 @@ class Transform(Algorithm):
 
     Attributes:
         migrates: it scales what linears read, so that two such transforms cannot share an input.
+        band: how far it may move the model's outputs, relative to their norm; None, as far as rounding in the dtype of
+            the model explains.
     """
 
     phase = "transform"
     handles = "model"
     migrates: ClassVar[bool] = False
+    band: ClassVar[float | None] = None
 
     @abstractmethod
     def find(self, graph: Graph, specs: Specs) -> Found:

@@ -1,4 +1,4 @@
-"""Changes of a float model that leave its function as it is."""
+"""Changes of a float model that leave its function as it is, and one that may not."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from wrapq.calibration.graph import Feed, Graph, Reader
 from wrapq.calibration.slots import Slot
 from wrapq.calibration.transport import Scaled, Shifted, Transport
 from wrapq.errors import ModelError
+from wrapq.wrappers.model import Specs
 
 
 class Surgeon:
@@ -21,14 +22,15 @@ class Surgeon:
     Args:
         model: not wrapped.
         graph: who feeds whom in it.
+        specs: what will be quantized in it, for transforms that ask what that costs.
 
     Attributes:
         transports: for each module whose input changed, how, in order.
         notes: what a reader of the run should know, such as weights that are no longer tied.
     """
 
-    def __init__(self, model: nn.Module, graph: Graph) -> None:
-        self.model, self.graph = model, graph
+    def __init__(self, model: nn.Module, graph: Graph, specs: Specs | None = None) -> None:
+        self.model, self.graph, self.specs = model, graph, specs or {}
         self.transports: dict[str, list[Transport]] = {}
         self.notes: list[str] = []
         self._before: dict[tuple[str, str], tuple[nn.Parameter | None, Tensor | None]] = {}
@@ -48,6 +50,17 @@ class Surgeon:
         for undo in reversed(self._undo):
             undo()
         self.commit()
+
+    def columns(self, reader: Reader) -> Tensor:
+        """The weight of a reader as rows that meet its input's channels [R, K], also a convolution's or expert's."""
+        slot = _reads(reader)
+        return self._matrix(reader.module, slot.parameter, int(slot.columns or 0))
+
+    def rows(self, feed: Feed) -> Tensor:
+        """The weight that makes a feed's channels, one column for each [R, N]."""
+        if feed.leaf.writes is None:
+            raise ModelError(f"{feed.producer} has no weight of its own")
+        return self._matrix(feed.producer, feed.leaf.writes.parameter, feed.leaf.writes.rows)
 
     @torch.no_grad()
     def scale(self, feed: Feed, factors: Tensor) -> None:
@@ -69,6 +82,13 @@ class Surgeon:
                 self._multiply(feed.producer, slot.bias, -1, 1 / factors)
         for reader in feed.readers:
             self._scale_reader(reader, factors)
+
+    @torch.no_grad()
+    def rewrite(self, reader: Reader, weight: Tensor) -> None:
+        """Give a linear the weight [N, K], which gives another function: the one change that does not keep it."""
+        slot = _reads(reader)
+        data = self._edit(reader.module, slot.parameter)
+        data.copy_(weight if slot.columns == data.dim() - 1 else weight.t())
 
     @torch.no_grad()
     def fold(self, feed: Feed) -> None:
@@ -107,6 +127,13 @@ class Surgeon:
 
     def _module(self, name: str) -> nn.Module:
         return self.model.get_submodule(name)
+
+    def _matrix(self, name: str, parameter: str, axis: int) -> Tensor:
+        tensor = self._module(name)._parameters[parameter]
+        if tensor is None:
+            raise ModelError(f"{name} has no {parameter}")
+        moved = tensor.detach().float().movedim(axis, -1)
+        return moved.reshape(-1, moved.shape[-1])
 
     def _others(self, name: str, parameter: str) -> list[str]:
         """The modules that have the very same parameter."""

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from wrapq.algorithms.ranges import Ranges
 from wrapq.algorithms.rtn import RTN
-from wrapq.calibration.algorithm import Algorithm, Corrector, RangeSetter, Rounding
+from wrapq.calibration.algorithm import Algorithm, Corrector, RangeSetter, Rounding, Transform
 from wrapq.calibration.walker import Batch, Schedule, Walker
+from wrapq.engine.transform import Figures
+from wrapq.engine.transform_api import transform_prepared
 from wrapq.errors import CalibrationError, LifecycleError, PlanError, Problem
 from wrapq.recipe.schema import Calibration, Evaluation, Recipe, Stage
 from wrapq.resolve.rules import Sources
@@ -31,12 +33,14 @@ class Calibrated:
         reports: for each weight its error and what its algorithm reports, likewise.
         fallbacks: why weights were rounded to nearest instead of by their algorithm; empty is good.
         statistics: what the observer of each static activation point gathered.
+        transforms: what each transform reports of each of its targets, by the name of the stage.
     """
 
     algorithms: Mapping[str, Algorithm]
     reports: dict[str, dict[str, float]]
     fallbacks: list[str]
     statistics: dict[str, Tensor]
+    transforms: Mapping[str, Figures]
 
 
 def calibrate(
@@ -49,7 +53,8 @@ def calibrate(
 
     Weights that multiply no matrix, such as those of norms, embeddings and grouped convolutions, are rounded to nearest
     where the stack's algorithm needs the statistics of an input. Static activations take the range that their observer
-    finds unless the stack names another algorithm for them.
+    finds unless the stack names another algorithm for them. Transforms change the float weights before, and follow the
+    model with the first batch.
 
     Args:
         model: what `prepare` returned.
@@ -72,10 +77,16 @@ def calibrate(
         raise LifecycleError("the model is not prepared: call prepare first")
     entries = _check(stack, schedule)
     rounders, setters = _assign(model, entries)
+    given = [_as_batch(model, batch) for batch in batches]
+    made = {entry.name: entry.algorithm(entry.options) for entry in entries}
+    transforms = {name: algorithm for name, algorithm in made.items() if isinstance(algorithm, Transform)}
+    figures = transform_prepared(model, transforms, given) if transforms else {}
+    if transforms:  # which put new wrappers in
+        rounders, setters = _assign(model, entries)
     walker = Walker(model, rounders, setters)
     walker.correctors = _correctors(model, entries)
-    walker.run([_as_batch(model, batch) for batch in batches], schedule)
-    return Calibrated({**rounders, **setters}, walker.reports, walker.fallbacks, walker.statistics)
+    walker.run(given, schedule)
+    return Calibrated({**rounders, **setters}, walker.reports, walker.fallbacks, walker.statistics, figures)
 
 
 def _check(stack: Mapping[str, str | Mapping[str, Any]], schedule: Schedule) -> list[StackEntry]:
@@ -102,7 +113,8 @@ def _check(stack: Mapping[str, str | Mapping[str, Any]], schedule: Schedule) -> 
         twice = [entry.name for entry in entries if entry.algorithm.phase == phase]
         if len(twice) > 1:
             problems.append(Problem("calibrate", f"stages {' and '.join(twice)} would decide the same points"))
-    others = [entry for entry in entries if not issubclass(entry.algorithm, Rounding | RangeSetter | Corrector)]
+    deciding = Rounding | RangeSetter | Corrector | Transform
+    others = [entry for entry in entries if not issubclass(entry.algorithm, deciding)]
     problems += [Problem(sources.where(f"stack.{e.name}"), f"{e.stage.algorithm} decides no point") for e in others]
     if problems:
         raise PlanError(problems)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -14,6 +14,7 @@ from wrapq.calibration.data import Samples
 from wrapq.calibration.forward import Batch
 from wrapq.calibration.gather import Gathered, Gatherer
 from wrapq.calibration.graph import find_graph
+from wrapq.calibration.processes import Processes
 from wrapq.calibration.statistics import InputStatistics
 from wrapq.calibration.surgery import Surgeon
 from wrapq.engine.calibrate import make_batches
@@ -21,6 +22,10 @@ from wrapq.engine.context import Run
 from wrapq.errors import ModelError
 from wrapq.resolve.model import ModelSource
 from wrapq.resolve.plan import StagePlan
+from wrapq.tracking.base import Tracker
+
+Figures = Mapping[str, Mapping[str, float]]
+"""What a transform reports, by target."""
 
 BANDS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """How far the outputs may move, relative to their norm: rounding in the dtype that the model computes in."""
@@ -39,11 +44,12 @@ def transform(run: Run, model: nn.Module, source: ModelSource, samples: Samples 
         return
     config = run.plan.recipe.calibration
     batches = [] if samples is None else make_batches(samples, config.batch_size, run.device)
-    surgeon = Surgeon(model, find_graph(source.meta_model()))
+    surgeon = Surgeon(model, find_graph(source.meta_model()), run.plan.specs())
     with run.step("transform", "Transforming", len(stages), "stage") as advance:
         for stage in stages:
-            change = apply_transform(surgeon, make(stage), stage, batches, run)
+            change, figures = apply_transform(surgeon, make(stage), stage, batches, run)
             run.tracker.metrics({f"transform/{stage.name}/change": change})
+            record_figures(run.tracker, stage.name, figures)
             advance()
     for note in surgeon.notes:
         run.note(note)
@@ -58,40 +64,49 @@ def make(stage: StagePlan) -> Transform:
     return algorithm
 
 
+def record_figures(tracker: Tracker, stage: str, figures: Figures) -> None:
+    """Track what a transform reports of its targets: one curve for each figure, over the targets in order."""
+    curves: dict[str, list[float]] = {}
+    for target, its in figures.items():
+        _log.info("%s: %s: %s", stage, target, ", ".join(f"{name} {value:.4g}" for name, value in its.items()))
+        for name, value in its.items():
+            curves.setdefault(f"transform/{stage}/{name}", []).append(value)
+    tracker.curves(curves)
+
+
 def apply_transform(
     surgeon: Surgeon, algorithm: Transform, stage: StagePlan, batches: Sequence[Batch], run: Run
-) -> float:
-    """Run one transform; returns how far the outputs moved, relative to their norm."""
+) -> tuple[float, Figures]:
+    """Run one transform; returns how far the outputs moved, relative to their norm, and what it reports of each
+    target."""
     probe = batches[0] if batches else synthetic(surgeon.model)
-    with checked(surgeon, probe, stage.name) as change:
-        if not algorithm.needs:
-            for target in stage.targets:
-                algorithm.apply(surgeon, target, {})
-        else:
-            _walk(surgeon, algorithm, stage.targets, batches, run)
-    return change[0]
+    with checked(surgeon, probe, stage.name, algorithm.band) as change:
+        figures = walk(surgeon, algorithm, stage.targets, batches, run.processes)
+    return change[0], figures
 
 
 @contextmanager
-def checked(surgeon: Surgeon, probe: Batch, name: str) -> Iterator[list[float]]:
+def checked(surgeon: Surgeon, probe: Batch, name: str, band: float | None = None) -> Iterator[list[float]]:
     """What is done meanwhile must not move the model's outputs; else, or when it fails, all of it is undone.
 
     Yields a list that holds the relative change afterwards.
 
     Raises:
-        ModelError: the outputs moved further than rounding explains.
+        ModelError: the outputs moved further than `band`, or than rounding explains where it is None.
     """
     before, change = outputs(surgeon.model, probe), [0.0]
-    band = BANDS.get(next(surgeon.model.parameters()).dtype, BANDS[torch.float32])
+    rounding = BANDS.get(next(surgeon.model.parameters()).dtype, BANDS[torch.float32])
+    allowed = rounding if band is None else band
     try:
         yield change
         after = outputs(surgeon.model, probe)
         change[0] = float((after - before).norm() / before.norm())
         _log.info("%s moved the outputs of the float model by %.2g", name, change[0])
-        if not change[0] <= band:  # NaN is no less either
+        if not change[0] <= allowed:  # NaN is no less either
+            limit = "rounding explains" if band is None else "it may move them by"
             raise ModelError(
                 f"{name} changed the function of the float model: its outputs moved by {change[0]:.2g} relative to "
-                f"their norm, and rounding explains {band:g}; the model was put back as it was"
+                f"their norm, and {limit} {allowed:g}; the model was put back as it was"
             )
     except BaseException:
         surgeon.restore()
@@ -104,7 +119,9 @@ def outputs(model: nn.Module, batch: Batch) -> Tensor:
     """The first output of a forward, in float64, without what padding gives."""
     out = model(**batch.inputs)
     first = out if isinstance(out, Tensor) else next(iter(out.values())) if hasattr(out, "values") else out[0]
-    return (first if batch.mask is None else first[batch.mask.bool()]).double()
+    if batch.mask is not None and first.shape[:2] == batch.mask.shape:
+        first = first[batch.mask.bool()]
+    return first.double()
 
 
 def synthetic(model: nn.Module) -> Batch:
@@ -114,20 +131,27 @@ def synthetic(model: nn.Module) -> Batch:
     return Batch({"input_ids": ids.to(next(model.parameters()).device)})
 
 
-def _walk(surgeon: Surgeon, algorithm: Transform, targets: Sequence[str], batches: Sequence[Batch], run: Run) -> None:
+def walk(
+    surgeon: Surgeon, algorithm: Transform, targets: Sequence[str], batches: Sequence[Batch], processes: Processes
+) -> Figures:
+    """Apply a transform to all its targets, in one pass over the batches where it needs statistics."""
+    if not algorithm.needs:
+        return {target: algorithm.apply(surgeon, target, {}) for target in targets}
     inputs = {target: algorithm.inputs(surgeon.graph, target) for target in targets}
     waiting = dict(inputs)
     held: dict[str, InputStatistics] = {}
+    figures: dict[str, Mapping[str, float]] = {}
 
     def done(gathered: Gathered) -> None:
         held.update(gathered)
         for target in [target for target, names in waiting.items() if set(names) <= set(held)]:
-            algorithm.apply(surgeon, target, {name: held[name] for name in waiting.pop(target)})
+            figures[target] = algorithm.apply(surgeon, target, {name: held[name] for name in waiting.pop(target)})
         still = {name for names in waiting.values() for name in names}
         for name in [name for name in held if name not in still]:
             del held[name]
 
     needs = {name: frozenset(algorithm.needs) for names in inputs.values() for name in names}
     gatherer = Gatherer(surgeon.model, needs, done)
-    gatherer.processes = run.processes
+    gatherer.processes = processes
     gatherer.run(batches)
+    return figures

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from torch import nn
 
@@ -21,18 +22,20 @@ class Transforms:
     Attributes:
         model: the model, on the meta device.
         specs: what is quantized in it.
+        inputs: arguments of one small forward; None for a language model's.
         notes: what was left alone, and why.
     """
 
     model: nn.Module
     specs: Specs
+    inputs: Mapping[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
     _before: list[tuple[str, Transform, frozenset[str]]] = field(default_factory=list)
 
     @cached_property
     def graph(self) -> Graph:
         """Who feeds whom; raises `ModelError` where the model cannot be followed."""
-        return find_graph(self.model)
+        return find_graph(self.model, self.inputs)
 
     def ask(self, stage: str, name: str, transform: Transform, allowed: frozenset[str] | None) -> Found:
         """What `transform` will change among the `allowed` modules, all of them if None; raises `ModelError`."""

@@ -1,0 +1,88 @@
+"""AWQ: the scales that the paper's search finds by running the layer, found from the Hessian; the function stays."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.algorithms.transforming import outputs_moved, smooth_specs
+from tests.conftest import FAMILIES, build_model
+from tests.resolve.conftest import MakePlan, make_plan, refusal  # noqa: F401
+from wrapq.algorithms.awq import AWQ, AWQOptions, awq_error
+from wrapq.calibration.graph import find_graph
+from wrapq.calibration.statistics import InputStatistics
+from wrapq.calibration.surgery import Surgeon
+
+TARGET, READERS = "model.layers.0.input_layernorm", ("q_proj", "k_proj", "v_proj")
+W4 = "l: {match: {type: Linear}, weight: 'int4:g64:sym'}\nhead: {match: {name: lm_head}, quantize: false}"
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma3", "mixtral"])
+def test_the_function_stays(family: str, token_batches: list[Tensor]) -> None:
+    change, found = outputs_moved(build_model(family), [AWQ(AWQOptions(grid=4))], token_batches, "int4:g16:sym")
+    assert found[0].targets
+    assert 1e-9 < change < 1e-5
+
+
+def rounded(weight: Tensor, size: int) -> Tensor:
+    """Nearest of 16 levels, 7.5 steps to a side, in groups of `size`; float64."""
+    parts = weight.unflatten(1, (-1, size))
+    scale = parts.abs().amax(-1, keepdim=True) / 7.5
+    return ((parts / scale).round().clamp(-8, 7) * scale).flatten(1)
+
+
+def searched(x: Tensor, weights: list[Tensor], duo: bool) -> tuple[float, Tensor]:
+    """AutoAWQ's search, transcribed: each candidate is tried on the rows of `x` themselves; float64."""
+    tried = [(sum(float((x @ (rounded(w, 16) - w).t()).square().sum()) for w in weights), torch.ones(x.shape[1]))]
+    x_mean = x.abs().mean(0)
+    parts = torch.stack([w.abs().unflatten(1, (-1, 16)) for w in weights])
+    w_mean = torch.stack([(p / p.amax(-1, keepdim=True)).flatten(1).mean(0) for p in parts]).mean(0)
+    for ratio in [step / 20 for step in range(20)]:
+        forms = [x_mean**ratio] + ([x_mean**ratio / (w_mean ** (1 - ratio) + 1e-4)] if duo else [])
+        for form in forms:
+            s = form.clamp(min=1e-4)
+            s = s / (s.max() * s.min()).sqrt()
+            errors = [(x / s) @ rounded(w * s, 16).t() - x @ w.t() for w in weights]
+            tried.append((sum(float(error.square().sum()) for error in errors), s))
+    return min(tried, key=lambda pair: pair[0])
+
+
+@pytest.mark.parametrize("duo", [False, True])
+def test_the_scales_are_those_of_a_search_that_runs_the_layer(duo: bool) -> None:
+    model = build_model("llama", num_key_value_heads=4).double()
+    graph = find_graph(model)
+    surgeon = Surgeon(model, graph, smooth_specs(graph, "int4:g16:sym", None))
+    modules = [model.get_submodule(f"model.layers.0.self_attn.{r}") for r in READERS]
+    weights = [module.weight.detach().clone() for module in modules]
+    x = torch.randn(300, 64, dtype=torch.float64) * torch.logspace(-1, 1, 64, dtype=torch.float64)
+    x = x + x[:, :1]
+    awq = AWQ(AWQOptions(duo=duo))
+    statistics = InputStatistics((*awq.needs, "float64"))
+    statistics.add(x)
+    given = dict.fromkeys(awq.inputs(graph, TARGET), statistics)
+    error, factors = searched(x, weights, duo)
+    assert awq_error(surgeon, graph.by_producer[TARGET], factors.float(), given) == pytest.approx(error, rel=1e-3)
+    figures = awq.apply(surgeon, TARGET, given)
+    assert figures["error"] < 0.95
+    for module, weight in zip(modules, weights, strict=True):
+        torch.testing.assert_close(module.weight.double(), weight * factors, rtol=1e-4, atol=1e-7)
+
+
+def test_weights_that_stay_float_are_left_alone(refusal: object) -> None:  # noqa: F811
+    rules = "n: {match: {name: '*norm'}, weight: int8:tensor}"
+    stack = "scale: {algorithm: awq}\nround: {algorithm: rtn}"
+    what = "awq has nothing to do: no linear that reads it has a quantized weight"
+    assert what in refusal(rules, stack)  # type: ignore[operator]
+
+
+def test_awq_and_smoothquant_do_not_share_an_input(refusal: object) -> None:  # noqa: F811
+    rules = "l: {match: {type: Linear}, weight: int4:channel, points: {input: int8:token:dyn}}"
+    stack = "smooth: {algorithm: smoothquant}\nscale: {algorithm: awq}\nround: {algorithm: rtn}"
+    assert "smooth and scale would both scale the input of" in refusal(rules, stack)  # type: ignore[operator]
+
+
+def test_the_plan_says_that_it_needs_data(make_plan: MakePlan) -> None:  # noqa: F811
+    plan = make_plan(W4, "scale: {algorithm: awq}\nround: {algorithm: rtn}")
+    assert plan.needs_calibration
+    assert len(plan.stages[0].targets) == 16
