@@ -37,6 +37,7 @@ class Ray(Launcher):
 
     @property
     def shares_machine(self) -> bool:  # type: ignore[override]
+        """Whether the jobs share this machine's cores."""
         return self.options.address is None
 
     def run(self, work: Work, jobs: Sequence[Job]) -> Generator[Outcome]:

@@ -39,6 +39,7 @@ class Slurm(Launcher):
 
     @property
     def shares_machine(self) -> bool:  # type: ignore[override]
+        """Whether the jobs share this machine's cores."""
         return self.options.cluster == "local"
 
     def run(self, work: Work, jobs: Sequence[Job]) -> Generator[Outcome]:
