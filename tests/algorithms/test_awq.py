@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 from tests.algorithms.transforming import outputs_moved, smooth_specs
 from tests.conftest import FAMILIES, build_model
 from tests.resolve.conftest import MakePlan, make_plan, refusal  # noqa: F401
+from wrapq import run
 from wrapq.algorithms.awq import AWQ, AWQOptions, awq_error
 from wrapq.calibration.graph import find_graph
 from wrapq.calibration.statistics import InputStatistics
@@ -88,6 +91,18 @@ def test_awq_and_smoothquant_do_not_share_an_input(refusal: object) -> None:  # 
     rules = "l: {match: {type: Linear}, weight: int4:channel, points: {input: int8:token:dyn}}"
     stack = "smooth: {algorithm: smoothquant}\nscale: {algorithm: awq}\nround: {algorithm: rtn}"
     assert "smooth and scale would both scale the input of" in refusal(rules, stack)  # type: ignore[operator]
+
+
+def test_runs_whose_scales_differ_share_no_statistics(tmp_path: Path) -> None:
+    def notes(bits: int) -> str:
+        more = [f"rules.linear.weight=int{bits}:g64:sym", "calibration.samples=2", "calibration.schedule=parallel"]
+        more += ["stack.scale.grid=2", "algorithm@stack.round=gptq", "evaluation.tokens=256", "tracking=none"]
+        result = run("w4a16_awq", [*more, f"paths.outputs={tmp_path}/out", f"paths.cache={tmp_path}/cache"])
+        return (result.folder / "log.txt").read_text()
+
+    assert "transform" in notes(4).lower()
+    assert "read from" not in notes(3)
+    assert "read from" in notes(4)
 
 
 def test_the_plan_says_that_it_needs_data(make_plan: MakePlan) -> None:  # noqa: F811
