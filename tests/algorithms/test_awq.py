@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.algorithms.transforming import outputs_moved, smooth_specs
 from tests.conftest import FAMILIES, build_model
 from tests.resolve.conftest import MakePlan, make_plan, refusal  # noqa: F401
 from wrapq import run
 from wrapq.algorithms.awq import AWQ, AWQOptions, awq_error
+from wrapq.calibration.forward import Batch
 from wrapq.calibration.graph import find_graph
+from wrapq.calibration.processes import Processes
 from wrapq.calibration.statistics import InputStatistics
 from wrapq.calibration.surgery import Surgeon
+from wrapq.engine.transform import walk
 
 TARGET, READERS = "model.layers.0.input_layernorm", ("q_proj", "k_proj", "v_proj")
 W4 = "l: {match: {type: Linear}, weight: 'int4:g64:sym'}\nhead: {match: {name: lm_head}, quantize: false}"
@@ -109,3 +113,31 @@ def test_the_plan_says_that_it_needs_data(make_plan: MakePlan) -> None:  # noqa:
     plan = make_plan(W4, "scale: {algorithm: awq}\nround: {algorithm: rtn}")
     assert plan.needs_calibration
     assert len(plan.stages[0].targets) == 16
+
+
+class Joined(nn.Module):
+    """A linear that reads what two others give, side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.both = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.both(torch.cat([self.one(x), self.two(x)], -1))
+
+
+def test_the_second_of_two_feeds_of_an_input_sees_it_as_the_first_left_it() -> None:
+    model, x, seen = Joined(), torch.randn(50, 4), {}
+
+    class Watching(AWQ):
+        def apply(self, surgeon: Surgeon, target: str, statistics: Mapping[str, InputStatistics]) -> dict[str, float]:
+            y = torch.cat([model.one(x), model.two(x)], -1).detach()
+            seen[target] = statistics["both"].get("hessian", "both"), y.t() @ y
+            surgeon.scale(surgeon.graph.by_producer[target], torch.tensor([1.0, 2.0, 3.0, 4.0]))
+            return {}
+
+    surgeon = Surgeon(model, find_graph(model, {"x": x}))
+    walk(surgeon, Watching(), ("one", "two"), [Batch({"x": x})], Processes())
+    assert list(seen) == ["one", "two"]
+    for found, expected in seen.values():
+        torch.testing.assert_close(found, expected)
