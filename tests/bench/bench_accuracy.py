@@ -61,6 +61,10 @@ OURS: dict[str, tuple[str, dict[str, Any], str]] = {  # algorithm, its options, 
     "gptq-observer": ("gptq", {"damp": DAMP, "ranges": "observer"}, "minmax"),
     "gptq-mse": ("gptq", {"damp": DAMP, "ranges": "observer"}, "mse"),
     "gptq-hessian": ("gptq", {"damp": DAMP, "ranges": "hessian"}, "minmax"),
+    "hqq": ("hqq", {}, "minmax"),
+    "adaround": ("adaround", {}, "mse"),
+    "autoround": ("autoround", {}, "minmax"),
+    "autoround-mse": ("autoround", {}, "mse"),
 }
 MSE = {"observer": "memoryless_mse"}
 PEER: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # modifier, its options, the weights' arguments
@@ -72,8 +76,8 @@ PEER: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # modifier, its
     "llmc-autoround": ("AutoRoundModifier", {"enable_torch_compile": False}, {}),
 }
 FLOAT = "float"
-WITHOUT_DATA = ("rtn", "rtn-mse", "llmc-rtn", "llmc-rtn-mse")
-SLOW = ("llmc-autoround",)
+WITHOUT_DATA = ("rtn", "rtn-mse", "hqq", "llmc-rtn", "llmc-rtn-mse")
+SLOW = ("llmc-autoround", "adaround", "autoround", "autoround-mse")
 """Measured only when `--methods` names them."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,16 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(OutputError, match=r"cannot keep statistics in .*: No space left"):
         put(store)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_disk_that_is_really_full(small_disk: Callable[[int], Path]):
+    """What is there stays readable, and no part of the entry that did not fit is left."""
+    store = Store(small_disk(1) / "store", 1e9)
+    put(store)
+    with pytest.raises(OutputError, match=r"cannot keep statistics in .*: No space left on device"):
+        store.put(OTHER, {"x": torch.zeros(2**19)}, {})
+    assert store.get(KEY) is not None and store.get(OTHER) is None
+    assert len([path for path in store.folder.rglob("*") if path.is_file()]) == 1
 
 
 def _write_and_read(folder: Path, failures: multiprocessing.Queue) -> None:

@@ -251,7 +251,7 @@ class TestTiedEmbeddings:
         (PTQConfig(overrides={"": None}), "PTQConfig.overrides: '' is no pattern"),
         (PTQConfig(overrides={"0": "int8"}), "'0': 'int8' should be a mapping from points to specs, or None"),
         (PTQConfig("int44"), "PTQConfig.weight: unknown dtype 'int44'"),
-        (PTQConfig(overrides={"0": {"input": "int4:g8:sim"}}), r"PTQConfig.overrides\['0'\].input: "),
+        (PTQConfig(overrides={"0": {"input": "int4:g8:!"}}), r"PTQConfig.overrides\['0'\].input: "),
     ],
 )
 def test_a_config_that_says_nothing_or_nonsense_is_refused(config: PTQConfig, said: str):

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy
@@ -203,25 +203,6 @@ def test_an_outputs_folder_without_permission(tmp_path: Path) -> None:
         pytest.skip("no folder that root cannot write to")
     with pytest.raises(OutputError, match=rf"^cannot write runs to {folder}/demo: .*; choose another with paths\."):
         wrapq.run("demo", [*SMALL, f"paths.outputs={folder}"])
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """Mounts a file system of the given size (MiB); needs root and the right to mount."""
-    mounted: list[Path] = []
-
-    def mount(size: int) -> Path:
-        folder = tmp_path / "disk"
-        folder.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", f"size={size}m", "tmpfs", str(folder)]
-        if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
-            pytest.skip("cannot mount a small file system here")
-        mounted.append(folder)
-        return folder
-
-    yield mount
-    for folder in mounted:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_a_disk_that_is_too_small_from_the_start(small_disk: Callable[[int], Path]) -> None:

@@ -9,7 +9,7 @@ import pytest
 import wrapq
 from tests.engine.record import SMALL
 from wrapq.engine.run import RunResult
-from wrapq.errors import PlanError
+from wrapq.errors import PlanError, RecipeError
 
 
 def run(outputs: Path, *overrides: str) -> RunResult:
@@ -37,5 +37,5 @@ def test_both_schedules_are_stated_and_the_recipe_s_is_kept(tmp_path: Path):
     ids=["asymmetric", "no-data"],
 )
 def test_what_cannot_be_compared_is_refused(overrides: tuple[str, ...], message: str, tmp_path: Path):
-    with pytest.raises(PlanError, match=message):
+    with pytest.raises((PlanError, RecipeError), match=message):
         run(tmp_path, "evaluation.compare_schedules=true", *overrides)

@@ -77,21 +77,6 @@ def test_a_lost_tensor_is_found(exported: Runner) -> None:
         export_run(str(folder), Export(format="one_tensor_lost"), Settings(), Progress())
 
 
-@pytest.mark.slow
-def test_global_scales_that_vllm_would_merge_are_found(exported: Runner) -> None:
-    run = exported("nvfp4a16")
-    copy = run.folder.parent / "unequal"
-    shutil.copytree(run.folder, copy)
-    tensors = load_file(copy / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight_global_scale"] *= 2
-    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
-    try:
-        with pytest.raises(ModelError, match=r"1\.mlp\.gate_proj and .*up_proj as one layer, but their weight_global"):
-            export_run(str(copy), FORMAT, Settings(), Progress())
-    finally:
-        shutil.rmtree(copy)
-
-
 def test_the_plan_is_asked_again(exported: Runner) -> None:
     run = exported("w4a16")
     plan = (run.folder / "plan.json").read_text()

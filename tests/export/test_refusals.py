@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from tests.export.conftest import STATIC, TRANSFORMERS, cache_of, layers, scheme_of, weights
 from wrapq.errors import PlanError, RecipeError, WrapqError
 from wrapq.export import compressed_tensors as exporter_module
-from wrapq.export.vllm import fusion_refusals, linear_note, linear_refusal
+from wrapq.export.vllm import fusion_refusals, linear_note, linear_refusal, unequal_global_scales
 from wrapq.recipe.compose import compose
 from wrapq.resolve.plan import Plan
 from wrapq.resolve.resolve import resolve
@@ -229,3 +230,14 @@ def test_the_plan_shows_what_the_export_says_of_each_kind_of_layer() -> None:
     ]
     cache = planned(*cache_of("fp8_e4m3:tensor"))
     assert list(exporter_module.CompressedTensors().layers(cache))[1:] == ["kv_cache_scheme: 8-bit by tensor"]
+
+
+def test_global_scales_that_vllm_would_merge_are_found() -> None:
+    """Those of a run that is older than their sharing, say."""
+    parts = ("a.q_proj", "a.k_proj", "a.v_proj", "a.o_proj")
+    tensors = {f"{part}.weight_global_scale": torch.full((1,), 2.0) for part in parts}
+    tensors["a.o_proj.weight_global_scale"] += 1  # nothing is fused with it
+    assert not list(unequal_global_scales(tensors))
+    tensors["a.v_proj.weight_global_scale"] += 1
+    said = next(unequal_global_scales(tensors))
+    assert said == "vLLM runs a.q_proj and a.v_proj as one layer, but their weight_global_scale differ"

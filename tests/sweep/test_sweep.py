@@ -68,7 +68,7 @@ def test_the_record_is_a_run_with_a_child_for_each_job(two: Two) -> None:
     }
     assert {run.info.run_id for run in mine} == {row.outcome.run_id for row in two.first.table.rows}
     client = MlflowClient(tracking_uri=f"sqlite:///{two.outputs}/mlflow.db")
-    assert {"table.csv", "sweep.json", "pareto.png"} <= {
+    assert {"table.csv", "sweep.json", "pareto.png", "report.html"} <= {
         file.path for file in client.list_artifacts(parent.info.run_id)
     }
 
@@ -101,6 +101,9 @@ def test_the_folder_holds_table_plot_and_record(two: Two) -> None:
         rows = list(csv.DictReader(file))
     assert [float(row["kl"]) for row in rows] == [row.outcome.figures["kl"] for row in two.first.table.rows]
     assert [row["folder"] for row in rows] == [job["folder"] for job in said["jobs"]]
+    page = (two.first.folder / "report.html").read_text()
+    assert "lowest kl among the jobs that meet all goals" in page
+    assert all(job["winner"] or "missed" in page for job in said["jobs"])
     assert (two.first.folder / "pareto.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from pathlib import Path
 
 import matplotlib.image
 import numpy
 
+from wrapq.engine.folder import RunFolder
 from wrapq.engine.goals import Verdict
 from wrapq.sweep.jobs import FAILED, FINISHED, Outcome
 from wrapq.sweep.plot import save_plot
+from wrapq.sweep.record import SweepRecord
 from wrapq.sweep.table import Row, Table, make_table
+from wrapq.tracking.null import NullTracker
 
 
 def row(number: int, kl: float, size: float, seconds: float = 1.0, met: bool | None = None) -> Row:
@@ -72,6 +76,18 @@ def test_csv_gives_back_every_cell() -> None:
     assert [float(r["kl"]) for r in read[:-1]] == [r.outcome.figures["kl"] for r in ROWS[:-1]]
     assert [r["winner"] for r in read] == ["False", "True", "False", "False", "False", "False"]
     assert read[-1]["reason"] == "no memory"
+
+
+def test_the_record_closes_with_everything_in_its_folder(tmp_path: Path) -> None:
+    rows = [row(1, 0.6, 4, met=False), row(2, 0.4, 6, met=True), FAILURE]
+    record = SweepRecord(RunFolder(tmp_path), {"name": "mine"}, NullTracker(), continued=False, lock=None)
+    record.close(make_table(rows, ["kl"]))
+    assert {path.name for path in tmp_path.iterdir()} == {"sweep.json", "table.csv", "pareto.png", "report.html"}
+    said = json.loads((tmp_path / "sweep.json").read_text())
+    assert (said["status"], said["winner"], said["quality"]) == ("FINISHED", 2, "kl")
+    page = (tmp_path / "report.html").read_text()
+    assert "The winner has the lowest kl among the jobs that meet all goals." in page
+    assert "no memory" in page
 
 
 def test_the_plot_shows_every_job(tmp_path: Path) -> None:

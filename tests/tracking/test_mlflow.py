@@ -170,6 +170,9 @@ def test_what_a_killed_sender_did_not_send_is_sent_later(tracker: MLflowTracker,
     assert time.perf_counter() - start < 5
     (problem,) = tracker.problems
     assert re.match(r"5\d of 52 records are not sent: the tracking process ended early\nthey are kept", problem)
+    (elsewhere,) = sync(tmp_path, "sqlite:////tmp/another.db")
+    assert elsewhere.state == "refused"
+    assert "is in sqlite:////" in elsewhere.reason
     (synced,) = sync(tmp_path)
     assert (synced.state, synced.left) == ("sent", 0)
     points = client(outputs).get_metric_history(tracker.run_id, "m")

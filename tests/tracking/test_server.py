@@ -213,12 +213,12 @@ folder = Path(sys.argv[2])
 tracker = MLflowTracker(sys.argv[1], "wrapq", folder)
 tracker.start("run", {}, {}, folder)
 for i in range(50): tracker.metrics({"m": i}, i)
-tracker.sender.process.kill()
+tracker.sender.process.kill(); tracker.sender.process.wait()
 with tracker.outbox.events.open("ab") as file: file.write(b'{"method": "metr')
 os._exit(1)
 """
     subprocess.run([sys.executable, "-c", program, proxy.uri, str(tmp_path)], env=os.environ)
-    assert only(sync(tmp_path)).left == 0
+    assert only(sync(tmp_path)).state == "sent"
     client, sent = MlflowClient(tracking_uri=proxy.uri), Outbox(tmp_path).sent()
     run = client.get_run(sent.run_id)
     assert (run.info.status, run.data.tags["failure"][:11]) == ("KILLED", "the process")

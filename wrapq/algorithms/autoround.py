@@ -29,9 +29,7 @@ class AutoRoundOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     iterations: int = Field(200, ge=1, description="Steps for each block; each looks at one batch.")
-    lr: float | None = Field(
-        None, gt=0, description="The first step's length; it falls to zero. 1 / iterations if null."
-    )
+    lr: float | None = Field(None, gt=0, description="The first step; null for 1 / iterations. It falls to zero.")
     ranges: bool = Field(True, description="Learn the ranges too, not the rounding alone.")
 
 
@@ -46,7 +44,9 @@ class AutoRound(BlockRounder):
     options: AutoRoundOptions
 
     def unsupported(self, spec: QuantSpec) -> str | None:
-        """See `Rounder.unsupported`."""
+        """See `Rounding.unsupported`."""
+        if spec.global_scale:
+            return "its scales are relative to another"
         return None if spec.dtype.kind == "int" else "the numbers of its grid are not evenly spaced"
 
     def round_block(self, problem: BlockProblem) -> dict[str, Rounded]:
@@ -92,7 +92,7 @@ class Perturbed:
         zero = torch.zeros_like(scale) if exact.zero_point is None else exact.zero_point.float()
         if not self.spec.symmetric:
             zero = _becomes(dtype.qmin - low / scale, zero)
-        wide, zero = (per_column(value, *self.weight.shape, self.spec).t() for value in (scale, zero))
+        wide, zero = self._wide(scale), self._wide(zero)
         steps = self.weight / wide + self.v
         codes = (_becomes(steps, steps.round()) + zero).clamp(dtype.qmin, dtype.qmax)
         return (codes - zero) * wide
@@ -100,12 +100,14 @@ class Perturbed:
     def rounded(self, report: Mapping[str, float]) -> Rounded:
         """The codes, in their grid."""
         qparams = self.qparams()
-        shape = self.weight.shape
-        scale = per_column(qparams.scale, *shape, self.spec).t()
-        zero = None if qparams.zero_point is None else per_column(qparams.zero_point, *shape, self.spec).t()
-        steps = self.weight / scale + self.v
+        zero = None if qparams.zero_point is None else self._wide(qparams.zero_point)
+        steps = self.weight / self._wide(qparams.scale) + self.v
         codes = quantize_elements(steps, torch.ones(1, device=steps.device), zero, self.spec.dtype)
         return Rounded(codes, qparams, report)
+
+    def _wide(self, value: Tensor) -> Tensor:
+        rows, columns = self.weight.shape
+        return per_column(value, rows, columns, self.spec).t()
 
 
 def sign_descent(

@@ -70,7 +70,7 @@ class GPTQ(Rounder):
 
     def round(self, weight: Tensor, spec: QuantSpec, where: str, statistics: InputStatistics | None = None) -> Rounded:
         """See `Rounder.round`."""
-        statistics = statistics or InputStatistics()
+        statistics, weight = statistics or InputStatistics(), weight.float()
         factor = statistics.factor(self.options.damp, self.options.act_order, where)
         if self.options.asymmetric and "cross" in statistics.sums:
             weight = weight + self.options.asymmetric * input_correction(

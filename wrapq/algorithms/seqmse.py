@@ -76,6 +76,7 @@ def search_ranges(
         CalibrationError: NaN or infinity in the weight.
         SpecError: the group size does not divide K.
     """
+    weight = weight.float()
     low, high = reduce_range(weight, spec)
     best = checked_qparams(low, high, spec, where)
     least = output_error(best.fake_quantize(weight) - weight, hessian, spec)

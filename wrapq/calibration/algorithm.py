@@ -62,8 +62,11 @@ class Rounded(NamedTuple):
     report: Mapping[str, float] = MappingProxyType({})
 
 
-class Rounder(Algorithm):
-    """Chooses the codes of a weight, which are the integers themselves on an integer grid; each has exactly one."""
+class Rounding(Algorithm):
+    """Chooses the codes of weights, which are the integers themselves on an integer grid; each weight has exactly one.
+
+    Its kinds are `Rounder` and `wrapq.calibration.blockwise.BlockRounder`.
+    """
 
     phase = "round"
     handles = "weight"
@@ -72,12 +75,53 @@ class Rounder(Algorithm):
         """Why weights of `spec` cannot be rounded with these options, or None when they can; asked by the plan."""
         return None
 
+
+class Rounder(Rounding):
+    """Chooses the codes of one weight at a time."""
+
     @abstractmethod
     def round(self, weight: Tensor, spec: QuantSpec, where: str, statistics: InputStatistics | None = None) -> Rounded:
         """The codes for `weight` [N, K], float; `where` names the point in errors.
 
         `statistics`, of what the weight is multiplied with, are there when `needs` names any.
         """
+
+
+class Correction(NamedTuple):
+    """What is added to the output of a module with a rounded weight: `bias` [N], and `x A^T B^T` for `a` [r, K] and
+    `b` [N, r]; either may be absent."""
+
+    bias: Tensor | None = None
+    a: Tensor | None = None
+    b: Tensor | None = None
+    report: Mapping[str, float] = MappingProxyType({})
+
+
+class Corrector(Algorithm):
+    """Makes good, beside a weight that is rounded already, some of what its rounding lost.
+
+    Attributes:
+        adds: what it gives; a weight gets each from one stage at most.
+    """
+
+    phase = "correct"
+    handles = "weight"
+    adds: ClassVar[Literal["bias", "low_rank"]]
+
+    def takes(self, wrapper: str) -> bool:
+        """Whether it corrects the weights of modules under the wrapper called so."""
+        return True
+
+    @abstractmethod
+    def correct(self, weight: Tensor, error: Tensor, where: str, statistics: InputStatistics) -> Correction:
+        """What to add for `weight` [N, K], float, of which what is computed with lacks `error` [N, K].
+
+        `statistics` are those that `needs` names; raises `UnusableStatisticsError` where no data reached the weight.
+        """
+
+    def added_elements(self, shape: tuple[int, int]) -> int:
+        """How many numbers, in the model's dtype, it adds to a weight [N, K]."""
+        return 0
 
 
 class RangeSetter(Algorithm):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from wrapq.calibration.algorithm import Algorithm, Rounded
+from wrapq.calibration.algorithm import Rounded, Rounding
 from wrapq.calibration.border import BATCH, batch_index
 from wrapq.calibration.forward import Batch
 from wrapq.calibration.lockstep import Stop
@@ -88,20 +88,13 @@ class BlockProblem:
         return (output.float() - self._targets[batch].float()).square().mean()
 
 
-class BlockRounder(Algorithm):
-    """Chooses the codes of all weights of a block that are its to round; each weight has exactly one rounder."""
-
-    phase = "round"
-    handles = "weight"
+class BlockRounder(Rounding):
+    """Chooses the codes of all weights of a block that are its to round."""
 
     @property
     def needs(self) -> tuple[str, ...]:
         """See `Algorithm.needs`."""
         return (BLOCK,)
-
-    def unsupported(self, spec: QuantSpec) -> str | None:
-        """See `Rounder.unsupported`."""
-        return None
 
     @abstractmethod
     def round_block(self, problem: BlockProblem) -> dict[str, Rounded]:
@@ -163,7 +156,7 @@ class BlockStop:
 
 def visit_model(model: nn.Module, batches: Sequence[Batch], decided: Callable[[BlockStop], None]) -> None:
     """A model without repeated blocks is one: `decided` is called with all that enters and leaves it."""
-    stop = BlockStop((0, 0, 1), 0, model, len(batches), lambda stop: None, decided)
+    stop = BlockStop((-1, 0, 1), -1, model, len(batches), lambda stop: None, decided)
     for index, batch in enumerate(batches):
         stop.visits[index] = visit = Visit((), batch.inputs, batch.mask)
         stop.targets[index] = _alone(model, visit, {}, quantizes=False)
@@ -196,7 +189,7 @@ def _alone(layer: nn.Module, visit: Visit, parameters: Mapping[str, Tensor], qua
     return copy_context().run(run)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Deaf:
     """A stream of which nothing is gathered."""
 

@@ -9,7 +9,8 @@ from typing import cast
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from wrapq.calibration.algorithm import RangeSetter, Rounded, Rounder
+from wrapq.calibration.algorithm import Algorithm, Corrector, RangeSetter, Rounded, Rounder, Rounding
+from wrapq.calibration.blockwise import BLOCK, BlockRounder, BlockStop
 from wrapq.calibration.processes import Processes
 from wrapq.calibration.recall import Recall
 from wrapq.calibration.report import rounding_report
@@ -30,6 +31,7 @@ class Decider:
         setters: the algorithm that chooses each static activation point's range, likewise.
 
     Attributes:
+        correctors: those that have their turn once a weight is rounded, in order, by the point's full name.
         recall: where statistics gathered before are looked up; None gathers all.
         processes: those that share the data.
         inputs: what was gathered of the input of each open weight, by the point's full name.
@@ -38,8 +40,9 @@ class Decider:
         fallbacks: for each weight that was rounded to nearest because its statistics could not be used, the reason.
     """
 
-    def __init__(self, model: nn.Module, rounders: Mapping[str, Rounder], setters: Mapping[str, RangeSetter]) -> None:
+    def __init__(self, model: nn.Module, rounders: Mapping[str, Rounding], setters: Mapping[str, RangeSetter]) -> None:
         self.model, self.rounders, self.setters = model, rounders, setters
+        self.correctors: dict[str, list[Corrector]] = {}
         self.recall: Recall | None = None
         self.processes = Processes()
         self.inputs: dict[str, InputStatistics] = {}
@@ -60,7 +63,26 @@ class Decider:
 
     def needs(self, weight: WeightQuantizer) -> frozenset[str]:
         """See `Walk.needs`."""
-        return frozenset(self.rounders[weight.where].needs)
+        needs = (need for algorithm in self._of_weight(weight) for need in algorithm.needs)
+        return frozenset(needs) - {BLOCK}
+
+    @property
+    def blockwise(self) -> bool:
+        """Whether the weights of any block are still to be decided at once."""
+        return any(self.is_blockwise(q) and q.state is not State.QUANTIZED for q in self.modules)
+
+    def is_blockwise(self, quantizer: Quantizer) -> bool:
+        """Whether the point is a weight that is decided together with others of its block."""
+        return isinstance(self.rounders.get(quantizer.where), BlockRounder)
+
+    def algorithms(self) -> dict[str, list[Algorithm]]:
+        """The algorithms of each static point, in order, by the point's full name."""
+        setters: dict[str, list[Algorithm]] = {where: [setter] for where, setter in self.setters.items()}
+        weights = (q for q in self.modules if isinstance(q, WeightQuantizer))
+        return setters | {q.where: self._of_weight(q) for q in weights}
+
+    def _of_weight(self, weight: WeightQuantizer) -> list[Algorithm]:
+        return [self.rounders[weight.where], *self.correctors.get(weight.where, ())]
 
     def all_decided(self) -> bool:
         """Whether no point is left that data decides."""
@@ -68,12 +90,14 @@ class Decider:
 
     def waits(self, quantizer: Quantizer) -> bool:
         """Whether data decides the point."""
-        return bool(self.needs(quantizer)) if isinstance(quantizer, WeightQuantizer) else not quantizer.spec.dynamic
+        if not isinstance(quantizer, WeightQuantizer):
+            return not quantizer.spec.dynamic
+        return bool(self.needs(quantizer)) or self.is_blockwise(quantizer)
 
     def round_without_data(self, quantizers: Iterable[Quantizer]) -> None:
         """Round the weights among `quantizers` whose rounder needs no data."""
         for quantizer in quantizers:
-            if isinstance(quantizer, WeightQuantizer) and not self.needs(quantizer):
+            if isinstance(quantizer, WeightQuantizer) and not self.waits(quantizer):
                 self.decide(quantizer)
 
     def decide(self, quantizer: Quantizer) -> None:
@@ -92,22 +116,67 @@ class Decider:
             quantizer.set_qparams(self.setters[quantizer.where].choose(observer, quantizer.where))
         self._since = time.perf_counter()
 
+    def round_blockwise(self, stop: BlockStop, quantizers: Iterable[Quantizer]) -> None:
+        """Round the open weights among `quantizers`, those of a block, that are rounded together.
+
+        They are in force at once, but for those that wait for statistics with which to correct them.
+        """
+        mine = {q: str(q.spec) for q in quantizers if self.is_blockwise(q) and q.state is not State.QUANTIZED}
+        first = {(id(self._ties(q)), spec): q for q, spec in reversed(mine.items()) if spec not in self._ties(q)}
+        for rounder in dict.fromkeys(self.rounders[q.where] for q in mine):
+            own = {q.where: q for q in reversed(first.values()) if self.rounders[q.where] is rounder}
+            if own:
+                problem = stop.problem({where: (self.modules[q], q.spec) for where, q in own.items()})
+                for where, rounded in cast(BlockRounder, rounder).round_block(problem).items():
+                    self._ties(own[where])[mine[own[where]]] = rounded
+        for quantizer in mine:
+            if not self.needs(cast(WeightQuantizer, quantizer)):
+                self.decide(quantizer)
+
+    def _ties(self, quantizer: Quantizer) -> dict[str, Rounded]:
+        """What the tensor was rounded to, by spec; tied weights share their integers."""
+        return self._tied.setdefault(self.modules[quantizer].float_weight(), {})
+
     def _round(self, quantizer: WeightQuantizer) -> None:
         module, where = self.modules[quantizer], quantizer.where
-        tied = self._tied.setdefault(module.float_weight(), {})  # tied weights share their integers
-        if (spec := str(quantizer.spec)) not in tied:
-            weight = module.float_matrix()
-            statistics = self._inputs(quantizer, weight.shape[1]) if self.needs(quantizer) else None
+        tied, spec = self._ties(quantizer), str(quantizer.spec)
+        weight = module.float_matrix()
+        correctors = self.correctors.get(where, ())
+        new = where not in self.reports and (spec not in tied or self.is_blockwise(quantizer))
+        wanted = self.needs(quantizer) and (new or correctors)
+        statistics = self._inputs(quantizer, weight.shape[1]) if wanted else None
+        if spec not in tied:
             with sharing_global_scale(where.removesuffix(".weight"), self.wrapped):
-                try:
-                    rounded = self.rounders[where].round(weight, quantizer.spec, where, statistics)
-                except UnusableStatisticsError as error:
-                    self.fallbacks.append(str(error))
-                    qparams = observe_tensor(weight, quantizer.spec, where)
-                    rounded = Rounded(qparams.quantize(weight), qparams, {"fallback": 1.0})
-            tied[spec] = rounded
+                tied[spec] = self._rounded(quantizer, weight, statistics)
+        rounded = tied[spec]
+        if new:
             self.reports[where] = rounding_report(weight, rounded, statistics)
-        quantizer.set_rounded(tied[spec].integers, tied[spec].qparams)
+        quantizer.set_rounded(rounded.integers, rounded.qparams)
+        for corrector in correctors:
+            self._correct(quantizer, weight, corrector, cast(InputStatistics, statistics))
+
+    def _rounded(self, quantizer: WeightQuantizer, weight: Tensor, statistics: InputStatistics | None) -> Rounded:
+        rounder, where = self.rounders[quantizer.where], quantizer.where
+        try:
+            if isinstance(rounder, Rounder):
+                return rounder.round(weight, quantizer.spec, where, statistics)
+            raise UnusableStatisticsError(f"{where}: it lies in no block, or no batch came to its block")
+        except UnusableStatisticsError as error:
+            self.fallbacks.append(str(error))
+            qparams = observe_tensor(weight, quantizer.spec, where)
+            return Rounded(qparams.quantize(weight), qparams, {"fallback": 1.0})
+
+    def _correct(
+        self, quantizer: WeightQuantizer, weight: Tensor, corrector: Corrector, statistics: InputStatistics
+    ) -> None:
+        error = weight.float() - quantizer.repaired_matrix()
+        try:
+            correction = corrector.correct(weight.float(), error, quantizer.where, statistics)
+        except UnusableStatisticsError as problem:
+            self.fallbacks.append(str(problem))
+            return
+        quantizer.correct(correction.bias, correction.a, correction.b)
+        self.reports.setdefault(quantizer.where, {}).update(correction.report)
 
     def _inputs(self, quantizer: WeightQuantizer, columns: int) -> InputStatistics:
         """What all processes gathered for the weight; it is put together once for all weights that share it."""

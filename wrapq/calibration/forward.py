@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from wrapq.calibration.border import BATCH, made_for_all
 from wrapq.calibration.lockstep import Stop
-from wrapq.calibration.statistics import InputStatistics
+from wrapq.calibration.statistics import TWIN, InputStatistics
 from wrapq.wrappers.quantizer import PADDING, STREAM, Quantizer, WeightQuantizer, real_tokens
 
 Wait = Callable[[Stop], None]
@@ -84,7 +84,7 @@ class FloatTwin(Run):
     def meet(self, module: Any, raw: Tensor, x: Tensor) -> None:
         """Wait where the other run will look."""
         weight = module.weight_quantizer
-        if "cross" in self.walk.needs(weight):
+        if TWIN & self.walk.needs(weight):
             routed = raw.dim() == 2 and raw.shape[0] not in self._token_counts()
             self._at = None if routed else (weight, module.input_matrix(real_tokens(x.detach(), 1)))
             self.wait(self.walk.stop(weight))
@@ -103,7 +103,7 @@ class Forward(Run):
         batch: what runs.
         index: the batch's number.
         wait: how it waits at a point it comes to; None never waits and runs through the float model.
-        twin: the float model's run of the same batch, where a rounder asks for the cross term.
+        twin: the float model's run of the same batch, where the difference of the two is gathered.
     """
 
     def __init__(self, walk: Walk, batch: Batch, index: int, wait: Wait | None, twin: FloatTwin | None = None) -> None:

@@ -47,22 +47,24 @@ class Recall:
         self._kinds: dict[str, dict[str, str]] = {}
         self._owners: WeakKeyDictionary[object, str] = WeakKeyDictionary()
 
-    def begin(self, groups: Sequence[Sequence[Quantizer]], algorithms: Mapping[str, Algorithm], shared: bool) -> None:
+    def begin(
+        self, groups: Sequence[Sequence[Quantizer]], algorithms: Mapping[str, Sequence[Algorithm]], shared: bool
+    ) -> None:
         """Learn what is to be decided.
 
         Args:
             groups: all points, in the groups that are decided one after the other.
-            algorithms: the algorithm of each static point, by the point's full name.
+            algorithms: the algorithms of each static point, by the point's full name.
             shared: statistics do not depend on what was decided before, as in the `parallel` schedule.
         """
         scope = digest("parallel" if shared else "sequential", self.root)
         for group in groups:
-            said = [(q.where, str(q.spec), _named(algorithms.get(q.where))) for q in group]
+            said = [(q.where, str(q.spec), [_named(a) for a in algorithms.get(q.where, ())]) for q in group]
             scope = scope if shared else digest(scope, said)
             for quantizer in group:
                 self._scopes[quantizer.where] = scope
-                algorithm = algorithms.get(quantizer.where)
-                self._kinds[quantizer.where] = _kinds(quantizer, frozenset(algorithm.needs if algorithm else ()))
+                needs = frozenset(need for a in algorithms.get(quantizer.where, ()) for need in a.needs)
+                self._kinds[quantizer.where] = _kinds(quantizer, needs)
 
     def load(self, points: Sequence[Quantizer]) -> dict[str, tuple[str, dict[str, dict[str, Tensor]]]] | None:
         """For each of `points`, by its full name, the point that first brought what is stored for it, and that, part by
@@ -119,8 +121,8 @@ def _kinds(quantizer: Quantizer, needs: frozenset[str]) -> dict[str, str]:
     return parts or {"observer": f"observer {quantizer.spec}"}
 
 
-def _named(algorithm: Algorithm | None) -> object:
-    return algorithm and [type(algorithm).__qualname__, algorithm.options.model_dump(mode="json")]
+def _named(algorithm: Algorithm) -> object:
+    return [type(algorithm).__qualname__, algorithm.options.model_dump(mode="json")]
 
 
 def digest(before: str, data: object) -> str:

@@ -31,14 +31,23 @@ def _add_cross(held: Tensor, x: Tensor, reference: Rows) -> None:
         held.addmm_((reference.to(x.dtype) - x).t(), x)
 
 
+def _add_shift(held: Tensor, x: Tensor, reference: Rows) -> None:
+    if reference is not None:
+        held.add_((reference.to(x.dtype) - x).sum(0))
+
+
 PARTS: dict[str, Part] = {
     "hessian": Part(2, lambda held, x, _: held.addmm_(x.t(), x)),
     "cross": Part(2, _add_cross),
+    "mean_shift": Part(1, _add_shift),
     "mean": Part(1, lambda held, x, _: held.add_(x.sum(0))),
     "mean_abs": Part(1, lambda held, x, _: held.add_(x.abs().sum(0))),
     "absmax": Part(1, lambda held, x, _: held.copy_(torch.maximum(held, x.abs().amax(0))), "max"),
 }
 """What an algorithm may declare that it needs of a weight's input."""
+
+TWIN = frozenset({"cross", "mean_shift"})
+"""Those for which the float model runs beside the quantized one."""
 
 PRECISIONS = frozenset({"float64"})
 """What it may declare besides: how the sums are kept; float32 without it."""
@@ -49,7 +58,8 @@ class InputStatistics:
 
     Args:
         needs: what is gathered, and nothing else: `hessian`, `X^T X` [K, K]; `cross`, `(F - X)^T X` [K, K], F being the
-            rows that the float model has where the quantized one has X; `absmax`, `mean` and `mean_abs` [K], the
+            rows that the float model has where the quantized one has X; `mean_shift` [K], the
+            mean of F - X; `absmax`, `mean` and `mean_abs` [K], the
             largest magnitude of each channel, its mean and that of its magnitude. With `float64` in that precision.
 
     Attributes:

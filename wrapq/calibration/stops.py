@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
-from wrapq.calibration.border import batch_index, entering
+from wrapq.calibration.border import BATCH, batch_index, entering
 from wrapq.calibration.lockstep import Stop
 from wrapq.wrappers.quantizer import Quantizer
 
@@ -46,7 +46,7 @@ class Gate:
 
     def enter(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the block."""
-        if not self.passed:
+        if not self.passed and BATCH.get() is not None:
             self.entered(self.index, batch_index(), entering(args, kwargs))
             self.wait(self)
 
@@ -65,6 +65,8 @@ class Once:
 
     def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Forward pre-hook of the module; calls `again`, which raises, when it runs a second time."""
+        if BATCH.get() is None:  # the block is run by itself, and nothing is gathered
+            return
         if batch_index() in self.batches:
             self.again()
         self.batches.add(batch_index())

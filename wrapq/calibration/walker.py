@@ -12,14 +12,16 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import Tensor, nn
 
-from wrapq.calibration.algorithm import RangeSetter, Rounder
+from wrapq.calibration.algorithm import RangeSetter, Rounding
 from wrapq.calibration.blocks import Blocks, find_blocks
+from wrapq.calibration.blockwise import BlockStop, check_blockwise, visit_model
 from wrapq.calibration.border import Border, skipping
 from wrapq.calibration.decider import Decider, release
 from wrapq.calibration.forward import Batch, FloatTwin, Forward
 from wrapq.calibration.lockstep import Stop, first, run_lockstep, wait_at
 from wrapq.calibration.offload import Offload
 from wrapq.calibration.residency import Residency
+from wrapq.calibration.statistics import TWIN
 from wrapq.calibration.stops import Gate, Once, OpenPoint
 from wrapq.errors import CalibrationError
 from wrapq.wrappers.quantizer import Quantizer, State, WeightQuantizer
@@ -52,7 +54,7 @@ class Walker(Decider):
     def __init__(
         self,
         model: nn.Module,
-        rounders: Mapping[str, Rounder],
+        rounders: Mapping[str, Rounding],
         setters: Mapping[str, RangeSetter],
         advance: Callable[[], None] = lambda: None,
     ) -> None:
@@ -67,6 +69,7 @@ class Walker(Decider):
         self._as_tuple = False
         self._points: dict[Quantizer, OpenPoint] = {}
         self._gates: list[Gate] = []
+        self._stops: list[BlockStop] = []
         self._order_points()
 
     def steps(self) -> tuple[int, str]:
@@ -85,6 +88,8 @@ class Walker(Decider):
             LifecycleError: no batch reached a point; the message names it.
         """
         self._schedule = schedule
+        if self.blockwise:
+            check_blockwise(schedule, self.processes.count)
         for quantizer in self._points:
             if quantizer.spec.dynamic:
                 quantizer.freeze()
@@ -133,7 +138,14 @@ class Walker(Decider):
         self._look_up()
         if not self.all_decided():
             self._since = time.perf_counter()
+            if self.blockwise and not self.blocks.count:
+                visit_model(self.model, batches, self._decide_block)
             layers = [self.model.get_submodule(name) for name in self.blocks.names()]
+            self._stops = [
+                BlockStop((i, 0, 1), i, layer, len(batches), wait_at, self._decide_block)
+                for i, layer in enumerate(layers)
+                if any(self.is_blockwise(q) for q in self._of_group(i))
+            ]
             hooks = self._hook(layers, gates, border.index if border else 0)
             with skipping(layers, border), self.offload or nullcontext():
                 try:
@@ -146,7 +158,8 @@ class Walker(Decider):
 
     def _forwards(self, batches: Sequence[Batch]) -> list[Callable[[], None]]:
         sequential = self._schedule == "sequential"
-        crossed = any("cross" in self.needs(q) for q in self._points if isinstance(q, WeightQuantizer))
+        crossed = any(TWIN & self.needs(q) for q in self._points if isinstance(q, WeightQuantizer))
+        crossed |= bool(self._stops)
         forwards: list[Callable[[], None]] = []
         for index, batch in enumerate(batches):
             if index % self.processes.count != self.processes.rank:
@@ -160,6 +173,8 @@ class Walker(Decider):
         hooks: list[Any] = [layer.register_forward_hook(self._leave) for layer in layers[start:]]
         for gate, layer in zip(gates[start:], layers[start:], strict=True):
             hooks.append(layer.register_forward_pre_hook(gate.enter, with_kwargs=True))
+        for stop in self._stops:
+            hooks += stop.hook() if stop.index >= start else []
         visited: dict[str, Callable[[], NoReturn]] = {}
         if self.blocks.count > 1 and (self._schedule == "parallel" or self.residency.streamed):
             once = _streamed_again if self.residency.streamed else _block_again
@@ -179,7 +194,8 @@ class Walker(Decider):
         self._as_tuple = isinstance(output, tuple)
 
     def _wait(self, stop: Stop) -> None:
-        with self.offload.aside() if self.offload else nullcontext():
+        held = any(stop.targets for stop in self._stops)  # which a problem is about to read
+        with self.offload.aside() if self.offload and not held else nullcontext():
             wait_at(stop)
 
     def _choose(self, stops: Iterable[Stop]) -> Stop | None:
@@ -227,13 +243,15 @@ class Walker(Decider):
     def _of_group(self, index: int) -> list[Quantizer]:
         return [quantizer for quantizer in self._points if self._group(quantizer) == index]
 
+    def _decide_block(self, stop: BlockStop) -> None:
+        self.round_blockwise(stop, self._of_group(stop.index))
+
     def _look_up(self) -> None:
         """Decide, without running anything, the points whose statistics the store has."""
         if (recall := self.recall) is None:
             return
         groups = list(self._groups())
-        algorithms = {**self.rounders, **self.setters}
-        recall.begin([group for _, group in groups], algorithms, self._schedule == "parallel")
+        recall.begin([group for _, group in groups], self.algorithms(), self._schedule == "parallel")
         for index, group in groups:
             waiting = [q for q in self._open_points(group) if self.waits(q)]
             with self.residency.holding(index) if self._open_points(group) else nullcontext():

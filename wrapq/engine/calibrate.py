@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wrapq.calibration.algorithm import ALGORITHMS, RangeSetter, Rounder, Transform
+from wrapq.calibration.algorithm import ALGORITHMS, Corrector, RangeSetter, Rounding, Transform
 from wrapq.calibration.data import Samples
 from wrapq.calibration.offload import Offload, shared_tensors
 from wrapq.calibration.recall import Recall
@@ -61,25 +61,31 @@ def calibrate(
 
 def make_walker(run: Run, model: nn.Module, looks_at_data: bool) -> Walker:
     """The walker that decides the points of the plan, with the store where it looks at data."""
-    walker, runtime = Walker(model, *_algorithms(run.plan)), run.settings.runtime
-    walker.processes = run.processes
+    rounders, setters, correctors = _algorithms(run.plan)
+    walker, runtime = Walker(model, rounders, setters), run.settings.runtime
+    walker.correctors, walker.processes = correctors, run.processes
     if looks_at_data and runtime.cache_gb:
         walker.recall = Recall(Store(run.settings.paths.cache_folder(), runtime.cache_gb * 1e9), _root(run, model))
     return walker
 
 
-def _algorithms(plan: Plan) -> tuple[dict[str, Rounder], dict[str, RangeSetter]]:
-    """The algorithm that decides each weight, and each static activation, by the point's full name."""
-    rounders: dict[str, Rounder] = {}
+def _algorithms(plan: Plan) -> tuple[dict[str, Rounding], dict[str, RangeSetter], dict[str, list[Corrector]]]:
+    """What decides each weight, and each static activation, and what corrects each weight, by the point's full name."""
+    rounders: dict[str, Rounding] = {}
     setters: dict[str, RangeSetter] = {}
+    correctors: dict[str, list[Corrector]] = {}
     for stage in plan.stages:
         kind = ALGORITHMS.get(stage.algorithm)
         algorithm = kind(kind.Options(**stage.options))
         if isinstance(algorithm, Transform):
             continue
-        table: dict[str, Any] = rounders if isinstance(algorithm, Rounder) else setters
+        if isinstance(algorithm, Corrector):
+            for target in stage.targets:
+                correctors.setdefault(target, []).append(algorithm)
+            continue
+        table: dict[str, Any] = rounders if isinstance(algorithm, Rounding) else setters
         table |= dict.fromkeys(stage.targets, algorithm)
-    return rounders, setters
+    return rounders, setters, correctors
 
 
 def _root(run: Run, model: nn.Module) -> dict[str, str]:

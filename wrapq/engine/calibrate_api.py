@@ -5,14 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from pydantic import ValidationError
 from torch import Tensor, nn
 
 from wrapq.algorithms.ranges import Ranges
 from wrapq.algorithms.rtn import RTN
-from wrapq.calibration.algorithm import Algorithm, RangeSetter, Rounder, Transform
+from wrapq.calibration.algorithm import Algorithm, Corrector, RangeSetter, Rounding, Transform
 from wrapq.calibration.walker import Batch, Schedule, Walker
 from wrapq.engine.transform import Figures
 from wrapq.engine.transform_api import transform_prepared
@@ -84,6 +84,7 @@ def calibrate(
     if transforms:  # which put new wrappers in
         rounders, setters = _assign(model, entries)
     walker = Walker(model, rounders, setters)
+    walker.correctors = _correctors(model, entries)
     walker.run(given, schedule)
     return Calibrated({**rounders, **setters}, walker.reports, walker.fallbacks, walker.statistics, figures)
 
@@ -112,20 +113,21 @@ def _check(stack: Mapping[str, str | Mapping[str, Any]], schedule: Schedule) -> 
         twice = [entry.name for entry in entries if entry.algorithm.phase == phase]
         if len(twice) > 1:
             problems.append(Problem("calibrate", f"stages {' and '.join(twice)} would decide the same points"))
-    others = [entry for entry in entries if not issubclass(entry.algorithm, Rounder | RangeSetter | Transform)]
+    deciding = Rounding | RangeSetter | Corrector | Transform
+    others = [entry for entry in entries if not issubclass(entry.algorithm, deciding)]
     problems += [Problem(sources.where(f"stack.{e.name}"), f"{e.stage.algorithm} decides no point") for e in others]
     if problems:
         raise PlanError(problems)
     return entries
 
 
-def _assign(model: nn.Module, entries: Sequence[StackEntry]) -> tuple[dict[str, Rounder], dict[str, RangeSetter]]:
+def _assign(model: nn.Module, entries: Sequence[StackEntry]) -> tuple[dict[str, Rounding], dict[str, RangeSetter]]:
     """The algorithm of each weight, and of each other point, by the point's full name."""
-    rounder: Rounder | None = None
+    rounder: Rounding | None = None
     setter: RangeSetter = Ranges()
     for entry in entries:
         algorithm = entry.algorithm(entry.options)
-        if isinstance(algorithm, Rounder):
+        if isinstance(algorithm, Rounding):
             rounder = algorithm
         elif isinstance(algorithm, RangeSetter):
             setter = algorithm
@@ -143,6 +145,17 @@ def _assign(model: nn.Module, entries: Sequence[StackEntry]) -> tuple[dict[str, 
     if problems:
         raise PlanError(problems)
     return rounders, setters
+
+
+def _correctors(model: nn.Module, entries: Sequence[StackEntry]) -> dict[str, list[Corrector]]:
+    """The corrections of each weight that multiplies a matrix and takes them, by the point's full name."""
+    made = [entry.algorithm(entry.options) for entry in entries]
+    correctors = [algorithm for algorithm in made if isinstance(algorithm, Corrector)]
+    weights = [m for _, m in iter_wrapped(model) if m.weight_quantizer is not None and m.wrapper.multiplies(m)]
+    return {
+        cast(WeightQuantizer, m.weight_quantizer).where: [c for c in correctors if c.takes(m.wrapper.__name__)]
+        for m in weights
+    }
 
 
 def _as_batch(model: nn.Module, given: Mapping[str, Any] | Tensor | Sequence[Any]) -> Batch:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from wrapq.calibration.algorithm import ALGORITHMS, Corrector
 from wrapq.errors import Problem, SpecError
 from wrapq.export.scheme import Args, Scheme, cache_args, linear_scheme
 from wrapq.export.vllm import cache_refusal, fusion_refusals, linear_refusal
@@ -47,6 +48,7 @@ def translate(plan: Plan, reader: str) -> Translation:
             what = f"compressed-tensors quantizes linear layers and the cache, not {module.type}"
             refused.add(module, what, _REMEDY)
     _cache(plan, said, refused, reader)
+    _corrections(plan, refused)
     said.problems += refused.problems()
     said.problems += _loading(said)
     if reader == VLLM:
@@ -75,6 +77,19 @@ def _linear(module: ModulePlan, said: Translation, refused: _Refusals, reader: s
         said.schemes[module.name] = scheme
         if module.block is None:
             said.outside.append(module.name)
+
+
+def _corrections(plan: Plan, refused: _Refusals) -> None:
+    """What the stack adds beside the weights and the model that a reader builds has no place for."""
+    modules = {f"{module.name}.weight": module for module in plan.modules}
+    for stage in plan.stages:
+        kind = ALGORITHMS.get(stage.algorithm)
+        for module in (modules[target] for target in stage.targets if issubclass(kind, Corrector)):
+            remedy = f"leave it out with ~stack.{stage.name}, or run with export=none"
+            if issubclass(kind, Corrector) and kind.adds == "low_rank":
+                refused.add(module, "compressed-tensors has no word for a low-rank repair beside the weight", remedy)
+            elif not module.has_bias:
+                refused.add(module, "it has no bias, and readers would drop the one of the correction", remedy)
 
 
 def _cache(plan: Plan, said: Translation, refused: _Refusals, reader: str) -> None:

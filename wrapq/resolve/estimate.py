@@ -8,12 +8,13 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from wrapq.calibration.algorithm import ALGORITHMS, Corrector
 from wrapq.quant.affine import scale_shape, storage_dtype
 from wrapq.quant.dtypes import SCALE_BITS
 from wrapq.quant.packing import packed_columns
 from wrapq.quant.spec import QuantSpec
 from wrapq.recipe.schema import Recipe
-from wrapq.resolve.plan import Estimate, ModulePlan
+from wrapq.resolve.plan import Estimate, ModulePlan, StagePlan
 
 _PARAMETER_BYTES = 4
 """Of a word of packed integers (int32) and of a global scale (float32)."""
@@ -34,7 +35,9 @@ def weight_bytes(shape: tuple[int, int], spec: QuantSpec) -> int:
     return packed + scales * SCALE_BITS[spec.scale_dtype] // 8 + zero_bytes + global_scale
 
 
-def estimate(model: nn.Module, modules: Sequence[ModulePlan], recipe: Recipe, needs_data: bool) -> Estimate:
+def estimate(
+    model: nn.Module, modules: Sequence[ModulePlan], recipe: Recipe, needs_data: bool, stages: Sequence[StagePlan] = ()
+) -> Estimate:
     """What the run costs and leaves; the few bytes of each fixed activation's parameters are not counted.
 
     The peak is the float weights, the codes chosen (a byte each up to 8 bits), the dequantized copies
@@ -54,6 +57,7 @@ def estimate(model: nn.Module, modules: Sequence[ModulePlan], recipe: Recipe, ne
         weights += tensor.numel()
         replaced += itemsize * tensor.numel()
         packed += weight_bytes(module.weight_shape, spec)
+        packed += itemsize * _added_elements(module, stages)
         shapes += _SHAPE_BYTES
         integers += tensor.numel() * storage_dtype(spec.dtype).itemsize
         dequantized += itemsize * tensor.numel()
@@ -67,6 +71,17 @@ def estimate(model: nn.Module, modules: Sequence[ModulePlan], recipe: Recipe, ne
         calibration_tokens=tokens,
         peak_bytes=float_bytes + integers + dequantized + in_flight * hidden * itemsize * _STREAM_COPIES,
     )
+
+
+def _added_elements(module: ModulePlan, stages: Sequence[StagePlan]) -> int:
+    """How many numbers the corrections of `stages` add to the weight of `module`; a bias of its own takes theirs."""
+    added = 0
+    for stage in stages:
+        kind = ALGORITHMS.get(stage.algorithm)
+        if module.weight_shape and issubclass(kind, Corrector) and f"{module.name}.weight" in stage.targets:
+            counts = kind.adds != "bias" or not module.has_bias
+            added += kind(kind.Options(**stage.options)).added_elements(module.weight_shape) if counts else 0
+    return added
 
 
 def _batch_tokens(recipe: Recipe) -> int:

@@ -43,6 +43,8 @@ class ModulePlan(_Frozen):
     block: int | None
     multiplies: bool
     """Whether the weight multiplies a matrix, as a linear layer's does and a norm's does not."""
+    has_bias: bool
+    """Whether something is added to what the weight makes."""
     weight_shape: tuple[int, int] | None
     """Of the weight as a matrix [N, K]."""
     points: tuple[PointPlan, ...]

@@ -94,7 +94,7 @@ def resolve_model(recipe: Recipe, model: nn.Module, stack: Sequence[StackEntry],
         modules=resolved.modules,
         untouched=resolved.untouched,
         stages=stages,
-        estimate=estimate(model, resolved.modules, recipe, needs_data),
+        estimate=estimate(model, resolved.modules, recipe, needs_data, stages),
         notes=tuple(transforms.notes),
         presets=sources.origins(),
     )
@@ -153,6 +153,7 @@ def _plan_modules(sites: Sequence[Site], drafted: Drafted) -> tuple[list[ModuleP
                     wrapper=site.wrapper.__name__,
                     block=site.block,
                     multiplies=site.wrapper.multiplies(site.module),
+                    has_bias=site.module._parameters.get("bias") is not None,
                     weight_shape=weight_shape(site),
                     points=tuple(points),
                 )

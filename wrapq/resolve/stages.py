@@ -8,7 +8,9 @@ from typing import cast
 
 from pydantic import BaseModel, ValidationError
 
-from wrapq.calibration.algorithm import ALGORITHMS, PHASES, Algorithm, Rounder, Transform
+from wrapq.calibration.algorithm import ALGORITHMS, PHASES, Algorithm, Corrector, Rounding, Transform
+from wrapq.calibration.blockwise import BLOCK
+from wrapq.calibration.statistics import TWIN
 from wrapq.errors import ModelError, Problem, UnknownNameError, nearest
 from wrapq.recipe.schema import Recipe, Stage
 from wrapq.resolve.plan import ModulePlan, PointPlan, StagePlan
@@ -48,9 +50,10 @@ def check_stack(recipe: Recipe, sources: Sources) -> tuple[list[StackEntry], lis
             valid = [*algorithm.Options.model_fields, *Stage.model_fields]
             problems += option_problems(error, f"stack.{name}", valid, stage.algorithm, sources)
             continue
-        parallel = recipe.calibration.schedule == "parallel"
-        if "cross" in algorithm(options).needs and (parallel or recipe.evaluation.compare_schedules):
-            what = "asymmetric calibration looks at what the quantized blocks before give, and parallel runs none"
+        parallel, needs = recipe.calibration.schedule == "parallel", algorithm(options).needs
+        if {BLOCK, *TWIN} & set(needs) and (parallel or recipe.evaluation.compare_schedules):
+            how = stage.algorithm if BLOCK in needs else "asymmetric calibration"
+            what = f"{how} looks at what the quantized blocks before give, and parallel runs none"
             said = "calibration.schedule=sequential" if parallel else "evaluation.compare_schedules=false"
             remedy = f"set {said}"
             problems.append(Problem(sources.where(f"stack.{name}"), what, (), remedy))
@@ -114,11 +117,17 @@ def plan_stages(
             )
         problems += _without_statistics(entry, points, where)
         problems += _unsupported(entry, points, where)
-        twice = sorted({owner[target] for target in targets if target in owner})
+        problems += _outside_blocks(entry, points, modules, where)
+        if issubclass(entry.algorithm, Corrector):
+            problems += _uncorrectable(entry, points, where)
+            said = {target: f"{entry.algorithm.adds} {target}" for target in targets}
+        else:
+            said = {target: target for target in targets}
+        twice = sorted({owner[key] for key in said.values() if key in owner})
         if twice:
             what = f"{entry.name} and {', '.join(twice)} would decide the same points, such as {targets[0]}"
             problems.append(Problem(where, what, (), "give each stage its own rules: stack.NAME.rules=[...]"))
-        owner |= dict.fromkeys(targets, entry.name)
+        owner |= dict.fromkeys(said.values(), entry.name)
         observers = {p.quant_spec.observer for _, p in points} if entry.algorithm.handles == "activation" else ()
         stages.append(_stage(entry, targets, (*entry.needs, *sorted(observers)), sources))
     return tuple(stages), problems + list(_undecided(modules, owner))
@@ -154,19 +163,39 @@ def _plan_transform(
 def _without_statistics(
     entry: StackEntry, points: Sequence[tuple[ModulePlan, PointPlan]], where: str
 ) -> Iterator[Problem]:
-    others = [module for module, _ in points if not module.multiplies] if entry.needs else []
+    inputs = set(entry.needs) - {BLOCK} if entry.algorithm.handles == "weight" else set()
+    others = [module for module, _ in points if not module.multiplies] if inputs else []
     if others:
         kinds = ", ".join(sorted({module.type for module in others}))
-        what = (
-            f"{entry.stage.algorithm} rounds what multiplies a matrix; not so the weights of {kinds} ({others[0].name})"
-        )
+        does = "corrects" if issubclass(entry.algorithm, Corrector) else "rounds"
+        does = f"{entry.stage.algorithm} {does} what multiplies a matrix"
+        what = f"{does}; not so the weights of {kinds} ({others[0].name})"
         remedy = f"name its rules: stack.{entry.name}.rules=[...], and give the others +algorithm@stack.others=rtn"
         yield Problem(where, what, (), remedy)
 
 
+def _outside_blocks(
+    entry: StackEntry, points: Sequence[tuple[ModulePlan, PointPlan]], modules: Sequence[ModulePlan], where: str
+) -> Iterator[Problem]:
+    blocks = any(module.block is not None for module in modules)
+    others = [module.name for module, _ in points if module.block is None] if BLOCK in entry.needs and blocks else []
+    if others:
+        what = f"{entry.stage.algorithm} rounds the weights of blocks, and {', '.join(others[:3])} lies in none"
+        remedy = f"name its rules: stack.{entry.name}.rules=[...], and give the others +algorithm@stack.others=rtn"
+        yield Problem(where, what, (), remedy)
+
+
+def _uncorrectable(entry: StackEntry, points: Sequence[tuple[ModulePlan, PointPlan]], where: str) -> Iterator[Problem]:
+    algorithm = entry.algorithm(entry.options)
+    others = [m for m, _ in points if isinstance(algorithm, Corrector) and not algorithm.takes(m.wrapper)]
+    if others:
+        what = f"{entry.stage.algorithm} does not correct {others[0].type} ({others[0].name})"
+        yield Problem(where, what, (), f"name the rules of linear layers: stack.{entry.name}.rules=[...]")
+
+
 def _unsupported(entry: StackEntry, points: Sequence[tuple[ModulePlan, PointPlan]], where: str) -> Iterator[Problem]:
     algorithm = entry.algorithm(entry.options)
-    if not isinstance(algorithm, Rounder):
+    if not isinstance(algorithm, Rounding):
         return
     refused: dict[tuple[str, str], list[str]] = {}
     for module, point in points:

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from wrapq.quant.affine import dynamic_fake_quantize
 from wrapq.quant.packing import pack, unpack
@@ -75,6 +76,14 @@ class QuantizedModule(nn.Module):
     def meet(self, raw: Tensor, x: Tensor) -> Tensor:
         """Nothing is gathered any more: `x`."""
         return x
+
+    def repaired(self, x: Tensor, y: Tensor) -> Tensor:
+        """`y`, what the weight made of `x`, with what `weight_lora_a` and `weight_lora_b` make of it, where there are.
+
+        The product is `x A^T B^T`: the two thin factors are never multiplied with each other.
+        """
+        a, b = (self._parameters.get(name) for name in ("weight_lora_a", "weight_lora_b"))
+        return y if a is None or b is None else add_low_rank(x, y, a, b)
 
     def qparams(self, point: str) -> QParams:
         """The fixed parameters of `point`."""
@@ -152,6 +161,13 @@ class QuantizedWeight(QuantizedModule):
         self.register_buffer("weight_shape", torch.tensor(integers.shape))
         self.set_qparams("weight", qparams)
 
+    def set_correction(self, bias: Tensor | None, a: Tensor | None, b: Tensor | None) -> None:
+        """Add `bias` [N] to the module's own; hold `a` [r, K] and `b` [N, r] as `weight_lora_a` and `weight_lora_b`."""
+        new = {} if bias is None else {"bias": added_bias(self._parameters.get("bias"), bias, self.weight)}
+        new |= {} if a is None or b is None else {"weight_lora_a": a, "weight_lora_b": b}
+        for name, tensor in new.items():
+            self.register_parameter(name, nn.Parameter(tensor.to(self.weight_dtype), requires_grad=False))
+
     def share_weight(self, other: QuantizedModule) -> None:
         """Hold the very tensors of `other`, so that tied weights stay tied."""
         tables: Any = ((self._buffers, other._buffers), (self._parameters, other._parameters))
@@ -188,7 +204,12 @@ class QuantizedWeight(QuantizedModule):
         if self.kernel_type is None or len(args) != 1 or kwargs or not _is_inference(args[0]):
             return super().forward(*args, **kwargs)
         kernel = self.kernel()
-        return super().forward(*args) if kernel is None else self.q("output", kernel.run(args[0]))
+        if kernel is None:
+            return super().forward(*args)
+        y = kernel.run(args[0])
+        if "weight_lora_a" in self._parameters:
+            y = self.repaired(self.q("input", args[0]), y)
+        return self.q("output", y)
 
     def _packed(self) -> Tensor | None:
         packed = self._buffers.get("weight_packed")
@@ -226,6 +247,16 @@ class QuantizedWeight(QuantizedModule):
     def extra_repr(self) -> str:
         kernel = "" if self.kernel_type is None else f", kernel={self.kernel_type.name}"
         return super().extra_repr() + kernel
+
+
+def added_bias(bias: Tensor | None, more: Tensor, like: Tensor) -> Tensor:
+    """`bias` [N], None for zero, plus `more` [N], in the dtype of the weight `like`."""
+    return (more if bias is None else bias.float() + more).to(like.dtype)
+
+
+def add_low_rank(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """`y + x A^T B^T` for `x` [..., K], `y` [..., N], `a` [r, K] and `b` [N, r]."""
+    return y + linear(linear(x, a), b)
 
 
 def _is_inference(x: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""What a sweep leaves in writing: `outputs/<sweep>/<time>/` with its jobs, table and plot, and its MLflow run."""
+"""What a sweep leaves in writing: `outputs/<sweep>/<time>/` with its jobs, table, plot and page, and its MLflow run."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import Any, TextIO
 
 from wrapq.engine.folder import RunFolder
 from wrapq.engine.record import record_goals
+from wrapq.pages.run import REPORT
+from wrapq.pages.sweep import render_sweep
 from wrapq.recipe.schema import Settings
 from wrapq.sweep.plot import save_plot
 from wrapq.sweep.table import Table
@@ -72,7 +74,8 @@ class SweepRecord:
         self.write(status, table)
         self.folder.write_text(TABLE, table.to_csv())
         self.folder.write(PLOT, lambda path: save_plot(table, path))
-        for name in (SWEEP_FILE, TABLE, PLOT):
+        self.folder.write(REPORT, lambda path: render_sweep(_jobs(table), path, self.facts["name"], _summary(table)))
+        for name in (SWEEP_FILE, TABLE, PLOT, REPORT):
             self.tracker.artifact(self.folder.path / name)
         done = sum(row.done for row in table.rows)
         self.tracker.metrics({"jobs/done": done, "jobs/failed": len(table.failed)})
@@ -88,6 +91,28 @@ class SweepRecord:
         self.tracker.finish("FINISHED" if status == FINISHED else "KILLED")
         if self.lock is not None:
             self.lock.close()
+
+
+def _jobs(table: Table) -> list[dict[str, Any]]:
+    """The rows as the page takes them."""
+    words = {True: "met", False: "missed"}
+    return [
+        {
+            "name": f"job {row.number}",
+            "status": row.outcome.status.upper(),
+            "reason": row.outcome.reason,
+            "parameters": dict(row.values),
+            "figures": row.outcome.figures,
+            "goals": words[row.meets_goals] if row.outcome.goals else "",
+            "winner": row.winner,
+        }
+        for row in table.rows
+    ]
+
+
+def _summary(table: Table) -> str:
+    done = sum(row.done for row in table.rows)
+    return f"{len(table.rows)} jobs, {done} done, {len(table.failed)} failed. The winner has the {table.rule()}."
 
 
 def _unfinished(parent: Path, identity: str) -> tuple[Path, dict[str, Any], TextIO | None] | None:

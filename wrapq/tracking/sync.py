@@ -69,8 +69,7 @@ def _sync(outbox: Outbox, uri: str | None, experiment: str | None) -> Synced:
         return Synced(outbox.run_folder, "nothing", run_url=before.run_url)
     said = outbox.opening()
     uri = uri or said["uri"]
-    if HIDDEN in uri:
-        reason = f"the address {redact(uri)} held a secret, which is not kept: say it again with tracking.uri=..."
+    if reason := _unfit(uri, said["uri"], before.run_id):
         return Synced(outbox.run_folder, "refused", 0, count - before.count, reason)
     state: State = "sent"
     try:
@@ -82,6 +81,15 @@ def _sync(outbox: Outbox, uri: str | None, experiment: str | None) -> Synced:
     sent = outbox.sent()
     reason = sent.reason or "; ".join(sent.rejected[len(before.rejected) :])
     return Synced(outbox.run_folder, state, sent.count - before.count, count - sent.count, reason, sent.run_url)
+
+
+def _unfit(uri: str, first: str, run_id: str | None) -> str:
+    """Why the rest of a run cannot go to `uri`, when its beginning went to `first`; empty when it can."""
+    if HIDDEN in uri:
+        return f"the address {redact(uri)} held a secret, which is not kept: say it again with tracking.uri=..."
+    if run_id is not None and redact(uri) != first:
+        return f"the run's beginning is in {first} already, as {run_id}: the rest cannot go to {redact(uri)}"
+    return ""
 
 
 def _deliver(outbox: Outbox, uri: str, experiment: str, outputs: Path) -> None:

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from wrapq.errors import LifecycleError
 from wrapq.quant.spec import QuantSpec
-from wrapq.runtime.module import QuantizedModule, combined_class, new_quantized, shadow
+from wrapq.runtime.module import (
+    QuantizedModule,
+    add_low_rank,
+    added_bias,
+    combined_class,
+    new_quantized,
+    shadow,
+)
 from wrapq.wrappers.quantizer import STREAM, Quantizer, State, WeightQuantizer
 
 
@@ -64,6 +71,10 @@ class Wrapper(nn.Module):
     def meet(self, raw: Tensor, x: Tensor) -> Tensor:
         """Announce that the weight is about to multiply `x`, which is `raw` after quantization; returns `x`."""
         return x
+
+    def repaired(self, x: Tensor, y: Tensor) -> Tensor:
+        """`y`, what the weight made of `x`, with what a low-rank correction of the weight makes of it."""
+        return y
 
     @classmethod
     def multiplies(cls, module: nn.Module) -> bool:
@@ -143,12 +154,32 @@ class QuantModuleBase(nn.Module):
     def weight(self) -> Tensor:
         """The weight to compute with: dequantized once it is rounded, the float one until then."""
         weight = cast(Tensor, super().__getattr__("weight"))
-        quantizer = self.weight_quantizer
-        if quantizer is None or quantizer.state is not State.QUANTIZED or not quantizer.enabled:
-            return weight
-        if (stream := STREAM.get()) is not None and not stream.quantizes:
+        if (quantizer := self._weight_in_force()) is None:
             return weight
         return self.wrapper.from_matrix(quantizer.matrix(weight.dtype), weight.shape)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias to compute with: with what a correction of the rounded weight adds."""
+        if "bias" in self.__dict__:  # not a tensor at all
+            return cast(Any, self.__dict__["bias"])
+        bias = cast("Tensor | None", super().__getattr__("bias"))
+        quantizer = self._weight_in_force()
+        return bias if quantizer is None or quantizer.bias is None else added_bias(bias, quantizer.bias, self.weight)
+
+    def repaired(self, x: Tensor, y: Tensor) -> Tensor:
+        """See `Wrapper.repaired`."""
+        quantizer = self._weight_in_force()
+        if quantizer is None or quantizer.lora_a is None or quantizer.lora_b is None:
+            return y
+        return add_low_rank(x, y, quantizer.lora_a.to(y.dtype), quantizer.lora_b.to(y.dtype))
+
+    def _weight_in_force(self) -> WeightQuantizer | None:
+        """The weight's point, where the weight that is computed with is the quantized one."""
+        quantizer, stream = self.weight_quantizer, STREAM.get()
+        if quantizer is None or quantizer.state is not State.QUANTIZED or not quantizer.enabled:
+            return None
+        return quantizer if stream is None or stream.quantizes else None
 
     def float_matrix(self) -> Tensor:
         """The float weight as a matrix [N, K]."""
@@ -184,6 +215,7 @@ class QuantModuleBase(nn.Module):
         for name, quantizer in quantizers.items():
             if isinstance(quantizer, WeightQuantizer):
                 new.set_weight(quantizer.integers, quantizer.qparams)
+                new.set_correction(quantizer.bias, quantizer.lora_a, quantizer.lora_b)
             elif not quantizer.spec.dynamic:
                 new.set_qparams(name, quantizer.qparams)
         return new

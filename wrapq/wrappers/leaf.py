@@ -25,7 +25,7 @@ class Leaf(Wrapper):
         """The module's own forward on the quantized input; what a subclass takes besides goes to it as it is."""
         quantized = self.q("input", x)
         met = self.meet(x, quantized) if self.multiplies(self) else quantized
-        return self.q("output", super().forward(met, *args, **kwargs))
+        return self.q("output", self.repaired(met, super().forward(met, *args, **kwargs)))
 
 
 @WRAPPERS.register("torch.nn.modules.linear.Linear")
@@ -80,7 +80,7 @@ class Conv(Leaf):
     @classmethod
     def multiplies(cls, module: nn.Module) -> bool:
         """True unless there are groups, whose output channels see different inputs: no one matrix is what all meet."""
-        return module.groups == 1
+        return cast(nn.Conv2d, module).groups == 1
 
     def input_matrix(self, x: Tensor) -> Tensor:
         """The patches [M, K] that the kernel meets, M positions in all images `x` [B, C, ...] or [C, ...]."""

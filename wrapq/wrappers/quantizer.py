@@ -51,6 +51,7 @@ STREAM: ContextVar[Stream | None] = ContextVar("stream", default=None)
 """Set by a walk; without it a point observes whatever comes, as in a user's own calibration loop."""
 
 
+_CORRECTIONS = ("bias", "lora_a", "lora_b")
 _BUFFERS = ("scale", "zero_point", "permutation", "global_scale", "dynamic")
 """The parameters; `dynamic` is true in a dynamic point that quantizes, which a state dict could not tell otherwise."""
 
@@ -144,6 +145,11 @@ class Quantizer(nn.Module):
                 stream.observe(self, real)
         if self.state is not State.QUANTIZED or not self.enabled or not (stream is None or stream.quantizes):
             return x
+        if torch.is_grad_enabled() and x.requires_grad:
+            return cast(Tensor, _StraightThrough.apply(x, self._quantized))
+        return self._quantized(x)
+
+    def _quantized(self, x: Tensor) -> Tensor:
         return dynamic_fake_quantize(x, self.spec) if self.spec.dynamic else self.qparams.fake_quantize(x)
 
     def extra_repr(self) -> str:
@@ -164,19 +170,26 @@ class WeightQuantizer(Quantizer):
 
     Attributes:
         integers: [N, K], once it is rounded.
+        bias: [N], what a correction adds to the module's bias; None without one.
+        lora_a, lora_b: the factors [r, K] and [N, r] of what a correction adds to the weight; None without one.
         dequantized: the weight [N, K] they stand for, while it is kept.
     """
 
     integers: Tensor | None
+    bias: Tensor | None
+    lora_a: Tensor | None
+    lora_b: Tensor | None
 
     def __init__(self, spec: QuantSpec, where: str) -> None:
         super().__init__(spec, where)
-        self.register_buffer("integers", None)
+        for name in ("integers", *_CORRECTIONS):
+            self.register_buffer(name, None)
         self.dequantized: Tensor | None = None
 
     def observe(self) -> None:
         super().observe()
         self.observer = self.integers = self.dequantized = None
+        self.bias = self.lora_a = self.lora_b = None
 
     def freeze(self) -> None:
         self.check()
@@ -185,6 +198,16 @@ class WeightQuantizer(Quantizer):
         """Take `integers` [N, K] in the grid of `qparams` as the quantized weight."""
         self.integers, self.dequantized = integers, None
         self.set_qparams(qparams)
+
+    def correct(self, bias: Tensor | None, a: Tensor | None, b: Tensor | None) -> None:
+        """Add to the module's output `bias` [N], and `x A^T B^T` for `a` [r, K] and `b` [N, r], where given."""
+        self.bias = bias if bias is not None else self.bias
+        self.lora_a, self.lora_b = (a, b) if a is not None else (self.lora_a, self.lora_b)
+
+    def repaired_matrix(self) -> Tensor:
+        """What the input is multiplied with in all, float32 [N, K]: the dequantized weight and its low-rank repair."""
+        matrix = self.qparams.dequantize(cast(Tensor, self.integers), torch.float32)
+        return matrix if self.lora_a is None or self.lora_b is None else matrix + self.lora_b @ self.lora_a
 
     def check(self) -> None:
         if self.integers is None:
@@ -207,9 +230,23 @@ class WeightQuantizer(Quantizer):
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
-        if (saved := state_dict.get(prefix + "integers")) is not None:
-            self.integers, self.dequantized = torch.empty_like(saved), None
+        for name in ("integers", *_CORRECTIONS):
+            if (saved := state_dict.get(prefix + name)) is not None:
+                setattr(self, name, torch.empty_like(saved))
+                self.dequantized = None
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """A rounding whose gradient is that of leaving the tensor as it is."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor, quantize: Callable[[Tensor], Tensor]) -> Tensor:
+        return quantize(x)
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
 
 
 def real_tokens(x: Tensor, token_dim: int) -> Tensor:

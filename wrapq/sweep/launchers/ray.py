@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from wrapq.errors import WrapqError
 from wrapq.sweep.jobs import Job, Outcome
 from wrapq.sweep.launchers.base import LAUNCHERS, Launcher, Work, lost
 from wrapq.sweep.options import SweepOptions, require
@@ -57,7 +58,11 @@ class Ray(Launcher):
         import ray
 
         own = {} if self.options.address else {"num_cpus": self.width * self.options.cpus, "include_dashboard": False}
-        ray.init(self.options.address, logging_level=logging.ERROR, log_to_driver=False, **own)
+        try:
+            ray.init(self.options.address, logging_level=logging.ERROR, log_to_driver=False, **own)
+        except Exception as error:  # a plain Exception when its own processes do not come up in time
+            ray.shutdown()
+            raise WrapqError(f"Ray cannot be reached or started here: {str(error).splitlines()[0]}") from error
         try:
             yield
         finally:

@@ -1,0 +1,29 @@
+"""The page that a sweep leaves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from wrapq.engine.folder import RunFolder
+from wrapq.sweep.jobs import FAILED, FINISHED, Outcome
+from wrapq.sweep.record import SweepRecord
+from wrapq.sweep.table import Row, Table
+from wrapq.tracking.null import NullTracker
+
+
+def test_a_sweep_leaves_a_page_with_its_jobs_and_winner(tmp_path: Path) -> None:
+    figures = {"perplexity": 30.0, "perplexity_increase": 0.01, "kl": 0.02, "size_mb": 5.0, "seconds": 2.0}
+    better = {**figures, "kl": 0.01, "size_mb": 6.0}
+    rows = (
+        Row(1, {"group_size": "32"}, Outcome("a", FINISHED, figures=figures), ("size_mb", "seconds")),
+        Row(2, {"group_size": "64"}, Outcome("b", FINISHED, figures=better), ("size_mb", "seconds"), winner=True),
+        Row(3, {"group_size": "7"}, Outcome("c", FAILED, reason="PlanError: 7 does not divide 96")),
+    )
+    facts = {"name": "demo", "run_id": None}
+    SweepRecord(RunFolder(tmp_path), facts, NullTracker(), False, None).close(Table(rows, ("kl",)))
+    text = (tmp_path / "report.html").read_text()
+    assert "<h1>Sweep demo</h1>" in text
+    assert "2 of 3 jobs done, 1 failed. The winner: " in text
+    assert text.count('<tr class="winner">') == 1
+    assert "PlanError: 7 does not divide 96" in text
+    assert text.count("<svg") == 2  # against size and time; no bits per weight are known
