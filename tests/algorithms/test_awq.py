@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.algorithms.transforming import outputs_moved, smooth_specs
 from tests.conftest import FAMILIES, build_model
 from tests.resolve.conftest import MakePlan, make_plan, refusal  # noqa: F401
+from wrapq import run
 from wrapq.algorithms.awq import AWQ, AWQOptions, awq_error
+from wrapq.calibration.forward import Batch
 from wrapq.calibration.graph import find_graph
+from wrapq.calibration.processes import Processes
 from wrapq.calibration.statistics import InputStatistics
 from wrapq.calibration.surgery import Surgeon
+from wrapq.engine.transform import walk
 
 TARGET, READERS = "model.layers.0.input_layernorm", ("q_proj", "k_proj", "v_proj")
 W4 = "l: {match: {type: Linear}, weight: 'int4:g64:sym'}\nhead: {match: {name: lm_head}, quantize: false}"
@@ -32,26 +39,30 @@ def rounded(weight: Tensor, size: int) -> Tensor:
     return ((parts / scale).round().clamp(-8, 7) * scale).flatten(1)
 
 
-def searched(x: Tensor, weights: list[Tensor], duo: bool) -> tuple[float, Tensor]:
-    """AutoAWQ's search, transcribed: each candidate is tried on the rows of `x` themselves; float64."""
-    tried = [(sum(float((x @ (rounded(w, 16) - w).t()).square().sum()) for w in weights), torch.ones(x.shape[1]))]
+def tried(x: Tensor, weights: list[Tensor], duo: bool) -> list[tuple[Tensor, float]]:
+    """AutoAWQ's search, transcribed: scales, and their error on the rows of `x` themselves; float64."""
     x_mean = x.abs().mean(0)
     parts = torch.stack([w.abs().unflatten(1, (-1, 16)) for w in weights])
     w_mean = torch.stack([(p / p.amax(-1, keepdim=True)).flatten(1).mean(0) for p in parts]).mean(0)
+    found = []
     for ratio in [step / 20 for step in range(20)]:
-        forms = [x_mean**ratio] + ([x_mean**ratio / (w_mean ** (1 - ratio) + 1e-4)] if duo else [])
-        for form in forms:
+        for form in [x_mean**ratio] + ([x_mean**ratio / (w_mean ** (1 - ratio) + 1e-4)] if duo else []):
             s = form.clamp(min=1e-4)
             s = s / (s.max() * s.min()).sqrt()
-            errors = [(x / s) @ rounded(w * s, 16).t() - x @ w.t() for w in weights]
-            tried.append((sum(float(error.square().sum()) for error in errors), s))
-    return min(tried, key=lambda pair: pair[0])
+            found.append((s, cost(x, weights, s)))
+    return found
+
+
+def cost(x: Tensor, weights: list[Tensor], s: Tensor) -> float:
+    errors = [(x / s) @ rounded(w * s, 16).t() - x @ w.t() for w in weights]
+    return sum(float(error.square().sum()) for error in errors)
 
 
 @pytest.mark.parametrize("duo", [False, True])
 def test_the_scales_are_those_of_a_search_that_runs_the_layer(duo: bool) -> None:
     model = build_model("llama", num_key_value_heads=4).double()
     graph = find_graph(model)
+    feed = graph.by_producer[TARGET]
     surgeon = Surgeon(model, graph, smooth_specs(graph, "int4:g16:sym", None))
     modules = [model.get_submodule(f"model.layers.0.self_attn.{r}") for r in READERS]
     weights = [module.weight.detach().clone() for module in modules]
@@ -61,12 +72,16 @@ def test_the_scales_are_those_of_a_search_that_runs_the_layer(duo: bool) -> None
     statistics = InputStatistics((*awq.needs, "float64"))
     statistics.add(x)
     given = dict.fromkeys(awq.inputs(graph, TARGET), statistics)
-    error, factors = searched(x, weights, duo)
-    assert awq_error(surgeon, graph.by_producer[TARGET], factors.float(), given) == pytest.approx(error, rel=1e-3)
-    figures = awq.apply(surgeon, TARGET, given)
-    assert figures["error"] < 0.95
+    expected = tried(x, weights, duo)
+    for ours, (scales, error) in zip(awq.candidates(surgeon, feed, given), expected, strict=True):
+        torch.testing.assert_close(ours.double(), scales, rtol=1e-5, atol=0)
+        assert awq_error(surgeon, feed, ours.float(), given) == pytest.approx(error, rel=1e-2)
+    awq.apply(surgeon, TARGET, given)
+    chosen = (modules[0].weight.detach() / weights[0]).median(0).values
+    least = min(error for _, error in expected)
+    assert cost(x, weights, chosen) <= 1.01 * least < cost(x, weights, torch.ones_like(chosen))
     for module, weight in zip(modules, weights, strict=True):
-        torch.testing.assert_close(module.weight.double(), weight * factors, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(module.weight.detach(), weight * chosen, rtol=1e-6, atol=0)
 
 
 def test_weights_that_stay_float_are_left_alone(refusal: object) -> None:  # noqa: F811
@@ -82,7 +97,47 @@ def test_awq_and_smoothquant_do_not_share_an_input(refusal: object) -> None:  # 
     assert "smooth and scale would both scale the input of" in refusal(rules, stack)  # type: ignore[operator]
 
 
+def test_runs_whose_scales_differ_share_no_statistics(tmp_path: Path) -> None:
+    def notes(bits: int) -> str:
+        more = [f"rules.linear.weight=int{bits}:g64:sym", "calibration.samples=2", "calibration.schedule=parallel"]
+        more += ["stack.scale.grid=2", "algorithm@stack.round=gptq", "evaluation.tokens=256", "tracking=none"]
+        result = run("w4a16_awq", [*more, f"paths.outputs={tmp_path}/out", f"paths.cache={tmp_path}/cache"])
+        return (result.folder / "log.txt").read_text()
+
+    assert "transform" in notes(4).lower()
+    assert "read from" not in notes(3)
+    assert "read from" in notes(4)
+
+
 def test_the_plan_says_that_it_needs_data(make_plan: MakePlan) -> None:  # noqa: F811
     plan = make_plan(W4, "scale: {algorithm: awq}\nround: {algorithm: rtn}")
     assert plan.needs_calibration
     assert len(plan.stages[0].targets) == 16
+
+
+class Joined(nn.Module):
+    """A linear that reads what two others give, side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.both = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.both(torch.cat([self.one(x), self.two(x)], -1))
+
+
+def test_the_second_of_two_feeds_of_an_input_sees_it_as_the_first_left_it() -> None:
+    model, x, seen = Joined(), torch.randn(50, 4), {}
+
+    class Watching(AWQ):
+        def apply(self, surgeon: Surgeon, target: str, statistics: Mapping[str, InputStatistics]) -> dict[str, float]:
+            y = torch.cat([model.one(x), model.two(x)], -1).detach()
+            seen[target] = statistics["both"].get("hessian", "both"), y.t() @ y
+            surgeon.scale(surgeon.graph.by_producer[target], torch.tensor([1.0, 2.0, 3.0, 4.0]))
+            return {}
+
+    surgeon = Surgeon(model, find_graph(model, {"x": x}))
+    walk(surgeon, Watching(), ("one", "two"), [Batch({"x": x})], Processes())
+    assert list(seen) == ["one", "two"]
+    for found, expected in seen.values():
+        torch.testing.assert_close(found, expected)

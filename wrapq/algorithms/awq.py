@@ -57,14 +57,15 @@ class AWQ(Transform):
         feed = surgeon.graph.by_producer[target]
         best = torch.ones(len(feed.channels))
         nearest = least = awq_error(surgeon, feed, best, statistics)
-        for factors in self._candidates(surgeon, feed, statistics):
+        for factors in self.candidates(surgeon, feed, statistics):
             error = awq_error(surgeon, feed, factors, statistics)
             if error < least:
                 best, least = factors, error
         surgeon.scale(feed, best)
         return {"error": least / nearest if nearest else 1.0, "largest_factor": float(best.amax())}
 
-    def _candidates(self, surgeon: Surgeon, feed: Feed, statistics: Mapping[str, InputStatistics]) -> Iterator[Tensor]:
+    def candidates(self, surgeon: Surgeon, feed: Feed, statistics: Mapping[str, InputStatistics]) -> Iterator[Tensor]:
+        """The scales [N] that are tried, besides none."""
         x = input_largest(feed, {name: its.get("mean_abs", name) for name, its in statistics.items()})
         given = [(reader, relative_magnitude(weight, spec)) for reader, weight, spec in scored(surgeon, feed)]
         w = torch.stack([reader.gather(its.cpu(), len(feed.channels)) for reader, its in given]).mean(0)

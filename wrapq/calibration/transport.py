@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from wrapq.calibration.statistics import InputStatistics
+from wrapq.errors import CalibrationError
+
 
 @dataclass(frozen=True)
 class Scaled:
@@ -52,3 +55,20 @@ def carry_magnitude(values: Tensor, edits: Sequence[Transport]) -> Tensor | None
             return None
         values = values / edit.factors.to(values).abs()
     return values
+
+
+def carry(statistics: InputStatistics, edits: Sequence[Transport], where: str) -> InputStatistics:
+    """What was gathered of an input, as it would be after `edits`.
+
+    Raises:
+        CalibrationError: a part of it can only be gathered anew.
+    """
+    carried = InputStatistics(statistics.needs)
+    carried.rows, carried.complete = statistics.rows, statistics.complete
+    for name, value in statistics.sums.items():
+        moved = {"hessian": carry_hessian, "absmax": carry_magnitude, "mean_abs": carry_magnitude}
+        after = moved[name](value, edits) if name in moved else None
+        if after is None:
+            raise CalibrationError(f"{where}: its {name} cannot be carried over what changed its input")
+        carried.sums[name] = after
+    return carried

@@ -98,7 +98,9 @@ def _root(run: Run, model: nn.Module) -> dict[str, str]:
         "forwards": replaced,
     }
     changed = [(s.algorithm, s.options, s.targets) for s in run.plan.stages if s.phase == "transform"]
-    how |= {"transforms": changed} if changed else {}
+    if changed:  # what some of them do depends on how the weights will be quantized
+        specs = {f"{m.name}.{p.name}": p.spec for m in run.plan.modules for p in m.points}
+        how |= {"transforms": changed, "specs": specs}
     machine = {key: value for key, value in _fingerprint(run).items() if key != "plan"}
     return machine | {"how": json.dumps(how)}
 

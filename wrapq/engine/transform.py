@@ -17,6 +17,7 @@ from wrapq.calibration.graph import find_graph
 from wrapq.calibration.processes import Processes
 from wrapq.calibration.statistics import InputStatistics
 from wrapq.calibration.surgery import Surgeon
+from wrapq.calibration.transport import carry
 from wrapq.engine.calibrate import make_batches
 from wrapq.engine.context import Run
 from wrapq.errors import ModelError
@@ -141,11 +142,16 @@ def walk(
     waiting = dict(inputs)
     held: dict[str, InputStatistics] = {}
     figures: dict[str, Mapping[str, float]] = {}
+    before = {name: len(surgeon.transports.get(name, ())) for names in inputs.values() for name in names}
+
+    def current(name: str) -> InputStatistics:
+        edits = surgeon.transports.get(name, [])[before[name] :]  # by targets that share the input in part
+        return carry(held[name], edits, name) if edits else held[name]
 
     def done(gathered: Gathered) -> None:
         held.update(gathered)
         for target in [target for target, names in waiting.items() if set(names) <= set(held)]:
-            figures[target] = algorithm.apply(surgeon, target, {name: held[name] for name in waiting.pop(target)})
+            figures[target] = algorithm.apply(surgeon, target, {name: current(name) for name in waiting.pop(target)})
         still = {name for names in waiting.values() for name in names}
         for name in [name for name in held if name not in still]:
             del held[name]
