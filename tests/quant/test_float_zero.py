@@ -86,9 +86,8 @@ def test_no_element_is_off_by_more_than_half_a_step(x: Tensor, spec: QuantSpec):
     assert np.all(error <= 0.5 * wide(qparams.scale, x, spec) * (1 + 1e-6) + rounding)
 
 
-@given(matrices(), free_specs(("bfloat16", "float16")))
+@given(matrices(), free_specs(("bfloat16",)))
 def test_a_narrow_zero_point_costs_its_own_rounding(x: Tensor, spec: QuantSpec):
-    x = x.clamp(-1e4, 1e4)
     qparams = chosen(x, spec)
     scale, zero = (wide(value, x, spec) for value in (qparams.scale, qparams.zero_point))
     error = (qparams.fake_quantize(x).double() - x.double()).abs().numpy()
