@@ -54,3 +54,4 @@ def test_the_same_problem_has_the_same_bits():
 
 def test_uneven_grids_are_refused():
     assert "evenly" in AdaRound().unsupported(QuantSpec.parse("nf4:g16"))
+    assert "integer zero" in AdaRound().unsupported(QuantSpec.parse("int4:g16:asym:zero=float"))

@@ -132,4 +132,5 @@ def test_parallel_and_uneven_grids_are_refused():
     with pytest.raises((PlanError, CalibrationError), match="quantized blocks"):
         wrapq.calibrate(prepared, batches(), {"r": FAST}, schedule="parallel")
     assert "evenly" in AutoRound().unsupported(QuantSpec.parse("nf4:g16"))
+    assert "integer zero" in AutoRound().unsupported(QuantSpec.parse("int4:g16:asym:zero=float"))
     assert RTN().unsupported(QuantSpec.parse("nf4:g16")) is None

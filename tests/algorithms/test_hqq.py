@@ -38,6 +38,48 @@ def literal_hqq(row, scale, zero, qmin, qmax, p=0.7, beta=10.0, kappa=1.01, iter
     return round(kept)
 
 
+def literal_free_hqq(row, scale, zero, qmin, qmax, p=0.7, beta=10.0, kappa=1.01, iterations=20):
+    """The same with the zero point unrounded throughout, as the official solver keeps it; returns it and its error."""
+    row, scale, zero = row.double(), float(scale), float(zero)
+    tried = [zero]
+    for _ in range(iterations):
+        lost = row - (torch.clamp(torch.round(row / scale + zero), qmin, qmax) - zero) * scale
+        apart = torch.sign(lost) * torch.relu(lost.abs() - (1 / beta) * lost.abs().pow(p - 1))
+        q = torch.clamp(torch.round(row / scale + zero), qmin, qmax)
+        zero, beta = float(torch.mean(q - (row - apart) / scale)), beta * kappa
+        tried.append(zero)
+
+    def error(z):
+        q = torch.clamp(torch.round(row / scale + z), qmin, qmax)
+        return float((row - (q - z) * scale).abs().pow(p).sum())
+
+    return min((error(z), z) for z in tried)
+
+
+@pytest.mark.parametrize("text", ["uint4:g16:asym:zero=float", "int3:channel:asym:zero=float"])
+def test_float_zero_points_are_those_of_the_literal_solver(text):
+    spec, weight = QuantSpec.parse(text), heavy_tailed()
+    start, got = observe_tensor(weight, spec, "w"), HQQ().round(weight, spec, "w")
+    groups = weight.reshape(start.scale.numel(), -1)
+    pairs = zip(groups, start.scale.flatten(), start.zero_point.flatten(), strict=True)
+    expected = torch.tensor([literal_free_hqq(g, s, z, spec.dtype.qmin, spec.dtype.qmax) for g, s, z in pairs])
+    zeros = got.qparams.zero_point.flatten()
+    assert ((zeros - expected[:, 1]).abs() < 1e-3).float().mean() > 0.9  # a code on a tie may go to either side
+    error = (got.qparams.dequantize(got.integers, torch.float32) - weight).abs().pow(0.7).reshape(len(zeros), -1).sum(1)
+    torch.testing.assert_close(error, expected[:, 0], rtol=2e-2, atol=0)
+    assert not torch.equal(zeros, zeros.round())
+
+
+@pytest.mark.parametrize("text", ["uint4:g16:asym", "uint2:g32:asym"])
+def test_a_float_zero_point_lets_it_find_more(text):
+    weight, lost = heavy_tailed(), []
+    for algorithm, spec in ((RTN(), text), (HQQ(), text), (HQQ(), f"{text}:zero=float")):
+        rounded = algorithm.round(weight, QuantSpec.parse(spec), "w")
+        error = (rounded.qparams.dequantize(rounded.integers, torch.float32) - weight).abs().pow(0.7)
+        lost.append(float(error.sum()))
+    assert lost[2] < 0.98 * lost[1] <= 0.98 * lost[0]
+
+
 @pytest.mark.parametrize("text", ["uint4:g16:asym", "uint3:channel:asym", "uint2:g32:asym"])
 def test_zero_points_are_those_of_the_literal_solver(text):
     spec, weight = QuantSpec.parse(text), heavy_tailed()

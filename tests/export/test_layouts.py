@@ -93,6 +93,7 @@ def test_their_reader_gives_our_weight_of_byte_scales(spec: str) -> None:
 REFUSED = {
     "uint9:channel:asym": "at most 8 bits",
     "int4:channel@1": "axis 0",
+    "int4:g128:asym:zero=float": "zero points are integers",
     "nf4:g32": "knows the floats fp8_e4m3 and fp4_e2m1, not nf4",
     "fp8_e5m2:channel": "not fp8_e5m2",
     "fp4_e2m1:g32": "as nvfp4 and as mxfp4",

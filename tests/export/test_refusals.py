@@ -98,6 +98,10 @@ def test_mixtures_that_fuse_nothing_are_no_matter() -> None:
             layers("int8:channel", "int16:tensor"),
             "input: int16:tensor:sym: compressed-tensors' readers hold numbers of at most 8 bits",
         ),
+        "float zero points": (
+            weights("int4:g128:asym:zero=float"),
+            "weight: int4:g128:asym:zero=float: compressed-tensors' zero points are integers",
+        ),
         "asymmetric weights with inputs": (
             layers("int8:channel:asym", "int8:token:dyn"),
             "vLLM needs symmetric weights where inputs are integers",

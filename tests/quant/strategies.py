@@ -29,11 +29,13 @@ def specs(draw: st.DrawFn) -> QuantSpec:
     dtype = draw(all_dtypes)
     symmetric = dtype.kind != "int" or draw(st.booleans())
     scale_dtype = draw(st.sampled_from([name for name in SCALE_BITS if symmetric or name != "e8m0"]))
+    free = not symmetric and not dynamic and scale_dtype in ("float32", "bfloat16", "float16")
     global_scale = granularity == "group" and symmetric and scale_dtype == "fp8_e4m3" and draw(st.booleans())
     return QuantSpec(
         dtype=dtype,
         block_size=draw(st.tuples(st.integers(1, 512), st.integers(1, 512))) if granularity == "block" else None,
         scale_dtype=scale_dtype,
+        zero_point=draw(st.sampled_from(["int", "float"])) if free else "int",
         global_scale=global_scale,
         local=global_scale and not dynamic and draw(st.booleans()),
         granularity=granularity,

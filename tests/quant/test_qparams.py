@@ -8,7 +8,8 @@ from wrapq.observers.base import observe_tensor
 from wrapq.quant.qparams import QParams
 from wrapq.quant.spec import QuantSpec
 
-TEXTS = ["int8:tensor", "int8:channel", "uint4:g8:asym", "uint16:tensor", "int4:g8"]
+TEXTS = ["int8:tensor", "int8:channel", "uint4:g8:asym", "uint16:tensor", "int4:g8", "int4:g8:asym:zero=float"]
+TEXTS += ["uint3:channel:asym:scale=bfloat16:zero=float", "uint8:tensor:asym:scale=float16:zero=float"]
 
 
 def ordered(x: Tensor, permutation: Tensor, text: str = "uint4:g8:asym") -> tuple[QParams, Tensor]:
@@ -28,17 +29,27 @@ def test_survives_a_checkpoint(text: str, tmp_path):
     assert set(qparams.tensors("weight")) <= {"weight_scale", "weight_zero_point"}
 
 
-@pytest.mark.parametrize(("text", "dtype"), [("uint8:g8:asym", torch.uint8), ("int4:g8:asym", torch.int8)])
-def test_a_zero_point_is_stored_as_narrow_as_a_code(text: str, dtype: torch.dtype):
+@pytest.mark.parametrize(
+    ("text", "dtype"),
+    [
+        ("uint8:g8:asym", torch.uint8),
+        ("int4:g8:asym", torch.int8),
+        ("int4:g8:asym:scale=bfloat16:zero=float", torch.bfloat16),
+        ("int4:g8:asym:scale=float16:zero=float", torch.float16),
+    ],
+)
+def test_a_zero_point_is_stored_as_a_code_or_as_the_scale(text: str, dtype: torch.dtype):
     qparams = observe_tensor(torch.randn(6, 24) + 3, QuantSpec.parse(text), "weight")
     tensors = qparams.tensors("weight")
     assert tensors["weight_zero_point"].dtype == dtype
     wide = tensors | {"weight_zero_point": qparams.zero_point}
-    with pytest.raises(ModelError, match=rf"weight_zero_point is torch.int32, not {dtype}"):
+    with pytest.raises(ModelError, match=rf"weight_zero_point is {qparams.zero_point.dtype}, not {dtype}"):
         QParams.from_tensors("weight", wide, qparams.spec)
+    with pytest.raises(ModelError, match="no weight_zero_point"):
+        QParams.from_tensors("weight", {"weight_scale": tensors["weight_scale"]}, qparams.spec)
 
 
-@pytest.mark.parametrize("text", ["uint4:g8:asym", "int4:g8"])
+@pytest.mark.parametrize("text", ["uint4:g8:asym", "int4:g8", "int4:g8:asym:zero=float"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_activation_order_is_quantization_in_the_order_of_the_slots(text: str, dtype: torch.dtype):
     x, permutation = torch.randn(6, 24), torch.randperm(24)

@@ -34,6 +34,8 @@ PLAN_SECONDS, PLAN_GIGABYTES = 10, 1.5
         ("int8:channel:sym", 8 + 32 / 512),
         ("int3:g64:sym", 3 + 32 / 64),
         ("int8:tensor:sym", 8 + 32 / (256 * 512)),
+        ("uint4:g128:asym:zero=float", 4 + 64 / 128),
+        ("int4:g64:asym:scale=bfloat16:zero=float", 4 + 32 / 64),
     ],
 )
 def test_bits_per_weight(spec: str, bits: float) -> None:
@@ -48,6 +50,7 @@ SCHEMES = {preset.name: preset.path for preset in list_presets() if preset.kind 
 SAID = {name: yaml.safe_load(path.read_text()) for name, path in SCHEMES.items()}
 WEIGHTS = {name: said["weight"] for name, said in SAID.items() if "weight" in said}
 MORE = ("int4:b16x48", "uint3:b7x5:asym", "int5:channel@1", "uint8:tensor", "uint12:g16:asym:scale=float16", "fp6_e3m2")
+MORE += ("int4:g16:asym:zero=float", "uint3:channel:asym:zero=float:scale=float16")
 
 
 @pytest.mark.parametrize("text", [*WEIGHTS.values(), *MORE], ids=[*WEIGHTS, *MORE])

@@ -123,6 +123,11 @@ def test_an_optional_rule_may_match_nothing(make_plan: MakePlan) -> None:
         ("a: {match: {type: Linear}, weight: int8:symm}", "unknown part of a spec 'symm'; did you mean: sym"),
         ("a: {match: {type: Linear}, input: int8:tokn:dyn}", "takes each tensor's own range; did you mean: token"),
         ("a: {match: {type: Linear}, weight: 'int8:tensor:percentile(percentil=99)'}", "percentile has no option"),
+        (
+            "a: {match: {type: Linear}, input: int8:tensor:asym:zero=float}",
+            "float zero points are for weights; input needs zero_point: int",
+        ),
+        ("a: {match: {type: Linear}, weight: {dtype: int8, zero_point: float}}", "is for asymmetric integers"),
         ("a: {match: {type: Linear}, input: int8:channel}", "an activation's channels are its last axis"),
         ("a: {match: {type: Linear}, input: int8:g100:dyn}", "group size 100 does not divide the width 256"),
     ],

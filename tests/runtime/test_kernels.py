@@ -199,6 +199,7 @@ def test_gradients_take_the_reference() -> None:
         ("int3:g32", None, "int4_cpu", "not a 4 bit integer"),
         ("int4:channel", None, "int4_cpu", "not in groups of"),
         ("int4:g16", None, "int4_cpu", "not in groups of"),
+        ("int4:g32:asym:zero=float", None, "int4_cpu", "float zero points"),
         ("int4:g32", "int16:tensor", "int4_cpu", "at most 8 bits"),
         ("int8:g32", None, "int8_mm", "per group"),
         ("int8:channel:asym", "int8:token:dyn", "int8_mm", "not symmetric int8"),
@@ -235,7 +236,7 @@ def test_unknown_kernels_are_named() -> None:
         choose_kernels(nn.Sequential(), "int8mm")
 
 
-@pytest.mark.parametrize("spec", ["int8:channel", "int4:g32:asym", "uint3:tensor:asym"])
+@pytest.mark.parametrize("spec", ["int8:channel", "int4:g32:asym", "uint3:tensor:asym", "int4:g32:asym:zero=float"])
 def test_tables_read_only_their_rows(spec: str) -> None:
     model = convert(prepare(nn.Sequential(nn.Embedding(50, 64)), PTQConfig(spec, None)))
     ids = torch.tensor([[3, 49, 0], [7, 7, 1]])

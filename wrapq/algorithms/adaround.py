@@ -56,6 +56,8 @@ class AdaRound(Rounder):
 
     def unsupported(self, spec: QuantSpec) -> str | None:
         """See `Rounding.unsupported`."""
+        if spec.zero_point == "float":
+            return "its neighbours are those of an integer zero point"
         return None if spec.dtype.kind == "int" else "the numbers of its grid are not evenly spaced"
 
     def round(self, weight: Tensor, spec: QuantSpec, where: str, statistics: InputStatistics | None = None) -> Rounded:

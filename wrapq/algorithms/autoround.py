@@ -47,6 +47,8 @@ class AutoRound(BlockRounder):
         """See `Rounding.unsupported`."""
         if spec.global_scale:
             return "its scales are relative to another"
+        if spec.zero_point == "float":
+            return "it learns integer zero points"
         return None if spec.dtype.kind == "int" else "the numbers of its grid are not evenly spaced"
 
     def round_block(self, problem: BlockProblem) -> dict[str, Rounded]:

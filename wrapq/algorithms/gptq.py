@@ -176,10 +176,10 @@ def input_correction(weight: Tensor, cross: Tensor, factor: Factor) -> Tensor:
 
 
 def per_column(value: Tensor, rows: int, columns: int, spec: QuantSpec) -> Tensor:
-    """A scale or zero point of a weight [N, K] as float32 [K, N]."""
+    """A scale or zero point of a weight [N, K] as [K, N]."""
     if spec.granularity == "group":
         value = value.repeat_interleave(spec.group_size or 1, dim=-1)
     elif spec.granularity == "block":
         tall, wide = spec.block_size or (1, 1)
         value = value.repeat_interleave(tall, dim=0)[:rows].repeat_interleave(wide, dim=1)[:, :columns]
-    return value.float().expand(rows, columns).t()
+    return value.expand(rows, columns).t()

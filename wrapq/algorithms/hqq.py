@@ -14,7 +14,7 @@ from torch import Tensor
 from wrapq.calibration.algorithm import ALGORITHMS, Rounded, Rounder
 from wrapq.calibration.statistics import InputStatistics
 from wrapq.observers.base import observe_tensor, scale_rows
-from wrapq.quant.affine import TINY, round_scale, round_to_grid
+from wrapq.quant.affine import TINY, round_scale, round_to_grid, round_zero_point
 from wrapq.quant.qparams import QParams
 from wrapq.quant.spec import QuantSpec
 
@@ -34,7 +34,8 @@ class HQQOptions(BaseModel):
 class HQQ(Rounder):
     """Rounding to nearest with zero points by HQQ, or with scales by it on symmetric grids.
 
-    Starts from the ranges of the spec's observer; zero points end as integers, as the grid has them.
+    Starts from the ranges of the spec's observer; zero points end as the spec has them, in the paper as
+    floats.
     """
 
     Options = HQQOptions
@@ -52,7 +53,7 @@ class HQQ(Rounder):
         zero = None if start.zero_point is None else start.zero_point.reshape(-1, 1).float()
         scale, zero = half_quadratic(rows, start.scale.reshape(-1, 1), zero, spec, **self.options.model_dump())
         shape = start.scale.shape
-        zero_point = None if zero is None else zero.reshape(shape).to(torch.int32)
+        zero_point = None if zero is None else zero.reshape(shape)
         qparams = QParams(spec, scale.reshape(shape).contiguous(), zero_point)
         return Rounded(qparams.quantize(weight), qparams)
 
@@ -69,14 +70,14 @@ def half_quadratic(
 ) -> tuple[Tensor, Tensor | None]:
     """Better `scale` and `zero` [R, 1] for `rows` [R, M], each row under one scale; all rows at once.
 
-    An asymmetric grid keeps its scale and moves its zero point, which becomes an integer; a symmetric one keeps its
-    zero and takes the scale that fits its codes best. Each row ends with what had the least `sum |W - W~|^p`.
+    An asymmetric grid keeps its scale and moves its zero point, which becomes what the spec stores; a symmetric one
+    keeps its zero and takes the scale that fits its codes best. Each row ends with what had the least `sum |W - W~|^p`.
     """
     dtype = spec.dtype
 
     def error(scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        integer = None if zero is None else zero.round().clamp(dtype.qmin, dtype.qmax)
-        grid = round_to_grid(rows / scale, integer, dtype)
+        stored = None if zero is None else round_zero_point(zero, spec)
+        grid = round_to_grid(rows / scale, stored, dtype)
         lost = rows - grid * scale
         return lost.abs().pow(p).sum(1, keepdim=True), lost, grid
 
@@ -99,7 +100,7 @@ def half_quadratic(
         best = torch.where(better, found, best)
         kept_scale = torch.where(better, scale, kept_scale)
         kept_zero = None if zero is None or kept_zero is None else torch.where(better, zero, kept_zero)
-    return kept_scale, None if kept_zero is None else kept_zero.round().clamp(dtype.qmin, dtype.qmax)
+    return kept_scale, None if kept_zero is None else round_zero_point(kept_zero, spec)
 
 
 def _shrink(x: Tensor, beta: float, p: float) -> Tensor:

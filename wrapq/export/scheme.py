@@ -126,6 +126,8 @@ def _args(spec: QuantSpec) -> Args:
     dtype = spec.dtype
     if dtype.kind != "int" and dtype.name not in _FLOATS:
         raise SpecError(f"{spec}: compressed-tensors knows the floats {' and '.join(_FLOATS)}, not {dtype}")
+    if spec.zero_point == "float":
+        raise SpecError(f"{spec}: compressed-tensors' zero points are integers")
     if dtype.bits > MOST_BITS:
         raise SpecError(f"{spec}: compressed-tensors' readers hold numbers of at most {MOST_BITS} bits")
     arguments: Args = {"num_bits": dtype.bits, "type": dtype.kind, "symmetric": spec.symmetric}

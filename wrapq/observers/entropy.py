@@ -49,7 +49,7 @@ class Entropy(HistogramObserver):
         limit = (best_threshold(counts, 1 << self.spec.dtype.bits, self.candidates) * width.squeeze(-1)).reshape(
             low.shape
         )
-        return low.clamp(min=-limit), high.clamp(max=limit)
+        return low.clamp(-limit, limit), high.clamp(-limit, limit)
 
     def tensor_range(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The range with the least divergence over the histogram of `x`."""

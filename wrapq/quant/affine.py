@@ -3,7 +3,8 @@
 What `quantize` gives are codes (`wrapq.quant.dtypes`): an integer dtype's are the integers q themselves; for the others
 `q` is the number that the code stands for, and there is no zero point.
 
-Letters: B batch, T tokens, K in, N out, G groups, g group size. `scale` is float32 and `zero_point` int32, both shaped
+Letters: B batch, T tokens, K in, N out, G groups, g group size. `scale` is float32 and `zero_point` int32, or float32
+where the spec's zero points are floats, both shaped
 
 | granularity | shape                                                       |
 |-------------|-------------------------------------------------------------|
@@ -15,8 +16,10 @@ Letters: B batch, T tokens, K in, N out, G groups, g group size. `scale` is floa
 | head        | [H, 1, 1] for a tensor [..., H, T, D]                       |
 
 and anything that broadcasts to these, such as a group scale [K / g] shared by all rows. `zero_point` is None where the
-grid is signed and symmetric, since it is zero there. The arithmetic is float32 whatever the input's dtype, in which
-every grid up to 16 bits and every difference of its points is exact.
+grid is signed and symmetric, since it is zero there. Its dtype decides what is rounded: `q = round(x / scale) +
+zero_point` for an integer, `q = round(x / scale + zero_point)` for a float, which leaves zero off the grid. The
+arithmetic is float32 whatever the input's dtype, in which every grid up to 16 bits and every difference of its points
+is exact.
 
 Where a spec has a global scale G, float32 (1,), the scale in use is `scale / G`: compressed-tensors' direction, in
 which G is large and `scale` fills the range of fp8_e4m3 (NVIDIA's own documents multiply by 1 / G).
@@ -41,6 +44,8 @@ LARGEST = torch.finfo(torch.bfloat16).max
 """The largest magnitude that a dequantized number may have: finite in float32 and in bfloat16."""
 
 
+FARTHEST = 2.0**14
+"""How many steps a range with a float zero point may lie from zero: float32 resolves one to 1/512 there."""
 E4M3_MAX, E4M3_LEAST = DTYPES["fp8_e4m3"].largest, 2.0**-9
 
 
@@ -59,6 +64,11 @@ def storage_dtype(dtype: DType) -> torch.dtype:
     if dtype.bits <= 8:
         return torch.int8 if dtype.signed else torch.uint8
     return torch.int16 if dtype.signed else torch.int32
+
+
+def zero_point_dtype(spec: QuantSpec) -> torch.dtype:
+    """What a zero point is stored in: an integer as a code, a float as the scale."""
+    return storage_dtype(spec.dtype) if spec.zero_point == "int" else getattr(torch, spec.scale_dtype)
 
 
 def scale_shape(shape: Sequence[int], spec: QuantSpec) -> tuple[int, ...]:
@@ -148,12 +158,14 @@ def global_scale_for(low: Tensor, high: Tensor, spec: QuantSpec) -> Tensor | Non
 def range_to_qparams(
     low: Tensor, high: Tensor, spec: QuantSpec, global_scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Scale (float32) and zero point (int32, or None for zero everywhere) for ranges `low` to `high`, elementwise.
+    """Scale (float32) and zero point (int32, float32, or None for zero everywhere) for ranges `low` to `high`.
 
     A symmetric range is widened to [-a, a] and divided into `qmax - qmin` steps, as compressed-tensors does (7.5 steps
     to a side for int4): no element in it is off by more than half a step; on a float's or codebook's grid `a` is the
-    largest number. An asymmetric one is widened to hold zero, which is then on the grid. A range of zero width has
-    scale 1; no scale is smaller than the least normal float32, nor so large that a dequantized number overflows.
+    largest number. An asymmetric one is widened to hold zero, which is then on the grid; with a float zero point it is
+    divided as it is, unless it lies more than `FARTHEST` of its steps from zero, which makes the steps larger. A
+    range of zero width has scale 1; no scale is smaller than the least normal float32, nor so large that a dequantized
+    number overflows.
 
     A scale is then rounded to the spec's `scale_dtype`, to nearest; one too small for it is its least positive
     number. An
@@ -173,11 +185,21 @@ def range_to_qparams(
         scale = scale if global_scale is None else torch.where(bound == 0, 1.0, bound / dtype.half_range * global_scale)
         return round_scale(scale, spec), _zero_point_for(scale, dtype)
     steps = dtype.qmax - dtype.qmin
-    low, high = low.clamp(max=0), high.clamp(min=0)
+    if spec.zero_point == "int":
+        low, high = low.clamp(max=0), high.clamp(min=0)
     half_width = high * 0.5 - low * 0.5  # halves, because the width of a finite range may be infinite
+    if spec.zero_point == "float":
+        half_width = torch.maximum(half_width, torch.maximum(low.abs(), high.abs()) * (steps / 2 / FARTHEST))
     scale = round_scale(_usable(half_width / (steps / 2), half_width, LARGEST / steps), spec)
-    zero_point = (low / scale).neg_().add_(dtype.qmin).round_().clamp_(dtype.qmin, dtype.qmax)
-    return scale, zero_point.to(torch.int32)
+    return scale, round_zero_point((low / scale).neg_().add_(dtype.qmin), spec)
+
+
+def round_zero_point(zero_point: Tensor, spec: QuantSpec) -> Tensor:
+    """Float32 zero points as the spec has them: int32 on the grid, or float32 numbers of `zero_point_dtype`."""
+    if spec.zero_point == "int":
+        return zero_point.round().clamp_(spec.dtype.qmin, spec.dtype.qmax).to(torch.int32)
+    kind = zero_point_dtype(spec)
+    return zero_point.clamp(torch.finfo(kind).min, torch.finfo(kind).max).to(kind).float()
 
 
 def round_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
@@ -208,8 +230,8 @@ def quantize(
 ) -> Tensor:
     """The codes of the nearest grid points in `storage_dtype`, shaped like `x`.
 
-    Ties go to even, for integers before the zero point is added, for floats as `wrapq.quant.casts` says. NaN has a code
-    in fp8 only; elsewhere the code it gets is any.
+    Ties go to even, for integers before an integer zero point is added, for floats as `wrapq.quant.casts` says. NaN
+    has a code in fp8 only; elsewhere the code it gets is any.
     """
     operands = _align(x, effective_scale(scale, global_scale), zero_point, spec)
     return _restore(quantize_elements(*operands, spec.dtype), x, spec)
@@ -259,10 +281,7 @@ def quantize_elements(x: Tensor, scale: Tensor, zero_point: Tensor | None, dtype
     steps = _divide(x, scale)
     if dtype.kind != "int":
         return casts.encode_nearest(steps, dtype)
-    steps.round_()
-    if zero_point is not None:
-        steps.add_(zero_point)
-    return steps.clamp_(dtype.qmin, dtype.qmax).to(storage_dtype(dtype))
+    return _round_to_codes(steps, zero_point, dtype).to(storage_dtype(dtype))
 
 
 def dequantize_elements(
@@ -287,10 +306,18 @@ def round_to_grid(steps: Tensor, zero_point: Tensor | None, dtype: DType) -> Ten
     """
     if dtype.kind != "int":
         return casts.round_to_format(steps, dtype)
-    steps.round_()
+    codes = _round_to_codes(steps, zero_point, dtype)
+    return codes.add_(0.0) if zero_point is None else codes.sub_(zero_point)  # integers have no negative zero
+
+
+def _round_to_codes(steps: Tensor, zero_point: Tensor | None, dtype: DType) -> Tensor:
     if zero_point is None:
-        return steps.clamp_(dtype.qmin, dtype.qmax).add_(0.0)  # integers have no negative zero
-    return steps.add_(zero_point).clamp_(dtype.qmin, dtype.qmax).sub_(zero_point)
+        steps.round_()
+    elif zero_point.is_floating_point():
+        steps.add_(zero_point).round_()
+    else:
+        steps.round_().add_(zero_point)
+    return steps.clamp_(dtype.qmin, dtype.qmax)
 
 
 def _divide(x: Tensor, scale: Tensor) -> Tensor:

@@ -27,7 +27,8 @@ class QParams:
         spec: dtype, granularity, axis or group size, symmetry.
         scale: float32, float units per step, a number of the spec's `scale_dtype`; its shape is said in
             `wrapq.quant.affine`. Empty for a `local` spec, whose scales follow each tensor.
-        zero_point: int32, shaped like `scale`; None for zero everywhere.
+        zero_point: int32, or float32 where the spec has float ones, numbers of its `scale_dtype`; shaped like `scale`;
+            None for zero everywhere.
         permutation: int64 [K], for groups that follow an activation order: column j of the matrix belongs to slot
             `permutation[j]`, hence to group `permutation[j] // group_size`. None for groups of neighbours.
         global_scale: float32 (1,), for a spec that has one: the scale in use is `scale / global_scale`.
@@ -81,11 +82,11 @@ class QParams:
         """What a checkpoint stores, where present: `<prefix>_scale`, `_zero_point`, `_permutation`, `_global_scale`.
 
         The scale is in the spec's `scale_dtype`: e8m0 as the exponent plus 127 in uint8, fp8_e4m3 as torch's own. The
-        zero point is on the grid of the codes, and so in their `affine.storage_dtype`.
+        zero point is in `affine.zero_point_dtype`.
         """
         parts = self._parts()
         if self.zero_point is not None:
-            parts["zero_point"] = self.zero_point.to(affine.storage_dtype(self.spec.dtype))
+            parts["zero_point"] = self.zero_point.to(affine.zero_point_dtype(self.spec))
         if self.spec.local:
             del parts["scale"]
         elif self.spec.scale_dtype == "e8m0":
@@ -96,19 +97,19 @@ class QParams:
 
     @classmethod
     def from_tensors(cls, prefix: str, tensors: Mapping[str, Tensor], spec: QuantSpec) -> QParams:
-        """The inverse of `tensors`; raises `ModelError` when the scale is missing or a part has another dtype."""
+        """The inverse of `tensors`; raises `ModelError` when a part is missing or has another dtype."""
         found = {name: tensors[f"{prefix}_{name}"] for name in _PARTS if f"{prefix}_{name}" in tensors}
-        needed = [name for name, needs in (("scale", not spec.local), ("global_scale", spec.global_scale)) if needs]
-        for name in needed:
-            if name not in found:
+        needed = {"scale": not spec.local, "zero_point": not spec.symmetric, "global_scale": spec.global_scale}
+        for name, needs in needed.items():
+            if needs and name not in found:
                 raise ModelError(f"no {prefix}_{name} for {spec}")
-        expected = {"scale": _STORED[spec.scale_dtype], "zero_point": affine.storage_dtype(spec.dtype)}
+        expected = {"scale": _STORED[spec.scale_dtype], "zero_point": affine.zero_point_dtype(spec)}
         expected |= {"permutation": torch.int64, "global_scale": torch.float32}
         for name, tensor in found.items():
             if tensor.dtype != expected[name]:
                 raise ModelError(f"{prefix}_{name} is {tensor.dtype}, not {expected[name]}")
         if "zero_point" in found:
-            found["zero_point"] = found["zero_point"].to(torch.int32)
+            found["zero_point"] = found["zero_point"].to(torch.int32 if spec.zero_point == "int" else torch.float32)
         if spec.local:
             found["scale"] = torch.empty(0, device=found["global_scale"].device)
         elif spec.scale_dtype == "e8m0":

@@ -11,6 +11,7 @@ from wrapq.quant.dtypes import SCALE_BITS, DType, ScaleDType, dtype_named
 from wrapq.quant.short_form import Option, meant_word, parse_fields
 
 Granularity = Literal["tensor", "channel", "group", "block", "token", "head"]
+ZeroPoint = Literal["int", "float"]
 GRANULARITIES: tuple[str, ...] = get_args(Granularity)
 FLOAT = "float"
 """The word that stands for "not quantized" wherever a spec may be written."""
@@ -33,6 +34,8 @@ class QuantSpec:
         dynamic: scales are computed from each tensor as it comes, not from calibration.
         local: group scales are computed from each tensor as it comes, but the global scale comes from calibration.
         scale_dtype: what scales are rounded to; `e8m0` makes them powers of two as the MX specification says.
+        zero_point: `int`, which puts zero on the grid; or `float`, not rounded, in the dtype of the scale, as HQQ and
+            tinygemm have it, which lets an asymmetric range end where the numbers do.
         global_scale: group scales are relative to one more float32 scale of the tensor, so that fp8_e4m3 holds them.
         observer: which observer chooses the range of a static spec.
         observer_options: its options, as sorted pairs.
@@ -53,6 +56,7 @@ class QuantSpec:
     local: bool = False
     scale_dtype: ScaleDType = "float32"
     global_scale: bool = False
+    zero_point: ZeroPoint = "int"
 
     def __post_init__(self) -> None:
         if self.granularity not in GRANULARITIES:
@@ -78,6 +82,7 @@ class QuantSpec:
                 f"{f'; did you mean: {meant}' if meant else ''}"
             )
         self._check_scales()
+        self._check_zero_point()
 
     def _check_scales(self) -> None:
         if not self.symmetric and self.dtype.kind != "int":
@@ -92,6 +97,20 @@ class QuantSpec:
             raise SpecError(
                 "local keeps a global scale and makes the group scales dynamic: it needs global_scale: true"
             )
+
+    def _check_zero_point(self) -> None:
+        if self.zero_point not in get_args(ZeroPoint):
+            kinds = ", ".join(get_args(ZeroPoint))
+            raise SpecError(f"unknown kind of zero point {self.zero_point!r}; one of: {kinds}")
+        if self.zero_point == "int":
+            return
+        if self.symmetric:
+            raise SpecError("zero_point float (zero=float) is for asymmetric integers: add symmetric: false (asym)")
+        if self.dynamic:
+            raise SpecError("zero_point float (zero=float) is for static specs of weights, not dynamic ones")
+        if self.scale_dtype not in _ZERO_DTYPES:
+            known = ", ".join(_ZERO_DTYPES)
+            raise SpecError(f"a float zero point is stored as the scale is, in {known}, not {self.scale_dtype}")
 
     @classmethod
     def parse(cls, text: str) -> QuantSpec:
@@ -128,6 +147,8 @@ class QuantSpec:
         out |= {"symmetric": self.symmetric, "dynamic": self.dynamic}
         if self.scale_dtype != "float32":
             out["scale_dtype"] = self.scale_dtype
+        if self.zero_point != "int":
+            out["zero_point"] = self.zero_point
         out |= {key: True for key in ("global_scale", "local") if getattr(self, key)}
         if not self.dynamic:
             out["observer"] = {"name": self.observer, **dict(self.observer_options)}
@@ -142,6 +163,8 @@ class QuantSpec:
         parts = [self.dtype.name, granularity, "sym" if self.symmetric else "asym"]
         if self.scale_dtype != "float32":
             parts.append(f"scale={self.scale_dtype}")
+        if self.zero_point != "int":
+            parts.append(f"zero={self.zero_point}")
         words = {"global": self.global_scale, "local": self.local, "dyn": self.dynamic}
         parts += [word for word, said in words.items() if said]
         options = ",".join(f"{key}={_print_option(value)}" for key, value in self.observer_options)
@@ -151,6 +174,7 @@ class QuantSpec:
 
 
 FIELDS: tuple[str, ...] = tuple(f.name for f in fields(QuantSpec) if f.name != "observer_options")
+_ZERO_DTYPES = ("float32", "bfloat16", "float16")
 _WHOLE = "to change a scheme's granularity replace the whole spec, e.g. int8:channel:sym"
 
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, WrapValidator
 from wrapq.errors import SpecError
 from wrapq.quant.dtypes import ScaleDType, dtype_named
 from wrapq.quant.short_form import ALIASES
-from wrapq.quant.spec import FLOAT, Granularity, QuantSpec
+from wrapq.quant.spec import FLOAT, Granularity, QuantSpec, ZeroPoint
 
 
 class ObserverChoice(BaseModel):
@@ -66,6 +66,8 @@ class SpecFields(BaseModel):
     """Whether group scales follow each tensor as it comes while the global scale is calibrated."""
     scale_dtype: ScaleDType | None = None
     """What scales are rounded to; e8m0 makes them powers of two, as the MX formats have them."""
+    zero_point: ZeroPoint | None = None
+    """For asymmetric weights: int, which puts zero on the grid, or float, not rounded, in the dtype of the scale."""
     global_scale: bool | None = None
     """Whether group scales of fp8_e4m3 are relative to one float32 scale of the tensor, as nvfp4 has it."""
     observer: Annotated[str | ObserverChoice | ObserverComparison | None, WrapValidator(_observer)] = None

@@ -72,6 +72,8 @@ def _check_weight(site: Site, spec: QuantSpec) -> None:
 
 
 def _check_activation(site: Site, point: Point, spec: QuantSpec) -> None:
+    if spec.zero_point == "float":
+        raise SpecError(f"{spec}: float zero points are for weights; {point.name} needs zero_point: int")
     fixed = site.wrapper.fixed_axes(site.module, point) if site.wrapper is not None else point.fixed_axes
     if spec.granularity == "block" and not spec.dynamic:
         raise SpecError(

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from wrapq.calibration.algorithm import ALGORITHMS, Corrector
-from wrapq.quant.affine import scale_shape, storage_dtype
+from wrapq.quant.affine import scale_shape, storage_dtype, zero_point_dtype
 from wrapq.quant.dtypes import SCALE_BITS
 from wrapq.quant.packing import packed_columns
 from wrapq.quant.spec import QuantSpec
@@ -30,7 +30,7 @@ def weight_bytes(shape: tuple[int, int], spec: QuantSpec) -> int:
     packed = rows * packed_columns(columns, spec.dtype) * _PARAMETER_BYTES
     scales = math.prod(scale_shape(shape, spec))
     zero_points = 0 if spec.symmetric and spec.dtype.signed else scales
-    zero_bytes = zero_points * storage_dtype(spec.dtype).itemsize
+    zero_bytes = zero_points * zero_point_dtype(spec).itemsize
     global_scale = _PARAMETER_BYTES if spec.global_scale else 0
     return packed + scales * SCALE_BITS[spec.scale_dtype] // 8 + zero_bytes + global_scale
 
