@@ -1,4 +1,4 @@
-"""Orthogonal matrices that spread outliers over all channels: Hadamard matrices where a width has one, random ones else.
+"""Orthogonal matrices that spread outliers over all channels: Hadamard where a width has one, else random ones.
 
 A Hadamard matrix is made of those of Sylvester (powers of two) and of Paley, "On Orthogonal Matrices", 1933, for the
 field of q elements: of q + 1 rows where q = 3 mod 4 (12, 20, 28, 44, ...) and of 2 (q + 1) where q = 1 mod 4 (36, 52,
