@@ -138,3 +138,23 @@ def test_stacks_that_cannot_work(stack: str, what: str, refusal: object) -> None
 def test_values_alone_need_no_folding(make_plan: MakePlan) -> None:  # noqa: F811
     plan = make_plan(LINEAR, f"turn: {{algorithm: rotate, rotations: [R2]}}\n{TAIL}")
     assert all(target.endswith("v_proj") for target in plan.stages[0].targets)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(not OUTLIER.is_dir(), reason="the model with outliers is not here")
+def test_outliers_cost_static_inputs_hardly_anything_once_turned(tmp_path: Path) -> None:
+    import wrapq
+
+    texts = Path("/work/shared/data")
+    more = ["model=hf", f"model.path={OUTLIER}", "calibration=text", f"calibration.path={texts}/calib.txt"]
+    more += ["calibration.samples=8", "calibration.seq_len=256", "evaluation=text", "evaluation.tokens=4096"]
+    more += [f"evaluation.path={texts}/test.txt", "evaluation.seq_len=256", "tracking=none"]
+    more += [f"paths.outputs={tmp_path}"]
+    turn = ["+algorithm@stack.fold=fold_norms", "+algorithm@stack.turn=rotate", "stack.fold.untie=true"]
+    lost = {}
+    for name, stages in {"plain": [], "rotated": turn}.items():
+        metrics = wrapq.run("w8a8_static", more + stages).metrics
+        lost[name] = metrics["quantized"]["perplexity"] / metrics["float"]["perplexity"] - 1
+    assert lost["plain"] > 0.1
+    assert lost["rotated"] < 0.01
