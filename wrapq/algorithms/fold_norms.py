@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import BaseModel, ConfigDict
 
-from wrapq.calibration.algorithm import ALGORITHMS, Found, Transform
+from wrapq.calibration.algorithm import ALGORITHMS, Found, Placed, Transform
 from wrapq.calibration.graph import Feed, Graph
 from wrapq.calibration.statistics import InputStatistics
 from wrapq.calibration.surgery import Surgeon
@@ -38,9 +38,9 @@ class FoldNorms(Transform):
         left = {feed.producer: reason for feed in norms if (reason := self._unfit(feed, graph)) is not None}
         return Found(tuple(feed.producer for feed in norms if feed.producer not in left), left)
 
-    def misplaced(self, before: Sequence[Transform]) -> str | None:
+    def misplaced(self, graph: Graph, targets: Sequence[str], before: Sequence[Placed]) -> str | None:
         """See `Transform.misplaced`."""
-        if any(transform.migrates for transform in before):
+        if any(its.transform.migrates for its in before):
             return "it would fold back into the weights what a stage before it scaled out of the norms; name it first"
         return None
 

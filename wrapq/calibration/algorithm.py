@@ -143,6 +143,13 @@ class Found(NamedTuple):
     left: Mapping[str, str] = MappingProxyType({})
 
 
+class Placed(NamedTuple):
+    """A transform of a stack and what it will change."""
+
+    transform: Transform
+    targets: tuple[str, ...]
+
+
 class Transform(Algorithm):
     """Changes the float model without changing its function. It is given no model, only who feeds whom in it and a
     surgeon whose every operation keeps the function.
@@ -166,8 +173,8 @@ class Transform(Algorithm):
         """The modules whose inputs' statistics, as `needs` names them, it wants for `target`: a feed's readers."""
         return tuple(reader.module for reader in graph.by_producer[target].readers)
 
-    def misplaced(self, before: Sequence[Transform]) -> str | None:
-        """Why it cannot run after the transforms `before`, or None when it can; asked by the plan."""
+    def misplaced(self, graph: Graph, targets: Sequence[str], before: Sequence[Placed]) -> str | None:
+        """Why it cannot change `targets` after the transforms `before`, or None when it can; asked by the plan."""
         return None
 
     @abstractmethod

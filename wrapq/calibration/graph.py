@@ -51,6 +51,8 @@ class Feed:
         readers: the linears, convolutions, routers and experts that read them.
         path: what happens on the way: `attention`, `product`, `positive` (see `Mark`).
         seen_by: who sees the other channels, as far as linears read them too.
+        heads: int64 [H, D], the channels of each head whose tokens attention mixes with weights of its own; None
+            where there is no attention, or more than one size of head.
     """
 
     producer: str
@@ -59,6 +61,7 @@ class Feed:
     readers: tuple[Reader, ...]
     path: frozenset[str]
     seen_by: tuple[str, ...]
+    heads: Tensor | None = None
 
     @property
     def closed(self) -> bool:
@@ -81,7 +84,7 @@ class Stream:
     """A residual stream: tensors of one width that are added up.
 
     Attributes:
-        writers: the modules whose outputs are added, in order.
+        writers: the modules whose outputs are added, in order, and `leaves` what they are.
         norms: the norms that read it, in order.
         readers: other modules that read it without a norm between.
         seen_by: who else sees it or adds to it, so that it cannot be rotated; empty where nobody does.
@@ -89,9 +92,15 @@ class Stream:
 
     width: int
     writers: tuple[str, ...]
+    leaves: tuple[Leaf, ...]
     norms: tuple[str, ...]
     readers: tuple[str, ...]
     seen_by: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """That of its first writer."""
+        return self.writers[0]
 
 
 @dataclass(frozen=True)
@@ -110,6 +119,11 @@ class Graph:
     def by_producer(self) -> dict[str, Feed]:
         """The feed of each producer."""
         return {feed.producer: feed for feed in self.feeds}
+
+    @cached_property
+    def by_stream(self) -> dict[str, Stream]:
+        """The streams by their names."""
+        return {stream.name: stream for stream in self.streams if stream.writers}
 
     @cached_property
     def by_reader(self) -> dict[str, tuple[Feed, ...]]:
@@ -141,7 +155,8 @@ def find_graph(model: nn.Module, inputs: Mapping[str, Any] | Sequence[Any] | Non
 
 def _feeds(found: Trace) -> tuple[Feed, ...]:
     seen = _seen_by(found)
-    feeds = (_feed(source, found.reads.values(), seen) for source in found.sources.values() if source.leaf is not None)
+    reads = found.reads.values()
+    feeds = (_feed(source, reads, seen, found.heads) for source in found.sources.values() if source.leaf is not None)
     return tuple(feed for feed in feeds if feed is not None)
 
 
@@ -153,7 +168,7 @@ def _seen_by(found: Trace) -> list[tuple[Tensor, str]]:
     return seen + [(read.ids, read.name) for read in found.reads.values() if read.leaf.reads is None]
 
 
-def _feed(source: Source, reads: Any, seen: Sequence[tuple[Tensor, str]]) -> Feed | None:
+def _feed(source: Source, reads: Any, seen: Sequence[tuple[Tensor, str]], heads: Sequence[Tensor]) -> Feed | None:
     meeting = [(read, _within(read.ids, source)) for read in reads if read.leaf.reads is not None]
     meeting = [(read, columns) for read, columns in meeting if bool((columns >= 0).any())]
     if not meeting or source.leaf is None:
@@ -174,7 +189,19 @@ def _feed(source: Source, reads: Any, seen: Sequence[tuple[Tensor, str]]) -> Fee
         if bool((kept >= 0).any()) or not bool(channels.any()):
             readers.append(Reader(read.name, read.leaf, kept))
     path = frozenset[str]().union(*(read.path for read, _ in meeting))
-    return Feed(source.name, source.leaf, channels, tuple(readers), path, tuple(why))
+    return Feed(source.name, source.leaf, channels, tuple(readers), path, tuple(why), _heads(heads, source))
+
+
+def _heads(heads: Sequence[Tensor], source: Source) -> Tensor | None:
+    own = [rows for ids in heads if len(rows := _whole(_within(ids, source)))]
+    if not own or len({rows.shape[1] for rows in own}) > 1:
+        return None
+    return torch.cat(own).unique(dim=0)
+
+
+def _whole(rows: Tensor) -> Tensor:
+    """The `rows` [H, D] all of whose channels are known."""
+    return rows[(rows >= 0).all(1)]
 
 
 def _within(ids: Tensor, source: Source) -> Tensor:
@@ -211,9 +238,11 @@ def _stream(found: Trace, group: Sequence[str]) -> Stream | None:
     ids = torch.cat([source.ids for source in sources])
     why |= dict.fromkeys(who for seen, who in found.escapes if bool(torch.isin(seen, ids).any()))
     reads = [read for read in found.reads.values() if bool(torch.isin(read.ids, ids).any())]
+    writers = {source.name: source.leaf for source in sources if source.leaf is not None}
     return Stream(
         width,
-        tuple(name for name in group if found.sources[name].leaf is not None),
+        tuple(writers),
+        tuple(writers.values()),
         tuple(read.name for read in reads if read.leaf.kind == "norm"),
         tuple(read.name for read in reads if read.leaf.kind != "norm"),
         tuple(why),

@@ -36,12 +36,14 @@ class Leaf:
         writes: the parameter whose rows are the channels of the output; None where nothing of ours makes them.
         reads: the parameter whose columns meet the channels of the input; None where it does not multiply them.
         opaque: what runs inside depends on data, so that only its inputs and output can be followed.
+        centered: a norm that takes the mean of its input away.
     """
 
     kind: str
     writes: Slot | None
     reads: Slot | None
     opaque: bool = False
+    centered: bool = False
 
     @property
     def channel_axis(self) -> int:
@@ -72,7 +74,8 @@ def find_leaf(module: nn.Module) -> Leaf | None:
     if kind == "Embedding":
         return Leaf("embedding", _EMBEDDING, None)
     if kind in ("LayerNorm", "RMSNorm"):
-        return Leaf("norm", _NORM if weight is not None and weight.dim() == 1 else None, None)
+        writes = _NORM if weight is not None and weight.dim() == 1 else None
+        return Leaf("norm", writes, None, centered=kind == "LayerNorm")
     if wrapper is None and weight is not None and weight.dim() == 2 and "outer" in type(module).__name__:
         return Leaf("router", None, _ROUTER)
     return None

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wrapq.calibration.graph import Feed, Graph, Reader
-from wrapq.calibration.slots import Slot
-from wrapq.calibration.transport import Scaled, Shifted, Transport
+from wrapq.calibration.graph import Feed, Graph, Reader, Stream
+from wrapq.calibration.slots import Leaf, Slot
+from wrapq.calibration.transport import Rotated, Scaled, Shifted, Transport, turn
 from wrapq.errors import ModelError
 from wrapq.wrappers.model import Specs
+
+_KEPT = 1e-9
 
 
 class Surgeon:
@@ -111,6 +113,45 @@ class Surgeon:
         self._edit(feed.producer, "weight")[feed.channels] = 1 - norm_offset(norm, feed.producer)
 
     @torch.no_grad()
+    def rotate_stream(self, stream: Stream, blocks: Tensor, matrix: Tensor) -> None:
+        """Multiply each of the `blocks` [B, D] of a residual stream's channels by `matrix` [D, D] from the right, where
+        modules write into it, and what reads its norms by the inverse.
+
+        Raises:
+            ModelError: a norm does more than normalize, or takes away a mean that the rotation does not keep; or a
+                weight is tied to another's.
+        """
+        feeds = [self.graph.by_producer[norm] for norm in stream.norms]
+        for feed in feeds:
+            self._check_bare(feed)
+        if any(feed.leaf.centered for feed in feeds):
+            ones = torch.ones(stream.width, dtype=torch.double)
+            turned = ones.clone()
+            turn(turned, -1, blocks, matrix)
+            if not torch.allclose(turned, ones, rtol=0, atol=_KEPT):
+                raise ModelError(f"{stream.name}: the norms of this stream take its mean away, which is not kept")
+        for writer, leaf in zip(stream.writers, stream.leaves, strict=True):
+            self._rotate_writer(writer, leaf, blocks, matrix)
+        for reader in (reader for feed in feeds for reader in feed.readers):
+            self._rotate_reader(reader, blocks, matrix)
+
+    @torch.no_grad()
+    def rotate_heads(self, feed: Feed, matrix: Tensor) -> None:
+        """Multiply each head [T, D] of the values that attention passes on by `matrix` [D, D] from the right, and what
+        reads them by the inverse.
+
+        Raises:
+            ModelError: `feed` has no heads, or not all of a head is its readers' alone; or a weight is tied.
+        """
+        if feed.heads is None or (reason := split_heads(feed)) is not None:
+            raise ModelError(f"{feed.name}: {'it has no heads' if feed.heads is None else reason}")
+        self._rotate_writer(feed.producer, feed.leaf, feed.heads, matrix)
+        for reader in feed.readers:
+            columns = reader.columns.reshape(-1, feed.heads.shape[1])
+            blocks = torch.arange(columns.numel()).reshape(columns.shape)[columns[:, 0] >= 0]
+            self._rotate_reader(reader, blocks, matrix)
+
+    @torch.no_grad()
     def untie(self, name: str) -> None:
         """Give the module `name` parameters of its own; the model's configuration says so from now on."""
         module = self._module(name)
@@ -161,6 +202,25 @@ class Surgeon:
         wide = torch.promote_types(data.dtype, torch.float32)
         data.copy_(data.to(wide) * factors.to(data.device, wide).reshape(shape))
 
+    def _rotate_writer(self, name: str, leaf: Leaf, blocks: Tensor, matrix: Tensor) -> None:
+        slot = leaf.writes
+        if slot is None or leaf.kind == "norm":
+            raise ModelError(f"{name} has no rows that could be rotated")
+        turn(self._edit(name, slot.parameter), slot.rows, blocks, matrix)
+        if slot.bias and self._module(name)._parameters.get(slot.bias) is not None:
+            turn(self._edit(name, slot.bias), -1, blocks, matrix)
+
+    def _rotate_reader(self, reader: Reader, blocks: Tensor, matrix: Tensor) -> None:
+        slot = _reads(reader)
+        turn(self._edit(reader.module, slot.parameter), int(slot.columns or 0), blocks, matrix)
+        self.transports.setdefault(reader.module, []).append(Rotated(matrix, blocks))
+
+    def _check_bare(self, feed: Feed) -> None:
+        norm: Any = self._module(feed.producer)
+        bias = norm._parameters.get("bias")
+        if bool((norm_gain(norm, feed.producer) != 1).any()) or (bias is not None and bool(bias.any())):
+            raise ModelError(f"{feed.producer} does more than normalize: its weight and bias must be folded before")
+
     def _scale_reader(self, reader: Reader, factors: Tensor) -> None:
         slot = _reads(reader)
         spread = reader.spread(factors.cpu())
@@ -204,6 +264,21 @@ class Surgeon:
             raise ModelError(f"{feed.name}: a factor is zero or not finite")
         if "positive" in feed.path and bool((factors < 0).any()):
             raise ModelError(f"{feed.name}: a negative factor cannot pass the function between")
+
+
+def split_heads(feed: Feed) -> str | None:
+    """Why the heads of `feed` cannot be rotated one by one, or None when they can."""
+    if feed.heads is None:
+        return "nothing is known of its heads"
+    if not torch.equal(feed.heads.flatten().sort().values, feed.channels.nonzero()[:, 0]):
+        return f"a part of its heads is also seen by {', '.join(feed.seen_by) or 'others'}"
+    known = {tuple(head) for head in feed.heads.tolist()} | {(-1,) * feed.heads.shape[1]}
+    for reader in feed.readers:
+        size = feed.heads.shape[1]
+        whole = len(reader.columns) % size == 0
+        if not whole or not {tuple(part) for part in reader.columns.reshape(-1, size).tolist()} <= known:
+            return f"{reader.module} reads parts of its heads"
+    return None
 
 
 def norm_offset(norm: Any, name: str) -> float:

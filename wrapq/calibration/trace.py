@@ -90,12 +90,17 @@ class Sum:
 
 @dataclass
 class Trace:
-    """What one forward showed: who makes channels, who reads them, and which of them somebody else sees."""
+    """What one forward showed: who makes channels, who reads them, and which of them somebody else sees.
+
+    Attributes:
+        heads: for each product with attention weights the channels of each head of the values [H, D].
+    """
 
     sources: dict[str, Source] = field(default_factory=dict)
     reads: dict[str, Read] = field(default_factory=dict)
     sums: list[Sum] = field(default_factory=list)
     escapes: list[tuple[Tensor, str]] = field(default_factory=list)
+    heads: list[Tensor] = field(default_factory=list)
     count: int = 0
 
 
@@ -311,6 +316,7 @@ class Follower(TorchDispatchMode):
         for tensor in seen:
             self.escape(tensor, "attention scores")
         ids = mark.ids[..., :1, :]
+        self.trace.heads.append(ids.reshape(-1, ids.shape[-1]).unique(dim=0))
         if ids.dim() == 4 and ids.shape[1] != out.shape[1]:
             ids = ids.repeat_interleave(out.shape[1] // ids.shape[1], 1)
         self._mark(out, Mark(ids.expand(out.shape), mark.path | {"attention"}))

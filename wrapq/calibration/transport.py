@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from wrapq.calibration.statistics import InputStatistics
@@ -20,9 +21,14 @@ class Scaled:
 
 @dataclass(frozen=True)
 class Rotated:
-    """The input is now `x Q`, Q [K, K] orthogonal."""
+    """Each block of the input's channels is now `x Q`, Q [D, D] orthogonal.
+
+    Attributes:
+        blocks: int64 [B, D], the channels of each; those of none are as they were.
+    """
 
     matrix: Tensor
+    blocks: Tensor
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,7 @@ Transport = Scaled | Rotated | Shifted
 
 def carry_hessian(hessian: Tensor, edits: Sequence[Transport]) -> Tensor | None:
     """`X^T X` [K, K] of the input after `edits`: `D^-1 H D^-1` and `Q^T H Q`, in float64; None where it is lost."""
-    carried = hessian.double()
+    carried = hessian.to(torch.double, copy=True)
     for edit in edits:
         if isinstance(edit, Shifted):
             return None
@@ -43,9 +49,16 @@ def carry_hessian(hessian: Tensor, edits: Sequence[Transport]) -> Tensor | None:
             factors = edit.factors.to(carried)
             carried = carried / factors[:, None] / factors
         else:
-            matrix = edit.matrix.to(carried)
-            carried = matrix.t() @ carried @ matrix
+            turn(carried, -1, edit.blocks, edit.matrix)
+            turn(carried, 0, edit.blocks, edit.matrix)
     return carried.to(hessian.dtype)
+
+
+def turn(x: Tensor, axis: int, blocks: Tensor, matrix: Tensor) -> None:
+    """Multiply each of the `blocks` [B, D] of what lies along `axis` of `x` by `matrix` [D, D] from the right, in
+    place, in float64."""
+    last, blocks = x.movedim(axis, -1), blocks.to(x.device)
+    last[..., blocks] = (last[..., blocks].double() @ matrix.to(x.device, torch.double)).to(x.dtype)
 
 
 def carry_magnitude(values: Tensor, edits: Sequence[Transport]) -> Tensor | None:

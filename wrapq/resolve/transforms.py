@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from wrapq.calibration.algorithm import Found, Transform
+from wrapq.calibration.algorithm import Found, Placed, Transform
 from wrapq.calibration.graph import Graph, find_graph
 from wrapq.errors import Problem
 from wrapq.wrappers.model import Specs
@@ -30,7 +30,7 @@ class Transforms:
     specs: Specs
     inputs: Mapping[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
-    _before: list[tuple[str, Transform, frozenset[str]]] = field(default_factory=list)
+    _before: list[tuple[str, Transform, tuple[str, ...], frozenset[str]]] = field(default_factory=list)
 
     @cached_property
     def graph(self) -> Graph:
@@ -57,12 +57,13 @@ class Transforms:
             reasons = "; ".join(list(dict.fromkeys(found.left.values()))[:3]) or "the model has no place for it"
             remedy = f"remove the stage with ~stack.{stage}"
             yield Problem(where, f"{name} has nothing to do: {reasons}", (), remedy)
-        if (reason := transform.misplaced([before for _, before, _ in self._before])) is not None:
+        placed = [Placed(before, targets) for _, before, targets, _ in self._before]
+        if (reason := transform.misplaced(self.graph, found.targets, placed)) is not None:
             yield Problem(where, f"{name} cannot run there: {reason}")
         inputs = frozenset(i for t in found.targets for i in transform.inputs(self.graph, t))
-        for other, before, its in self._before if transform.migrates else ():
+        for other, before, _, its in self._before if transform.migrates else ():
             if before.migrates and (both := sorted(its & inputs)):
                 what = f"{other} and {stage} would both scale the input of {both[0]}"
                 remedy = "give each stage its own rules: stack.NAME.rules=[...]"
                 yield Problem(where, what, (), remedy)
-        self._before.append((stage, transform, inputs))
+        self._before.append((stage, transform, found.targets, inputs))

@@ -1,0 +1,160 @@
+"""Rotations: the function stays on every family or the plan says why not, and outliers are gone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.algorithms.transforming import outputs_moved
+from tests.calibration.test_graph import weightless
+from tests.conftest import FAMILIES, build_model
+from tests.resolve.conftest import MakePlan, make_plan, refusal  # noqa: F401
+from wrapq.algorithms.fold_norms import FoldNorms, FoldOptions
+from wrapq.algorithms.rotate import Rotate, RotateOptions
+from wrapq.calibration.graph import find_graph
+from wrapq.calibration.surgery import Surgeon
+from wrapq.calibration.transport import carry_hessian
+from wrapq.errors import ModelError
+
+EVERY = (*FAMILIES, "gemma3", "mixtral", "qwen2_moe")
+POST_NORMS = ("gemma2", "gemma3", "bert")
+LINEAR = "l: {match: {type: Linear}, weight: int8:channel}"
+TAIL = "round: {algorithm: rtn}"
+OUTLIER = Path("/work/shared/models/tiny-llama-outlier")
+
+
+def fold() -> FoldNorms:
+    return FoldNorms(FoldOptions(untie=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"block": 16}, {"matrix": "orthogonal", "seed": 3}], ids=str)
+@pytest.mark.parametrize("family", EVERY)
+def test_the_function_stays(family: str, options: dict[str, object], token_batches: list[Tensor]) -> None:
+    model = build_model(family)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    change, found = outputs_moved(model, [fold(), Rotate(RotateOptions(**options))], token_batches)  # type: ignore[arg-type]
+    assert 1e-9 < change < 1e-5
+    assert len(found[1].targets) == (2 if family in POST_NORMS else 3)  # the stream, and the values of two blocks
+    wide = [
+        name
+        for name, tensor in before.items()
+        if tensor.dim() > 1 and not torch.equal(tensor, model.state_dict()[name])
+    ]
+    assert len(wide) > (3 if family in POST_NORMS else 8)
+
+
+@pytest.mark.parametrize("family", POST_NORMS)
+def test_streams_that_norms_write_into_are_left_alone_with_the_reason(family: str) -> None:
+    graph = find_graph(weightless(family))
+    left = Rotate(RotateOptions(rotations=("R1",))).find(graph, {}).left
+    assert left
+    assert all("norm" in reason for reason in left.values())
+
+
+def test_a_stream_is_turned_as_the_paper_says(token_batches: list[Tensor]) -> None:
+    model = build_model("llama")
+    graph = find_graph(model)
+    surgeon = Surgeon(model, graph)
+    for target in fold().find(graph, {}).targets:
+        fold().apply(surgeon, target, {})
+    surgeon.transports.clear()
+    name = "model.layers.1.self_attn.k_proj"
+    seen: list[Tensor] = []
+    model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].reshape(-1, 64)))
+    model(token_batches[0])
+    figures = Rotate().apply(surgeon, graph.streams[0].name, {})
+    assert figures == {"writers": 5, "readers": 11}
+    model(token_batches[0])
+    (edit,) = surgeon.transports[name]
+    torch.testing.assert_close(seen[1].double(), seen[0].double() @ edit.matrix, rtol=1e-4, atol=1e-4)  # type: ignore[union-attr]
+    carried = carry_hessian(seen[0].t() @ seen[0], surgeon.transports[name])
+    torch.testing.assert_close(carried, seen[1].t() @ seen[1], rtol=1e-3, atol=1e-3)
+
+
+def test_heads_carry_their_hessians_along(token_batches: list[Tensor]) -> None:
+    model = build_model("phi3")
+    surgeon, seen = Surgeon(model, find_graph(model)), []
+    name = "model.layers.0.self_attn.o_proj"
+    model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].reshape(-1, 64)))
+    model(token_batches[0])
+    Rotate().apply(surgeon, "model.layers.0.self_attn.qkv_proj", {})
+    model(token_batches[0])
+    assert float((seen[1] - seen[0]).norm() / seen[0].norm()) > 0.5
+    carried = carry_hessian(seen[0].t() @ seen[0], surgeon.transports[name])
+    torch.testing.assert_close(carried, seen[1].t() @ seen[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_all_can_be_undone(family: str) -> None:
+    model = build_model(family)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    surgeon = Surgeon(model, find_graph(model))
+    for transform in (fold(), Rotate()):
+        for target in transform.find(surgeon.graph, {}).targets:
+            transform.apply(surgeon, target, {})
+    surgeon.restore()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert set(model.state_dict()) == set(before)
+
+
+@pytest.mark.parametrize(("family", "what"), [("llama", "does more than normalize"), ("opt", "take its mean away")])
+def test_the_surgeon_refuses_what_changes_the_function(family: str, what: str) -> None:
+    model = build_model(family)
+    surgeon = Surgeon(model, find_graph(model))
+    if family == "opt":
+        for target in fold().find(surgeon.graph, {}).targets:
+            for name in surgeon.graph.by_producer[target].readers:
+                surgeon.untie(name.module)
+            fold().apply(surgeon, target, {})
+    with pytest.raises(ModelError, match=what):
+        surgeon.rotate_stream(surgeon.graph.streams[0], torch.arange(64)[None], torch.eye(64).double().flip(0) * -1)
+
+
+def test_the_plan_shows_what_will_be_turned(make_plan: MakePlan) -> None:  # noqa: F811
+    plan = make_plan(LINEAR, f"fold: {{algorithm: fold_norms}}\nturn: {{algorithm: rotate}}\n{TAIL}")
+    assert plan.stages[1].targets[:2] == ("model.embed_tokens", "model.layers.0.self_attn.v_proj")
+    assert not plan.needs_calibration
+
+
+@pytest.mark.parametrize(
+    ("stack", "what"),
+    [
+        ("turn: {algorithm: rotate}", "and no fold_norms before it folds model.layers.0.input_layernorm"),
+        (
+            "fold: {algorithm: fold_norms}\ncle: {algorithm: cle}\nturn: {algorithm: rotate}",
+            "rotate cannot run there: it would mix the channels that a stage before it scaled",
+        ),
+        ("turn: {algorithm: rotate, block: 48, rotations: [R1]}", "are no multiple of the block of 48"),
+        ("turn: {algorithm: rotate, rotations: [R3]}", "R3"),
+    ],
+)
+def test_stacks_that_cannot_work(stack: str, what: str, refusal: object) -> None:  # noqa: F811
+    assert what in refusal(LINEAR, f"{stack}\n{TAIL}")  # type: ignore[operator]
+
+
+def test_values_alone_need_no_folding(make_plan: MakePlan) -> None:  # noqa: F811
+    plan = make_plan(LINEAR, f"turn: {{algorithm: rotate, rotations: [R2]}}\n{TAIL}")
+    assert all(target.endswith("v_proj") for target in plan.stages[0].targets)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(not OUTLIER.is_dir(), reason="the model with outliers is not here")
+def test_outliers_cost_static_inputs_hardly_anything_once_turned(tmp_path: Path) -> None:
+    import wrapq
+
+    texts = Path("/work/shared/data")
+    more = ["model=hf", f"model.path={OUTLIER}", "calibration=text", f"calibration.path={texts}/calib.txt"]
+    more += ["calibration.samples=8", "calibration.seq_len=256", "evaluation=text", "evaluation.tokens=4096"]
+    more += [f"evaluation.path={texts}/test.txt", "evaluation.seq_len=256", "tracking=none"]
+    more += [f"paths.outputs={tmp_path}"]
+    turn = ["+algorithm@stack.fold=fold_norms", "+algorithm@stack.turn=rotate", "stack.fold.untie=true"]
+    lost = {}
+    for name, stages in {"plain": [], "rotated": turn}.items():
+        metrics = wrapq.run("w8a8_static", more + stages).metrics
+        lost[name] = metrics["quantized"]["perplexity"] / metrics["float"]["perplexity"] - 1
+    assert lost["plain"] > 0.1
+    assert lost["rotated"] < 0.01

@@ -1,0 +1,128 @@
+"""Rotations folded into the weights: outliers are spread over all channels, and the function stays.
+
+R1 turns the residual stream, Ashkboos et al., "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs",
+arXiv:2404.00456, section 4: with norms that only normalize, `n(x Q) = n(x) Q`, so that what writes into the stream is
+multiplied by Q and what reads its norms by `Q^T`. A LayerNorm also takes the mean away, which Q must keep. R2, of
+Liu et al., "SpinQuant: LLM Quantization with Learned Rotations", arXiv:2405.16406, turns the heads of the values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from wrapq.algorithms.fold_norms import FoldNorms
+from wrapq.calibration.algorithm import ALGORITHMS, Found, Placed, Transform
+from wrapq.calibration.graph import Feed, Graph, Stream
+from wrapq.calibration.statistics import InputStatistics
+from wrapq.calibration.surgery import Surgeon, split_heads
+from wrapq.quant.hadamard import Kind, around_ones, rotation
+from wrapq.wrappers.model import Specs
+
+
+class RotateOptions(BaseModel):
+    """Options of `rotate`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rotations: tuple[Literal["R1", "R2"], ...] = Field(
+        ("R1", "R2"), min_length=1, description="R1 turns the residual stream, R2 the values of each attention head."
+    )
+    matrix: Kind = Field(
+        "hadamard", description="Hadamard with random signs, where the width has one, or random orthogonal."
+    )
+    block: int | None = Field(
+        None, ge=2, description="R1 turns so many channels at a time, each block alike; all at once if null."
+    )
+    seed: int = Field(0, ge=0, description="Of the random signs and matrices.")
+
+
+@ALGORITHMS.register("rotate")
+class Rotate(Transform):
+    """Turns residual streams, called by their first writers, and the heads of values, by the linears that make them."""
+
+    Options = RotateOptions
+    options: RotateOptions
+
+    def find(self, graph: Graph, specs: Specs) -> Found:
+        """See `Transform.find`."""
+        fit: dict[str, str | None] = {}
+        if "R1" in self.options.rotations:
+            fit |= {name: self._unfit_stream(stream, graph) for name, stream in graph.by_stream.items()}
+        if "R2" in self.options.rotations:
+            values = [feed for feed in graph.feeds if feed.leaf.kind == "linear" and "attention" in feed.path]
+            fit |= {feed.producer: _unfit_heads(feed, graph) for feed in values}
+        left = {name: reason for name, reason in fit.items() if reason is not None}
+        return Found(tuple(name for name, reason in fit.items() if reason is None), left)
+
+    def inputs(self, graph: Graph, target: str) -> tuple[str, ...]:
+        """See `Transform.inputs`."""
+        norms = graph.by_stream[target].norms if target in graph.by_stream else (target,)
+        return tuple(reader.module for norm in norms for reader in graph.by_producer[norm].readers)
+
+    def misplaced(self, graph: Graph, targets: Sequence[str], before: Sequence[Placed]) -> str | None:
+        """See `Transform.misplaced`."""
+        if any(its.transform.migrates for its in before):
+            return "it would mix the channels that a stage before it scaled; name it first"
+        folded = {name for its in before if isinstance(its.transform, FoldNorms) for name in its.targets}
+        streams = [graph.by_stream[target] for target in targets if target in graph.by_stream]
+        missing = [norm for stream in streams for norm in stream.norms if norm not in folded]
+        if not missing:
+            return None
+        reason = f"it needs norms that only normalize, and no fold_norms before it folds {missing[0]}"
+        if missing_tied := [r for norm in missing for r in self._readers(graph, norm) if r in graph.tied]:
+            reason += f" ({missing_tied[0]} is tied: fold_norms with untie: true folds it)"
+        return reason
+
+    def apply(self, surgeon: Surgeon, target: str, statistics: Mapping[str, InputStatistics]) -> Mapping[str, float]:
+        """See `Transform.apply`."""
+        kind, seed = self.options.matrix, self.options.seed
+        stream = surgeon.graph.by_stream.get(target)
+        if stream is None:
+            feed = surgeon.graph.by_producer[target]
+            if feed.heads is not None:
+                surgeon.rotate_heads(feed, rotation(feed.heads.shape[1], kind, seed))
+            return {"readers": float(len(feed.readers))}
+        for name in (*stream.writers, *self.inputs(surgeon.graph, target)):
+            surgeon.untie(name)
+        size = self.options.block or stream.width
+        make = around_ones if _centered(stream, surgeon.graph) else rotation
+        surgeon.rotate_stream(stream, torch.arange(stream.width).reshape(-1, size), make(size, kind, seed))
+        return {"writers": float(len(stream.writers)), "readers": float(len(self.inputs(surgeon.graph, target)))}
+
+    def _readers(self, graph: Graph, norm: str) -> tuple[str, ...]:
+        return tuple(reader.module for reader in graph.by_producer[norm].readers)
+
+    def _unfit_stream(self, stream: Stream, graph: Graph) -> str | None:
+        if stream.seen_by:
+            return f"this stream is also seen by {', '.join(stream.seen_by)}"
+        for name, leaf in zip(stream.writers, stream.leaves, strict=True):
+            if leaf.kind == "norm":
+                return f"the norm {name} writes into this stream, whose channels it scales"
+        if stream.readers or not stream.norms:
+            return f"{', '.join(stream.readers) or 'nobody'} reads this stream, with no norm between"
+        for norm in stream.norms:
+            feed = graph.by_producer.get(norm)
+            if feed is None or not feed.closed or feed.path:
+                return f"not all who see the norm {norm} of this stream can be rotated"
+            if not all(torch.equal(reader.columns, torch.arange(stream.width)) for reader in feed.readers):
+                return f"a part of what the norm {norm} gives is read"
+        if self.options.block and stream.width % self.options.block:
+            return f"its {stream.width} channels are no multiple of the block of {self.options.block}"
+        return None
+
+
+def _unfit_heads(feed: Feed, graph: Graph) -> str | None:
+    if more := feed.path - {"attention"}:
+        return f"between the values and what reads them there is more than attention: {', '.join(sorted(more))}"
+    for name in (feed.producer, *(reader.module for reader in feed.readers)):
+        if name in graph.tied:
+            return f"{name} is tied to {', '.join(graph.tied[name])}"
+    return split_heads(feed)
+
+
+def _centered(stream: Stream, graph: Graph) -> bool:
+    return any(graph.by_producer[norm].leaf.centered for norm in stream.norms)
