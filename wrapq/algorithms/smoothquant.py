@@ -62,10 +62,11 @@ class SmoothQuant(Transform):
         feed = surgeon.graph.by_producer[target]
         x = input_largest(feed, {name: its.get("absmax", name) for name, its in statistics.items()})
         w = input_largest(feed, {r.module: surgeon.columns(r).abs().amax(0) for r in feed.readers})
-        alpha = self.options.alpha
-        if alpha == "search":
+        if self.options.alpha == "search":
             errors = {a: smoothed_error(surgeon, feed, smoothing(x, w, a, feed), statistics) for a in _GRID}
             alpha = min(errors, key=errors.__getitem__)
+        else:
+            alpha = self.options.alpha
         factors = smoothing(x, w, alpha, feed)
         surgeon.scale(feed, factors)
         return {"alpha": alpha, "largest_factor": float(factors.amax()), "smallest_factor": float(factors.amin())}
