@@ -14,7 +14,7 @@ from wrapq import PTQConfig, prepare
 from wrapq.algorithms.rtn import RTN
 from wrapq.calibration.algorithm import Rounded
 from wrapq.calibration.recall import Recall
-from wrapq.calibration.statistics import PARTS, InputStatistics, UnusableStatisticsError
+from wrapq.calibration.statistics import PARTS, TWIN, InputStatistics, UnusableStatisticsError
 from wrapq.calibration.store import Store
 from wrapq.errors import CalibrationError
 from wrapq.quant.spec import QuantSpec
@@ -69,7 +69,7 @@ def test_no_rows_and_nan_are_refused_by_name():
 
 
 def test_every_part_has_a_definition():
-    assert set(PARTS) == set(literal(torch.ones(1, 1))) | {"cross"}
+    assert set(PARTS) == set(literal(torch.ones(1, 1))) | TWIN
 
 
 @pytest.mark.parametrize("schedule", ["parallel", "sequential"])

@@ -115,7 +115,7 @@ def test_evaluate_what_is_no_model(cli: Cli, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("typed", "expected"),
     [
-        ("recipe=w8a8_", {"recipe=w8a8_dynamic", "recipe=w8a8_static"}),
+        ("recipe=w8a8_", {"recipe=w8a8_dynamic", "recipe=w8a8_smoothquant", "recipe=w8a8_static"}),
         ("scheme", {"scheme="}),
         ("eval", {"evaluation=", "evaluation."}),
     ],

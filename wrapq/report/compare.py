@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from wrapq.engine.compare import Record, best, comparable
-from wrapq.report.folding import fold
+from wrapq.resolve.folding import fold
 
 _CURVE = "layer/relative_error"
 _SHOWN: dict[str, Callable[[float], str]] = {

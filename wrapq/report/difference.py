@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from wrapq.engine.difference import Change, Differences, Side
-from wrapq.report.folding import fold
 from wrapq.report.plan import megabytes
+from wrapq.resolve.folding import fold
 
 
 def difference_tables(before: Side, after: Side, found: Differences) -> Iterator[RenderableType]:
