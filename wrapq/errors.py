@@ -42,6 +42,9 @@ class Problem:
         return "\n".join(lines)
 
 
+_SHOWN = 50  # of all the mistakes of one kind
+
+
 @dataclass(frozen=True)
 class Unread(Problem):
     """A key that is right and that nothing in this recipe reads."""
@@ -57,7 +60,8 @@ class ProblemsError(WrapqError):
         self.problems = tuple(problems)
         count = len(self.problems)
         head = f"{count} {self.title}{'s' if count != 1 else ''}:"
-        super().__init__("\n".join([head, *(f"  - {p}" for p in self.problems)]))
+        more = [f"  - and {count - _SHOWN} more"] if count > _SHOWN else []
+        super().__init__("\n".join([head, *(f"  - {p}" for p in self.problems[:_SHOWN]), *more]))
 
 
 class RecipeError(ProblemsError):

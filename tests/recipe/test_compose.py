@@ -49,7 +49,7 @@ def test_every_leaf_knows_what_set_it():
     assert said["stack.round.damp"] == "override stack.round.damp=0.05"
     assert said["model.path"] == "override model.path=x"
     assert said["model.dtype"] == "conf/model/hf.yaml:3 (override model=hf)"
-    assert said["calibration.samples"] == "conf/config.yaml:14"
+    assert said["calibration.samples"] == "conf/config.yaml:16"
     assert said["paths.outputs"] == "conf/paths/default.yaml:2"
     assert str(composed.source_of("stack_order")) == "default"
 

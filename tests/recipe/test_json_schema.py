@@ -24,6 +24,10 @@ class Gptq(BaseModel):
     inner: Inner = Inner()
 
 
+class Smoothquant(BaseModel):
+    feeds: Literal["norms", "all"] = "norms"
+
+
 class Text(BaseModel):
     path: str
     split: str = "calib"
@@ -33,7 +37,9 @@ class Empty(BaseModel):
     pass
 
 
-SCHEMA = recipe_schema({"gptq": Gptq, "rtn": Empty, "ranges": Empty}, {"text": Text, "demo": Text})
+SCHEMA = recipe_schema(
+    {"gptq": Gptq, "rtn": Empty, "ranges": Empty, "smoothquant": Smoothquant}, {"text": Text, "demo": Text}
+)
 
 
 SPEC = jsonschema.Draft202012Validator({"$defs": SCHEMA["$defs"], "$ref": "#/$defs/Spec"})

@@ -9,7 +9,7 @@ CASES = {
   - override rules.linear.weight.weight_bit=4: rules.linear.weight.weight_bit: unknown key 'weight_bit'
     did you mean: dtype
     the keys of a spec are: dtype, granularity, axis, group_size, block_size, symmetric, dynamic, local, scale_dtype, \
-global_scale, observer""",
+zero_point, global_scale, observer""",
     ),
     "scheme": (
         ["recipe=w4a16_rtn", "scheme=w4a17"],
@@ -40,7 +40,7 @@ global_scale, observer""",
         ["recipe=w8a8_statc"],
         """1 mistake in the recipe:
   - override recipe=w8a8_statc: unknown recipe 'w8a8_statc'
-    did you mean: w8a8_static, w8a8_dynamic""",
+    did you mean: w8a8_static, w8a8_smoothquant, w8a8_dynamic""",
     ),
     "recipe file": (
         ["recipe=./nowhere.yaml"],
@@ -51,7 +51,7 @@ global_scale, observer""",
         ["+algorithm@stack.smooth=smoothqaunt"],
         """1 mistake in the recipe:
   - override +algorithm@stack.smooth=smoothqaunt: unknown algorithm 'smoothqaunt'
-    there is: gptq, ranges, rtn, seqmse""",
+    did you mean: smoothquant""",
     ),
     "stage": (
         ["stack.roudn.damp=0.05"],

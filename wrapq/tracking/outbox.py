@@ -12,12 +12,13 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-FOLDER, EVENTS, SENT, LOCK = "outbox", "events.jsonl", "sent.json", "lock"
+FOLDER, EVENTS, SENT, LOCK, RESERVE = "outbox", "events.jsonl", "sent.json", "lock", "reserve"
+RESERVED = 1 << 16  # bytes set aside for the last words of a run that filled its disk
 Lane = Literal["record", "files"]
 FILE_METHODS = frozenset({"artifact", "text", "register"})
 OPEN, FINISH, REOPEN = "open", "finish", "reopen"
@@ -83,8 +84,15 @@ class Outbox:
         """Write an event down; raises `OSError` when that is not possible."""
         self.path.mkdir(exist_ok=True)
         line = json.dumps({"method": event.method, "arguments": event.arguments}, ensure_ascii=False) + "\n"
-        with self.events.open("ab") as file:
-            file.write(line.encode())
+
+        def write() -> None:
+            with self.events.open("ab") as file:
+                file.write(line.encode())
+
+        if event.method == OPEN:
+            with contextlib.suppress(OSError):
+                (self.path / RESERVE).write_bytes(bytes(RESERVED))
+        self._with_room(write, self.mend)
 
     def mend(self) -> None:
         """Take away the beginning of a line that a process which died left unfinished."""
@@ -128,8 +136,17 @@ class Outbox:
         """Replace what is known of how far the events got."""
         self.path.mkdir(exist_ok=True)
         partial = self.path / f".{SENT}.partial"
-        partial.write_text(json.dumps(asdict(sent)), encoding="utf-8")
+        self._with_room(lambda: partial.write_text(json.dumps(asdict(sent)), encoding="utf-8"))
         os.replace(partial, self.path / SENT)
+
+    def _with_room(self, write: Callable[[], object], mend: Callable[[], object] = lambda: None) -> None:
+        """Let `write` run, and where the disk is full again in the room that was set aside, after `mend`."""
+        try:
+            write()
+        except OSError:
+            (self.path / RESERVE).unlink(missing_ok=True)
+            mend()
+            write()
 
     @contextlib.contextmanager
     def locked(self, seconds: float = 0.0) -> Iterator[bool]:
