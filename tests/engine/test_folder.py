@@ -35,8 +35,9 @@ def test_a_finished_run_holds_all_of_it(finished: RunResult) -> None:
 
 
 def test_no_file_can_run_code(finished: RunResult) -> None:
-    kinds = {path.suffix for path in finished.folder.iterdir()}
-    assert kinds == {".json", ".yaml", ".safetensors", ".txt"}
+    kinds = {path.suffix for path in finished.folder.iterdir() if path.is_file()}
+    assert kinds == {".json", ".yaml", ".safetensors", ".txt", ".html"}
+    assert "<script" not in (finished.folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_others_may_read_what_they_may_see(finished: RunResult) -> None:

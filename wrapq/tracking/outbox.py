@@ -93,6 +93,8 @@ class Outbox:
             with contextlib.suppress(OSError):
                 (self.path / RESERVE).write_bytes(bytes(RESERVED))
         self._with_room(write, self.mend)
+        if event.method == FINISH:
+            (self.path / RESERVE).unlink(missing_ok=True)
 
     def mend(self) -> None:
         """Take away the beginning of a line that a process which died left unfinished."""
