@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from wrapq.engine.finished import PLAN, find_run, read_plan, read_status
+from wrapq.engine.goals import figures
 from wrapq.engine.lock import LOCK, Lock, read_lock
-from wrapq.engine.measure import FLOAT, QUANTIZED
 from wrapq.errors import ModelError
 from wrapq.resolve.plan import Plan
 
@@ -76,28 +76,16 @@ def _read(text: str, folder: Path) -> Record:
     status, plan = read_status(folder), read_plan(folder / PLAN)
     try:
         stages, sizes, seconds = status["stages"], status["sizes"], status["seconds"]
-        figures = _figures(stages, sizes, seconds, plan)
+        reached = _figures(stages, sizes, seconds, plan)
     except (KeyError, TypeError, ZeroDivisionError) as error:
         raise ModelError(f"{folder} is not the folder of a finished run: {error!r} in run.json") from error
     weights = _read_json(folder / "modules.json")
-    return Record(text, folder, plan, read_lock(folder / LOCK), figures, stages, seconds, _curves(status), weights)
+    return Record(text, folder, plan, read_lock(folder / LOCK), reached, stages, seconds, _curves(status), weights)
 
 
-def _figures(
-    stages: dict[str, Any], sizes: dict[str, float], seconds: dict[str, float], plan: Plan
-) -> dict[str, float]:
-    last = stages[QUANTIZED]
-    figures = {
-        "perplexity": last["perplexity"],
-        "perplexity_increase": last["perplexity"] / stages[FLOAT]["perplexity"] - 1,
-        "kl": last["kl"],
-        "top1_agreement": last["top1_agreement"],
-        "size_mb": sizes[QUANTIZED] / 1e6,
-        "seconds": seconds["total"],
-    }
-    if (bits := plan.estimate.bits_per_weight) is not None:
-        figures["bits_per_weight"] = bits
-    return {name: figures[name] for name in LOWER_IS_BETTER if name in figures}
+def _figures(stages: dict[str, Any], sizes: dict[str, int], seconds: dict[str, float], plan: Plan) -> dict[str, float]:
+    found = figures(stages, sizes, seconds, plan.estimate.bits_per_weight)
+    return {name: found[name] for name in LOWER_IS_BETTER if name in found}
 
 
 def _curves(status: dict[str, Any]) -> dict[str, list[float]]:
