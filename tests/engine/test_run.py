@@ -58,6 +58,9 @@ def test_record_has_every_parameter_of_the_recipe(finished: RunResult, outputs: 
     assert run.data.params["stack.round.algorithm"] == "rtn"
 
 
+RESULT = ("qparams", "tensors", "outputs")
+
+
 def test_record_has_digests_and_versions(finished: RunResult, outputs: Path) -> None:
     run = recorded(outputs / "runs.db")
     assert run.info.status == "FINISHED"
@@ -65,7 +68,7 @@ def test_record_has_digests_and_versions(finished: RunResult, outputs: Path) -> 
     tags = run.data.tags
     for name, digest in finished.digests.items():
         assert tags[f"digest.{name}"] == digest
-    assert finished.digests.keys() == {"recipe", "plan", "model", "calibration", "evaluation", "qparams", "outputs"}
+    assert finished.digests.keys() == {"recipe", "plan", "model", "calibration", "evaluation", *RESULT}
     assert tags["version.wrapq"] == wrapq.__version__
     assert {"version.torch", "version.transformers", "version.python", "device"} <= tags.keys()
     assert tags["folder"] == str(finished.folder.resolve())

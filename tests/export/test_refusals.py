@@ -99,7 +99,7 @@ def test_mixtures_that_fuse_nothing_are_no_matter() -> None:
             "input: int16:tensor:sym: compressed-tensors' readers hold numbers of at most 8 bits",
         ),
         "float zero points": (
-            weights("int4:g128:asym:zero=float"),
+            weights("'int4:g128:asym:zero=float'"),
             "weight: int4:g128:asym:zero=float: compressed-tensors' zero points are integers",
         ),
         "asymmetric weights with inputs": (

@@ -115,4 +115,6 @@ def test_what_is_wrong_is_underlined(text, place):
 def test_every_key_is_described():
     for name in ("Rule", "Match", "Stage", "Calibration", "Evaluation", "ModelConfig", "SpecFields"):
         for key, value in SCHEMA["$defs"][name]["properties"].items():
-            assert "description" in value or key in ("damp", "order", "inner", "path", "split"), f"{name}.{key}"
+            assert "description" in value or key in ("damp", "order", "inner", "feeds", "path", "split"), (
+                f"{name}.{key}"
+            )

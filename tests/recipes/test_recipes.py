@@ -19,8 +19,9 @@ NAMES = sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in 
 
 def small(name: str) -> list[str]:
     composed = compose([f"recipe={name}"])
+    learned = [f"stack.{name}.iterations=10" for name, s in composed.recipe.stack.items() if s.algorithm == "autoround"]
     calibrated = resolve(composed.recipe, composed.sources).needs_calibration
-    return ["evaluation.tokens=1024", *(["calibration.samples=8"] if calibrated else [])]
+    return ["evaluation.tokens=1024", *(["calibration.samples=8"] if calibrated else []), *learned]
 
 
 def test_the_folder_is_what_the_presets_list() -> None:
@@ -42,4 +43,5 @@ def test_recipe_runs_and_every_point_is_in_the_model(name: str, tmp_path: Path) 
     loaded = {key: dict(m.specs) for key, m in model.named_modules() if isinstance(m, QuantizedModule)}
     assert loaded == plan.specs()
     assert sum(map(len, loaded.values())) > 20
-    assert result.metrics["quantized"]["perplexity"] == pytest.approx(result.metrics["float"]["perplexity"], rel=0.1)
+    near = 0.3 if name.startswith("w2") else 0.1
+    assert result.metrics["quantized"]["perplexity"] == pytest.approx(result.metrics["float"]["perplexity"], rel=near)

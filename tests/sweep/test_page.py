@@ -22,8 +22,8 @@ def test_a_sweep_leaves_a_page_with_its_jobs_and_winner(tmp_path: Path) -> None:
     facts = {"name": "demo", "run_id": None}
     SweepRecord(RunFolder(tmp_path), facts, NullTracker(), False, None).close(Table(rows, ("kl",)))
     text = (tmp_path / "report.html").read_text()
-    assert "<h1>Sweep demo</h1>" in text
-    assert "2 of 3 jobs done, 1 failed. The winner: " in text
+    assert "<h1>demo</h1>" in text
+    assert "3 jobs, 2 done, 1 failed. The winner has the " in text
     assert text.count('<tr class="winner">') == 1
     assert "PlanError: 7 does not divide 96" in text
     assert text.count("<svg") == 2  # against size and time; no bits per weight are known

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from wrapq.errors import ModelError, PlanError, Problem
 from wrapq.export.checks import VLLM, Translation, translate
-from wrapq.export.reload import PLAIN, read
+from wrapq.export.reload import DEQUANTIZED, FLOAT_CACHE, read
 from wrapq.export.scheme import DENSE, MIXED, Args, Scheme
 from wrapq.export.tensors import CACHE_NAMES, activation_tensors, linear_tensors
 from wrapq.export.vllm import describe, linear_note, unequal_global_scales, words
@@ -46,6 +46,10 @@ _DEQUANTIZED = (
     "transformers with compressed-tensors {version} loads it with "
     "quantization_config=CompressedTensorsConfig(dequantize=True) only: since 0.18 they misread packed zero points, "
     "those that compressed-tensors itself writes included; 0.15 to 0.17 read them"
+)
+_FLOAT_CACHE = (
+    "transformers {transformers} with compressed-tensors {version} leaves the cache of keys and values float: attention "
+    "takes it under a name that compressed-tensors does not know; its scales are stored, and vLLM reads them"
 )
 _MX_INPUTS = (
     "transformers scales the inputs of MX formats by compressed-tensors' rule, which takes the next power of two from "
@@ -139,8 +143,10 @@ class CompressedTensors(Exporter):
 
 def reading(logits: Mapping[str, Tensor]) -> Reading:
     """What `reload` found, with how it had to load."""
-    notes = () if PLAIN in logits else (_DEQUANTIZED.format(version=_version()),)
-    return Reading(next(iter(logits.values())), notes)
+    ((how, values),) = logits.items()
+    said = {DEQUANTIZED: _DEQUANTIZED, FLOAT_CACHE: _FLOAT_CACHE}
+    notes = [said[how].format(version=_version(), transformers=version("transformers"))] if how in said else []
+    return Reading(values, tuple(notes), frozenset(CACHE_NAMES) if how == FLOAT_CACHE else frozenset())
 
 
 def quantization_config(said: Translation, layers: Iterable[str]) -> Args:

@@ -16,16 +16,17 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-PLAIN, DEQUANTIZED = "plain", "dequantized"
-"""Loaded as it is; only with every weight dequantized while it is loaded."""
+PLAIN, DEQUANTIZED, FLOAT_CACHE = "plain", "dequantized", "float cache"
+"""Loaded as it is; only with every weight dequantized while it is loaded; without the scales of the cache."""
 _FAULTS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+_CACHE_SCALES = (".k_scale", ".v_scale")
 
 
 def read(folder: Path, ids: torch.Tensor, device: str) -> tuple[dict[str, torch.Tensor], str]:
     """The logits that transformers computes from `folder` for `ids` [B, T].
 
     Returns:
-        The logits under `plain` or `dequantized`, which says how the export had to be loaded; or nothing, and why.
+        The logits under `plain`, `dequantized` or `float cache`, which says how the export had to be loaded; or nothing, and why.
     """
     threads = str(torch.get_num_threads())  # as many as here, since sums depend on how work is divided
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
@@ -46,11 +47,11 @@ def main(folder: str, ids: str, logits: str, device: str) -> None:
     from transformers import CompressedTensorsConfig
 
     try:
-        how, model = PLAIN, _load(folder)
+        how, model = _load(folder)
     except (RuntimeError, ValueError) as error:
         first = f"{type(error).__name__}: {' '.join(str(error).split())}"
         try:
-            how, model = DEQUANTIZED, _load(folder, quantization_config=CompressedTensorsConfig(dequantize=True))
+            how, model = DEQUANTIZED, _load(folder, quantization_config=CompressedTensorsConfig(dequantize=True))[1]
         except (RuntimeError, ValueError):
             sys.exit(first)
     with torch.no_grad():
@@ -58,15 +59,19 @@ def main(folder: str, ids: str, logits: str, device: str) -> None:
     save_file({how: output.float().cpu().contiguous()}, logits)
 
 
-def _load(folder: str, **options: Any) -> Any:
+def _load(folder: str, **options: Any) -> tuple[str, Any]:
     from transformers import AutoModelForCausalLM
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     model, report = loaded
+    unread = {key for key in report["unexpected_keys"] if key.endswith(_CACHE_SCALES)}
+    blind = bool(unread) and not any(name.endswith(_CACHE_SCALES) for name in model.state_dict())
+    if blind:
+        report["unexpected_keys"] = set(report["unexpected_keys"]) - unread
     faults = [f"{fault}: {', '.join(sorted(map(str, report[fault]))[:5])}" for fault in _FAULTS if report.get(fault)]
     if faults:
         raise ValueError("; ".join(faults))
-    return model.eval()
+    return FLOAT_CACHE if blind else PLAIN, model.eval()
 
 
 if __name__ == "__main__":

@@ -66,9 +66,9 @@ def parse_override(text: str) -> Override:
         sweeps = override.is_sweep_override()
         override.value()
     except Exception:  # the generated parser and Hydra's casts raise errors of many kinds
-        remedy = (
-            "write key=value, +key=value to add, ~key to remove; quote a value with special characters: 'key=\"...\"'"
-        )
+        key, _, value = text.partition("=")
+        quoted = f"'{key}=\"{value}\"'" if "=" in value and '"' not in value else "'key=\"...\"'"
+        remedy = f"write key=value, +key=value to add, ~key to remove; quote a value with special characters: {quoted}"
         raise RecipeError([Problem(f"override {text}", "cannot be parsed", remedy=remedy)]) from None
     if sweeps:
         remedy = "write a list as key=[a,b], or quote one value with a comma in it: 'key=\"a,b\"'"

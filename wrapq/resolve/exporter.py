@@ -33,10 +33,11 @@ class Folder(Protocol):
 
 
 class Reading(NamedTuple):
-    """The logits [B, T, V] of an export, and what somebody must know who loads it."""
+    """The logits [B, T, V] of an export, what somebody must know who loads it, and the points that were left float."""
 
     logits: Tensor
     notes: tuple[str, ...] = ()
+    left_float: frozenset[str] = frozenset()
 
 
 class Exporter(ABC):

@@ -148,7 +148,9 @@ class ModelSource:
 
     def digest(self) -> str:
         """SHA-256 over the configuration and the weight files' bytes; for a hub name, over name and revision."""
-        sha = hashlib.sha256(json.dumps(self.hf_config.to_dict(), sort_keys=True, default=str).encode())
+        config = self.hf_config.to_dict()
+        config.pop("_name_or_path", None)  # where it lies; the same model may lie elsewhere
+        sha = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
         files = sorted(Path(self.path).glob("*.safetensors")) if Path(self.path).is_dir() else []
         for file in files:
             with file.open("rb") as stream:

@@ -216,11 +216,30 @@ def _check_export(config: Export, sources: Sources) -> list[Problem]:
 
 
 def _unread(recipe: Recipe, needs_data: bool, sources: Sources) -> list[Problem]:
-    """Keys of the calibration that a recipe or the command line set although no stage looks at data."""
+    """Keys of the calibration that a recipe or the command line set although no stage looks at data.
+
+    A file that says every one of them is a complete recipe, as `wrapq recipe from-run` writes it, and may.
+    """
     if needs_data:
         return []
-    read = ("calibration.", "evaluation.compare_schedules")
-    said = [leaf for leaf in sources.leaves if leaf.startswith(read)]
-    said = [leaf for leaf in said if not str(sources.leaves[leaf]).startswith("conf/")]
+    keys = {f"calibration.{key}" for key in Calibration.model_fields}
+    unread = (*keys, "evaluation.compare_schedules")
+    said = {
+        leaf: source
+        for leaf, source in sources.leaves.items()
+        if leaf.startswith("calibration.") or leaf in unread
+        if not str(source).startswith("conf/")
+    }
+    files: dict[str, set[str]] = {}
+    for leaf, source in said.items():
+        files.setdefault(_file(source), set()).add(leaf)
     what = "nothing reads it: no stage of this recipe looks at calibration data"
-    return [Unread(sources.where(leaf), what, (), "leave it out") for leaf in said]
+    return [
+        Unread(sources.where(leaf), what, (), "leave it out")
+        for leaf, source in said.items()
+        if not keys <= files[_file(source)]
+    ]
+
+
+def _file(source: object) -> str:
+    return str(source).rpartition(":")[0]

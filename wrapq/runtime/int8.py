@@ -132,9 +132,9 @@ class Int8OneDNN(_Int8Activation):
         """See `Kernel.unsupported`."""
         if not hasattr(torch.ops.onednn, "qlinear_pointwise"):
             return "this torch has no oneDNN linear for integers"
-        if not torch.cpu._is_vnni_supported():
-            return "without VNNI the CPU's 16 bit sums saturate"
-        return super().unsupported(module)
+        if reason := super().unsupported(module):
+            return reason
+        return None if torch.cpu._is_vnni_supported() else "without VNNI the CPU's 16 bit sums saturate"
 
     def __init__(self, module: QuantizedWeight) -> None:
         super().__init__(module)
