@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.export.conftest import CASES, PARAMETERS, Runner, scheme_of
 import wrapq
+from tests.export.conftest import CASES, PARAMETERS, Runner, scheme_of
 from wrapq.calibration.data import build_samples
 from wrapq.calibration.sources.base import make_source
 from wrapq.engine.export import without

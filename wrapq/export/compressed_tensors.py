@@ -48,8 +48,8 @@ _DEQUANTIZED = (
     "those that compressed-tensors itself writes included; 0.15 to 0.17 read them"
 )
 _FLOAT_CACHE = (
-    "transformers {transformers} with compressed-tensors {version} leaves the cache of keys and values float: attention "
-    "takes it under a name that compressed-tensors does not know; its scales are stored, and vLLM reads them"
+    "transformers {transformers} with compressed-tensors {version} leaves the cache of keys and values float: "
+    "attention takes it under a name that compressed-tensors does not know; its scales are stored, and vLLM reads them"
 )
 _MX_INPUTS = (
     "transformers scales the inputs of MX formats by compressed-tensors' rule, which takes the next power of two from "

@@ -26,7 +26,8 @@ def read(folder: Path, ids: torch.Tensor, device: str) -> tuple[dict[str, torch.
     """The logits that transformers computes from `folder` for `ids` [B, T].
 
     Returns:
-        The logits under `plain`, `dequantized` or `float cache`, which says how the export had to be loaded; or nothing, and why.
+        The logits under `plain`, `dequantized` or `float cache`, which says how the export had to be loaded; or
+        nothing, and why.
     """
     threads = str(torch.get_num_threads())  # as many as here, since sums depend on how work is divided
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
