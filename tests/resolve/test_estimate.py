@@ -23,7 +23,8 @@ from wrapq.resolve.estimate import weight_bytes
 from wrapq.resolve.resolve import resolve
 from wrapq.wrappers.model import wrap_model
 
-PLAN_SECONDS, PLAN_GIGABYTES = 10, 1.5
+PLAN_SECONDS, PLAN_GIGABYTES = 4, 1.5
+"""Beyond what importing the libraries takes, which is most of it and differs between machines."""
 
 
 @pytest.mark.parametrize(
@@ -104,12 +105,16 @@ def test_seventy_billion_parameters_in_seconds(tmp_path: Path) -> None:
     script = "import resource, subprocess, sys; done = subprocess.run(sys.argv[1:]).returncode;"
     script += "used = resource.getrusage(resource.RUSAGE_CHILDREN);"
     script += "print(used.ru_maxrss, used.ru_utime + used.ru_stime, file=sys.stderr); sys.exit(done)"
-    result = subprocess.run([sys.executable, "-c", script, *command], cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    imports = [sys.executable, "-c", "import torch, transformers; transformers.LlamaForCausalLM"]
+    started, result = (
+        subprocess.run([sys.executable, "-c", script, *run], cwd=tmp_path, capture_output=True, text=True, check=True)
+        for run in (imports, command)
+    )
     plan = json.loads(result.stdout)
     assert plan["model"]["parameters"] == 70_553_706_496
     assert len(plan["modules"]) == 80 * 13 + 3
-    memory, seconds = map(float, result.stderr.split()[-2:])  # of the processor: other tests may run beside
+    importing = float(started.stderr.split()[-1])  # of the processor: other tests may run beside
+    memory, seconds = map(float, result.stderr.split()[-2:])
     gigabytes = memory * (1 if sys.platform == "darwin" else 1024) / 1e9
-    assert seconds < PLAN_SECONDS
+    assert seconds - importing < PLAN_SECONDS
     assert gigabytes < PLAN_GIGABYTES

@@ -283,8 +283,8 @@ def test_logits_are_as_near_the_float_model_as_the_fake_quantized(
     if source == "demo":
         path = Path(wrapq.__file__).parent / "assets" / "demo"
         model = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).eval().requires_grad_(False)
-        text = (path / "heldout.txt").read_text(encoding="utf-8")[:8000]
-        ids = AutoTokenizer.from_pretrained(path)(text, return_tensors="pt").input_ids[:, :1024].view(4, 256)
+        text = (path / "heldout.txt").read_text(encoding="utf-8")[:24000]
+        ids = AutoTokenizer.from_pretrained(path)(text, return_tensors="pt").input_ids[:, :3072].view(12, 256)
     else:
         model = llama()
         ids = torch.randint(0, 320, (4, 96), generator=torch.Generator().manual_seed(1))

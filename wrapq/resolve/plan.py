@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -31,7 +32,12 @@ class PointPlan(_Frozen):
     @property
     def quant_spec(self) -> QuantSpec:
         """The spec itself."""
-        return QuantSpec.parse(self.spec)
+        return _parsed(self.spec)
+
+
+@cache
+def _parsed(spec: str) -> QuantSpec:
+    return QuantSpec.parse(spec)
 
 
 class ModulePlan(_Frozen):
