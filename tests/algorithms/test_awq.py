@@ -97,6 +97,7 @@ def test_awq_and_smoothquant_do_not_share_an_input(refusal: object) -> None:  # 
     assert "smooth and scale would both scale the input of" in refusal(rules, stack)  # type: ignore[operator]
 
 
+@pytest.mark.slow
 def test_runs_whose_scales_differ_share_no_statistics(tmp_path: Path) -> None:
     def notes(bits: int) -> str:
         more = [f"rules.linear.weight=int{bits}:g64:sym", "calibration.samples=2", "calibration.schedule=parallel"]

@@ -273,7 +273,7 @@ def wait_for(moment: str, outputs: Path, process: subprocess.Popen[str]) -> None
     ("number", "moment", "ignore_interrupts"),
     [
         (signal.SIGINT, "Calibrating", False),
-        (signal.SIGINT, "Measuring quality", False),
+        pytest.param(signal.SIGINT, "Measuring quality", False, marks=pytest.mark.slow),
         (signal.SIGTERM, "Calibrating", True),  # as a shell starts what it puts in the background
     ],
     ids=["ctrl-c-calibrating", "ctrl-c-measuring", "terminated-in-background"],

@@ -238,7 +238,7 @@ def test_tied_embeddings_stay_tied(family: str, tmp_path: Path) -> None:
     assert all(own[name].data_ptr() == other[name].data_ptr() for name in shared)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_half_precision_models(dtype: str, tmp_path: Path) -> None:
     result = run_small("w8a8_static", tmp_path, f"model.dtype={dtype}")
     assert check_points(result).dtype == getattr(torch, dtype)

@@ -16,6 +16,7 @@ def run(outputs: Path, *overrides: str) -> RunResult:
     return wrapq.run("w4a16_gptq", [*SMALL, "tracking=none", f"paths.outputs={outputs}", *overrides])
 
 
+@pytest.mark.slow
 def test_both_schedules_are_stated_and_the_recipe_s_is_kept(tmp_path: Path):
     both = run(tmp_path, "evaluation.compare_schedules=true")
     other = run(tmp_path, "calibration.schedule=parallel")

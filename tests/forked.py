@@ -1,0 +1,77 @@
+"""The command line in a process of its own that has everything imported already.
+
+Importing torch and transformers takes longer than most commands do. A forked process differs from a started one in
+nothing that a command can see; what is about starting, signals or two versions of the code starts a real one.
+"""
+
+from __future__ import annotations
+
+import atexit
+import io
+import multiprocessing
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+TIMEOUT = 240
+
+
+def start(
+    arguments: Sequence[str], folder: Path, environment: Mapping[str, str], outputs: Sequence[Path]
+) -> BaseProcess:
+    """`wrapq ARGUMENTS` in `folder`, its standard output and error in the files `outputs`."""
+    process = multiprocessing.get_context("fork").Process(
+        target=_main, args=(list(arguments), folder, dict(environment), list(outputs)), daemon=False
+    )
+    process.start()
+    return process
+
+
+def wrapq(
+    arguments: Sequence[str], folder: Path | None = None, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """The finished `wrapq ARGUMENTS`, as `subprocess.run` gives it."""
+    with TemporaryDirectory() as scratch:
+        outputs = [Path(scratch, "out"), Path(scratch, "err")]
+        process = start(arguments, folder or Path.cwd(), environment or os.environ, outputs)
+        process.join(TIMEOUT)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            raise subprocess.TimeoutExpired(list(arguments), TIMEOUT)
+        texts = [path.read_text(encoding="utf-8") if path.exists() else "" for path in outputs]
+        return subprocess.CompletedProcess(["wrapq", *arguments], process.exitcode, *texts)
+
+
+def _main(arguments: list[str], folder: Path, environment: dict[str, str], outputs: list[Path]) -> None:
+    from wrapq.cli import main
+
+    atexit._clear()
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, path in enumerate(outputs, start=1):
+        os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    sys.stdin = io.TextIOWrapper(io.FileIO(0, closefd=False))
+    sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), line_buffering=True)
+    sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), line_buffering=True)
+    code = 0
+    sys.argv = ["wrapq", *arguments]
+    try:
+        main()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        code = 1
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
