@@ -23,7 +23,6 @@ EVERY = (*FAMILIES, "gemma3", "mixtral", "qwen2_moe")
 POST_NORMS = ("gemma2", "gemma3", "bert")
 LINEAR = "l: {match: {type: Linear}, weight: int8:channel}"
 TAIL = "round: {algorithm: rtn}"
-OUTLIER = Path("/work/shared/models/tiny-llama-outlier")
 
 
 def fold() -> FoldNorms:
@@ -142,12 +141,16 @@ def test_values_alone_need_no_folding(make_plan: MakePlan) -> None:  # noqa: F81
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.skipif(not OUTLIER.is_dir(), reason="the model with outliers is not here")
-def test_outliers_cost_static_inputs_hardly_anything_once_turned(tmp_path: Path) -> None:
+def test_outliers_cost_static_inputs_hardly_anything_once_turned(shared_models: Path, tmp_path: Path) -> None:
     import wrapq
 
-    texts = Path("/work/shared/data")
-    more = ["model=hf", f"model.path={OUTLIER}", "calibration=text", f"calibration.path={texts}/calib.txt"]
+    texts = shared_models.parent / "data"
+    more = [
+        "model=hf",
+        f"model.path={shared_models}/tiny-llama-outlier",
+        "calibration=text",
+        f"calibration.path={texts}/calib.txt",
+    ]
     more += ["calibration.samples=8", "calibration.seq_len=256", "evaluation=text", "evaluation.tokens=4096"]
     more += [f"evaluation.path={texts}/test.txt", "evaluation.seq_len=256", "tracking=none"]
     more += [f"paths.outputs={tmp_path}"]

@@ -23,7 +23,6 @@ from wrapq.quant.spec import QuantSpec
 NORMS = {"gpt2": 4, "opt": 4, "bert": 0, "mixtral": 2}
 STATIC = "l: {match: {type: Linear}, weight: int8:channel, points: {input: int8:tensor:asym}}"
 TAIL = "ranges: {algorithm: ranges}\nround: {algorithm: rtn}"
-OUTLIER = Path("/work/shared/models/tiny-llama-outlier")
 
 
 @pytest.mark.parametrize("feeds", ["norms", "all"])
@@ -152,12 +151,16 @@ def test_stacks_that_cannot_work(rules: str, stack: str, more: str, what: str, r
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.skipif(not OUTLIER.is_dir(), reason="the model with outliers is not here")
-def test_outliers_cost_static_inputs_much_and_smoothed_ones_hardly(tmp_path: Path) -> None:
+def test_outliers_cost_static_inputs_much_and_smoothed_ones_hardly(shared_models: Path, tmp_path: Path) -> None:
     import wrapq
 
-    texts = Path("/work/shared/data")
-    more = ["model=hf", f"model.path={OUTLIER}", "calibration=text", f"calibration.path={texts}/calib.txt"]
+    texts = shared_models.parent / "data"
+    more = [
+        "model=hf",
+        f"model.path={shared_models}/tiny-llama-outlier",
+        "calibration=text",
+        f"calibration.path={texts}/calib.txt",
+    ]
     more += ["calibration.samples=8", "calibration.seq_len=256", "evaluation=text", "evaluation.tokens=4096"]
     more += [f"evaluation.path={texts}/test.txt", "evaluation.seq_len=256", "tracking=none"]
     more += [f"paths.outputs={tmp_path}"]
