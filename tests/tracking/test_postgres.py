@@ -1,4 +1,4 @@
-"""Four processes write at once, each several runs, to a real MLflow server on a real PostgreSQL: nothing is lost."""
+"""Four processes write at once to a real MLflow server on a real PostgreSQL, then four sweeps: nothing is lost."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from tests.sweep.command import TINY, finished_runs
 from tests.tracking.postgres import postgres
 from tests.tracking.server import Server
-from wrapq.tracking.outbox import Outbox
+from wrapq.tracking.outbox import PARENT, Outbox
 
 WRITERS, RUNS, POINTS = 4, 3, 200
 PROGRAM = """
@@ -72,3 +73,35 @@ def check(uri: str, folder: Path, seconds: float) -> None:
     expected = WRITERS * RUNS * POINTS * 2
     print(f"\n{len(runs)} runs, {sent} records sent, {found} of {expected} points found, {seconds:.1f} s")
     assert found == expected
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_four_sweeps_at_once(tmp_path: Path) -> None:
+    """Two jobs each, in folders of their own; all that they kept on disk is in the database."""
+    with postgres() as database:
+        server = Server(tmp_path, backend=database).start(300)
+        try:
+            axes = ["recipe=w4a16_rtn", "rules.linear.weight.group_size=64,128", *TINY, f"tracking.uri={server.uri}"]
+            sweeps = [
+                subprocess.Popen([sys.executable, "-m", "wrapq", "sweep", *axes, f"paths.outputs={tmp_path}/s{i}"])
+                for i in range(WRITERS)
+            ]
+            assert [sweep.wait(1500) for sweep in sweeps] == [0] * WRITERS
+            client, sent = MlflowClient(tracking_uri=server.uri), 0
+            (experiment,) = [e for e in client.search_experiments() if e.name == "wrapq"]
+            runs = {run.info.run_id: run for run in client.search_runs([experiment.experiment_id])}
+            for i in range(WRITERS):
+                (parent,) = (Outbox(path.parent) for path in (tmp_path / f"s{i}").glob("sweep/*/sweep.json"))
+                jobs = [Outbox(path) for path in finished_runs(tmp_path / f"s{i}")]
+                assert len(jobs) == 2
+                for outbox in (parent, *jobs):
+                    assert (outbox.sent().count, outbox.sent().rejected) == (outbox.count(), [])
+                    run = runs.pop(outbox.sent().run_id)
+                    assert run.info.status == "FINISHED"
+                    assert run.data.tags.get(PARENT) == (None if outbox is parent else parent.sent().run_id)
+                    sent += outbox.count()
+            assert not runs
+            print(f"\n{WRITERS} sweeps of two jobs, {sent} records sent and found")
+        finally:
+            server.kill()

@@ -22,6 +22,7 @@ from wrapq.errors import WrapqError
 from wrapq.recipe.schema import Settings
 from wrapq.resolve.plan import Plan
 from wrapq.tracking import make_tracker
+from wrapq.tracking.outbox import PARENT
 
 RUNNING, FINISHED, REUSED, FAILED = "running", "finished", "reused", "failed"
 DONE = (FINISHED, REUSED)
@@ -206,5 +207,5 @@ _METRICS = {
 
 def _label(job: Job, place: Workplace) -> Label:
     tags: dict[str, Any] = {f"sweep.{key.lstrip('+')}": value for key, value in job.values.items()}
-    parent = {"mlflow.parentRunId": place.parent} if place.parent else {}
+    parent = {PARENT: place.parent} if place.parent else {}
     return Label(job.title, {**place.tags, **tags, **parent, "sweep_job": str(job.number)})

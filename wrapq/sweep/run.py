@@ -26,6 +26,7 @@ from wrapq.sweep.record import INTERRUPTED, SweepRecord
 from wrapq.sweep.samplers.base import Sampler, Suggestion, make_sampler
 from wrapq.sweep.table import Row, Table, make_table, minimizable
 from wrapq.tracking import make_tracker
+from wrapq.tracking.outbox import SWEEP
 
 
 class SweepProgress:
@@ -101,7 +102,7 @@ class _Going:
         self.record, self.planner, self.sampler, self.launcher = record, planner, sampler, launcher
         self.progress, self.rows = progress, dict[int, Row]()
         launcher.folder = record.folder.path.resolve()
-        tags = {"sweep": record.facts["name"]}
+        tags = {"sweep": record.facts["name"], SWEEP: str(launcher.folder)}
         self.place = Workplace(launcher.folder, Path.cwd(), record.tracker.run_id, tags)
 
     def run(self) -> SweepResult:

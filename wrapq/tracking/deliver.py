@@ -8,7 +8,8 @@ from typing import Any
 
 from wrapq.tracking.base import StoreAwayError, TrackingError
 from wrapq.tracking.mlflow_store import Store
-from wrapq.tracking.outbox import OPEN, Event, Lane, Outbox, Sent
+from wrapq.tracking.outbox import OPEN, PARENT, Event, Lane, Outbox, Sent
+from wrapq.tracking.redact import redact
 
 BATCH = 1000  # MLflow's limits of one batch
 PARAMS, TAGS = 100, 100
@@ -73,6 +74,7 @@ def deliver(outbox: Outbox, store: Store) -> None:
     sent = outbox.sent()
     try:
         _open(outbox, store, sent)
+        _link(outbox, store, sent)
         for lane in ("record", "files"):
             for batch in batches(outbox, lane, getattr(sent, lane)):
                 _send(outbox, store, sent, batch)
@@ -97,8 +99,17 @@ def _open(outbox: Outbox, store: Store, sent: Sent) -> None:
     outbox.write_sent(sent)
     store.open(said["name"], said["key"], said["tags"], said["time"], sent.run_id, tried)
     sent.count += sent.run_id is None  # the opening is an event too
-    sent.run_id, sent.run_url, sent.state, sent.reason = store.run_id, store.run_url, "open", ""
+    sent.run_id, sent.uri, sent.run_url = store.run_id, redact(store.uri), store.run_url
+    sent.state, sent.reason = "open", ""
     outbox.write_sent(sent)
+
+
+def _link(outbox: Outbox, store: Store, sent: Sent) -> None:
+    """Make a job's run a child of its sweep's, when the sweep's had no id yet at the job's start."""
+    if (parent := outbox.parent()) is not None:
+        store.call("log", {"params": {}, "tags": {PARENT: parent}, "metrics": []})
+        sent.linked = True
+        outbox.write_sent(sent)
 
 
 def _send(outbox: Outbox, store: Store, sent: Sent, batch: Batch) -> None:

@@ -22,6 +22,8 @@ RESERVED = 1 << 16  # bytes set aside for the last words of a run that filled it
 Lane = Literal["record", "files"]
 FILE_METHODS = frozenset({"artifact", "text", "register"})
 OPEN, FINISH, REOPEN = "open", "finish", "reopen"
+PARENT, SWEEP = "mlflow.parentRunId", "sweep_folder"
+"""Tags of a sweep's job: the sweep's run, as MLflow has it, and the sweep's folder."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,12 @@ class Sent:
         reason: why, where the state is `away` or `refused`.
         tried: whether creating the run was tried, so that it may exist although no answer came.
         run_id: the run's id in the store, once it is known.
+        uri: the store that has the run, without its secrets.
         run_url: its page on a tracking server.
         record: bytes of the events whose records were sent.
         files: bytes of the events whose files were sent.
         count: how many events were taken.
+        linked: whether the run was made a child of its sweep's after it was created.
         rejected: events that the store will never take, with its reasons.
     """
 
@@ -57,10 +61,12 @@ class Sent:
     reason: str = ""
     tried: bool = False
     run_id: str | None = None
+    uri: str | None = None
     run_url: str | None = None
     record: int = 0
     files: int = 0
     count: int = 0
+    linked: bool = False
     rejected: list[str] = field(default_factory=list)
 
 
@@ -117,6 +123,13 @@ class Outbox:
     def opening(self) -> dict[str, Any]:
         """The arguments of the first event, which say what the run is called and where it goes."""
         return next(self.read())[0].arguments
+
+    def parent(self) -> str | None:
+        """The run of the sweep that this run is a job of, where the store does not know yet that it is."""
+        tags = self.opening()["tags"]
+        if SWEEP not in tags or PARENT in tags or self.sent().linked:
+            return None
+        return Outbox(Path(tags[SWEEP])).sent().run_id
 
     def finished(self) -> bool:
         """Whether the last event about the run's status says that it ended."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from wrapq.tracking.base import StoreAwayError, TrackingError
-from wrapq.tracking.outbox import EVENTS, FOLDER, Outbox
+from wrapq.tracking.outbox import EVENTS, FOLDER, SWEEP, Outbox
 from wrapq.tracking.redact import HIDDEN, redact
 
 State = Literal["sent", "nothing", "running", "away", "refused"]
@@ -42,7 +42,7 @@ def find_outboxes(folder: Path) -> list[Outbox]:
     found = [Outbox(events.parent.parent) for events in sorted(folder.rglob(f"{FOLDER}/{EVENTS}"))]
     if not found:
         raise TrackingError(f"{folder} holds no run that was recorded")
-    return found
+    return sorted(found, key=lambda outbox: SWEEP in outbox.opening()["tags"])  # a sweep before its jobs
 
 
 def sync(folder: Path, uri: str | None = None, experiment: str | None = None) -> Iterator[Synced]:
@@ -65,11 +65,11 @@ def _sync(outbox: Outbox, uri: str | None, experiment: str | None) -> Synced:
     if not outbox.finished():
         outbox.close_for_the_dead()
     before, count = outbox.sent(), outbox.count()
-    if before.count >= count:
+    if before.count >= count and not (before.run_id and outbox.parent()):
         return Synced(outbox.run_folder, "nothing", run_url=before.run_url)
     said = outbox.opening()
-    uri = uri or said["uri"]
-    if reason := _unfit(uri, said["uri"], before.run_id):
+    uri = uri or before.uri or said["uri"]
+    if reason := _unfit(uri, before.uri or said["uri"], before.run_id):
         return Synced(outbox.run_folder, "refused", 0, count - before.count, reason)
     state: State = "sent"
     try:
