@@ -21,7 +21,9 @@ from wrapq.resolve.resolve import resolve
 SECONDS = 20  # for one mutant, on a busy machine
 
 
-@pytest.mark.parametrize("first", range(0, 500, 50))
+@pytest.mark.parametrize(
+    "first", [*range(0, 200, 50), *(pytest.param(n, marks=pytest.mark.slow) for n in range(200, 500, 50))]
+)
 def test_mutants_are_planned_or_refused(first: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     outcomes: Counter[str] = Counter()
     monkeypatch.chdir(tmp_path)

@@ -143,7 +143,8 @@ class Outbox:
     def sent(self) -> Sent:
         """How far the events got."""
         try:
-            return Sent(**json.loads((self.path / SENT).read_text(encoding="utf-8")))
+            said = json.loads((self.path / SENT).read_text(encoding="utf-8"))
+            return Sent(**{key: said[key] for key in Sent.__dataclass_fields__ if key in said})
         except FileNotFoundError:
             return Sent()
 
