@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 
 import pytest
 
@@ -67,6 +68,7 @@ def _overrides(cls: ast.ClassDef, node: ast.FunctionDef | ast.ClassDef) -> bool:
     return node.name in inherited and bool(bases)
 
 
+@cache
 def _methods() -> dict[str, set[str]]:
     classes = (node for module in modules() for node in ast.walk(module.tree) if isinstance(node, ast.ClassDef))
     return {cls.name: {node.name for node in cls.body if isinstance(node, ast.FunctionDef)} for cls in classes}

@@ -255,6 +255,7 @@ def test_a_model_without_blocks_of_its_own_kind_gpt2(tmp_path: Path) -> None:
 # --- real models
 
 
+@pytest.mark.slow
 def test_w8a8_static_on_a_real_llama_is_within_a_percent(shared_models: Path, tmp_path: Path) -> None:
     path = shared_models / "tiny-llama-docs"
     if not path.is_dir():

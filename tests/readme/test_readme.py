@@ -114,7 +114,8 @@ def small(command: str) -> str:
     if not command.startswith(("wrapq run", "wrapq sweep")):
         return command
     reads_data = not re.search(r"w8a16|w4a16_rtn|mine", command)
-    return " ".join([command, SMALL, SMALL_CALIBRATION if reads_data else ""])
+    untracked = "tracking=none" if re.search(r"gptq|w8a8|notes", command) else ""
+    return " ".join([command, SMALL, SMALL_CALIBRATION if reads_data else "", untracked])
 
 
 def assert_shown(shown: str, printed: str, command: str) -> None:

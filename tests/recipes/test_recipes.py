@@ -19,7 +19,7 @@ NAMES = sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in 
 
 def small(name: str) -> list[str]:
     composed = compose([f"recipe={name}"])
-    learned = [f"stack.{name}.iterations=10" for name, s in composed.recipe.stack.items() if s.algorithm == "autoround"]
+    learned = [f"stack.{name}.iterations=3" for name, s in composed.recipe.stack.items() if s.algorithm == "autoround"]
     calibrated = resolve(composed.recipe, composed.sources).needs_calibration
     return ["evaluation.tokens=1024", *(["calibration.samples=8"] if calibrated else []), *learned]
 

@@ -275,8 +275,16 @@ def converted(model: nn.Module, weight: str, activation: str | None, ids: Tensor
     return convert(prepared)
 
 
-@pytest.mark.parametrize(("weight", "activation"), SCHEMES)
-@pytest.mark.parametrize("source", ["demo", "random"])
+@pytest.mark.parametrize(
+    ("source", "weight", "activation"),
+    [
+        *(("random", *scheme) for scheme in SCHEMES),
+        *(
+            pytest.param("demo", *scheme, marks=() if "dyn" in str(scheme[1]) else pytest.mark.slow)
+            for scheme in SCHEMES
+        ),
+    ],
+)
 def test_logits_are_as_near_the_float_model_as_the_fake_quantized(
     source: str, weight: str, activation: str | None
 ) -> None:

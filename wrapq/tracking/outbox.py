@@ -152,8 +152,11 @@ class Outbox:
         """Replace what is known of how far the events got."""
         self.path.mkdir(exist_ok=True)
         partial = self.path / f".{SENT}.partial"
-        self._with_room(lambda: partial.write_text(json.dumps(asdict(sent)), encoding="utf-8"))
-        os.replace(partial, self.path / SENT)
+        try:
+            self._with_room(lambda: partial.write_text(json.dumps(asdict(sent)), encoding="utf-8"))
+            os.replace(partial, self.path / SENT)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def _with_room(self, write: Callable[[], object], mend: Callable[[], object] = lambda: None) -> None:
         """Let `write` run, and where the disk is full again in the room that was set aside, after `mend`."""
