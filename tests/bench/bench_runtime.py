@@ -172,6 +172,7 @@ def table(rows: list[Row]) -> str:
 
 
 @pytest.mark.bench
+@pytest.mark.timeout(3600)
 def test_targets() -> None:
     rows = {row.name: row for row in measure()}
     sys.stdout.write(table(list(rows.values())) + "\n")
