@@ -58,6 +58,7 @@ def test_record_has_every_parameter_of_the_recipe(finished: RunResult, outputs: 
     assert run.data.params["stack.round.algorithm"] == "rtn"
 
 
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 RESULT = ("qparams", "tensors", "outputs")
 
 
@@ -124,6 +125,19 @@ def test_secrets_in_the_settings_do_not_reach_the_record(tmp_path: Path) -> None
         assert path.is_dir() or b"swordfish123" not in path.read_bytes(), path
     recipe = yaml.safe_load((result.folder / "recipe.lock.yaml").read_text())["recipe"]
     assert not {"tracking", "runtime", "paths"} & recipe.keys()
+
+
+def test_a_secret_in_a_preset_stays_in_the_recipe(tmp_path: Path) -> None:
+    """The recipe of a run is what replays it, word for word; no log, page, parameter or tag repeats the secret."""
+    secret = "hf_" + "abcdefghijklmnopqrstuvwx"
+    text = (RECIPES / "w8a16.yaml").read_text().replace("description: ", f"description: made with {secret}, ")
+    (tmp_path / "mine.yaml").write_text(text)
+    outputs = [f"paths.outputs={tmp_path}", f"tracking.uri=sqlite:///{tmp_path}/runs.db"]
+    result = wrapq.run(f"{tmp_path}/mine.yaml", ["evaluation.tokens=1024", *outputs])
+    holding = {path.name for path in result.folder.iterdir() if path.is_file() and secret.encode() in path.read_bytes()}
+    assert holding <= {"recipe.yaml", "recipe.lock.yaml", "plan.json"}
+    run = recorded(tmp_path / "runs.db")
+    assert secret not in str(run.data.params) + str(run.data.tags)
 
 
 def test_without_tracking_there_is_no_database(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from wrapq.pages.charts import Chart, line_chart
 from wrapq.pages.parts import Column, Row, Table, duration, megabytes, percent, render, short, table
 from wrapq.resolve.folding import fold
 from wrapq.resolve.plan import Plan
+from wrapq.tracking.redact import redact
 
 REPORT = "report.html"
 FLOAT, QUANTIZED = "float", "quantized"
@@ -67,10 +68,11 @@ def _sections(own: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _head(folder: Path, facts: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
-    recipe = (folder / "recipe.yaml").read_text(encoding="utf-8")
+    recipe = redact((folder / "recipe.yaml").read_text(encoding="utf-8"))
     return {
         "title": f"{plan.recipe.name}: wrapq run",
         "recipe": plan.recipe,
+        "description": redact(plan.recipe.description),
         "model": plan.model,
         "modules": len(plan.modules),
         "untouched": len(plan.untouched),
