@@ -125,6 +125,13 @@ def test_entries_are_added_and_removed():
     assert list(recipe.rules) == ["linear", "head"]
 
 
+def test_a_stage_named_for_an_option_stays_where_it_was(tmp_path):
+    assert list(compose(["recipe=w4a4_rotated_gptq"]).recipe.stack) == ["fold", "rotate", "round"]
+    head = "defaults:\n  - /algorithm@stack.fold: fold_norms\n  - /algorithm@stack.turn: rotate\n  - _self_\n"
+    (tmp_path / "mine.yaml").write_text(head + "stack: {turn: {seed: 1}, fold: {untie: true}}\n")
+    assert list(compose([f"recipe={tmp_path}/mine.yaml"]).recipe.stack)[:2] == ["turn", "fold"]
+
+
 def test_plain_references_are_followed():
     recipe = compose(["evaluation.seq_len='${calibration.seq_len}'", "description='on ${model.path}'"]).recipe
     assert (recipe.evaluation.seq_len, recipe.description) == (256, "on wrapq://demo")

@@ -113,12 +113,22 @@ class Layers:
         if not isinstance(parent.get(key), dict):
             self._make_mapping(parent, key, path, source)
         self.sources[path] = source(path)
+        places = len(path) == 1 and self._places(key, value)
         for name, item in value.items():
             below = (*path, name)
-            if below in self._unplaced and path[0] in ORDERED and len(path) == 1:
+            if places and below in self._unplaced:
                 parent[key][name] = parent[key].pop(name)
                 self._unplaced.discard(below)
             self._merge(parent[key], name, below, item, source)
+
+    def _places(self, section: str, value: dict[str, Any]) -> bool:
+        """Whether `value` says the order of what files chosen by name brought to `section`.
+
+        Rules stand where a recipe names them. A stage is often named for the sake of an option only: the order is said
+        where all are named.
+        """
+        waiting = {path[1] for path in self._unplaced if path[0] == section}
+        return section == "rules" or (section in ORDERED and waiting <= value.keys())
 
     def _make_mapping(self, parent: dict[str, Any], key: str, path: KeyPath, source: Callable) -> None:
         before = parent.get(key)
