@@ -316,7 +316,8 @@ def test_against_the_server_that_the_ui_command_starts(tracker: MLflowTracker, o
         shown = f"{page}/get-artifact?path=notes.txt&run_uuid={tracker.run_id}"
         assert urlopen(shown).read() == b"from the local run"
         remote = make_tracker(settings(tmp_path, uri=page))
-        remote.start("remote", {}, {"a": 1})
+        (tmp_path / "remote").mkdir()
+        remote.start("remote", {}, {"a": 1}, tmp_path / "remote")
         remote.curves({"c": [1.0, 2.0]})
         remote.text("notes.txt", "from afar")
         remote.finish()

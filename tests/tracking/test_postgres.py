@@ -82,7 +82,7 @@ def test_four_sweeps_at_once(tmp_path: Path) -> None:
     with postgres() as database:
         server = Server(tmp_path, backend=database).start(300)
         try:
-            axes = ["recipe=w4a16_rtn", "rules.linear.weight.group_size=64,128", *TINY, f"tracking.uri={server.uri}"]
+            axes = ["recipe=w4a16_gptq", "rules.linear.weight.group_size=64,128", *TINY, f"tracking.uri={server.uri}"]
             sweeps = [
                 subprocess.Popen([sys.executable, "-m", "wrapq", "sweep", *axes, f"paths.outputs={tmp_path}/s{i}"])
                 for i in range(WRITERS)
