@@ -10,7 +10,7 @@ import pytest
 from tests.architecture.source import Module, modules
 
 LAYERS = (
-    ("errors", "registry"),
+    ("errors", "redact", "registry"),
     ("quant",),
     ("runtime", "observers", "recipe"),
     ("wrappers",),

@@ -274,7 +274,8 @@ def wait_for(moment: str, outputs: Path, process: subprocess.Popen[str]) -> None
     [
         (signal.SIGINT, "Calibrating", False),
         pytest.param(signal.SIGINT, "Measuring quality", False, marks=pytest.mark.slow),
-        (signal.SIGTERM, "Calibrating", True),  # as a shell starts what it puts in the background
+        # as a shell starts what it puts in the background
+        pytest.param(signal.SIGTERM, "Calibrating", True, marks=pytest.mark.slow),
     ],
     ids=["ctrl-c-calibrating", "ctrl-c-measuring", "terminated-in-background"],
 )

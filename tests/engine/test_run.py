@@ -149,6 +149,7 @@ def test_without_tracking_there_is_no_database(tmp_path: Path) -> None:
 # --- the numbers
 
 
+@pytest.mark.slow
 def test_equal_in_two_processes(tmp_path: Path) -> None:
     """A run in this process and one in another, each in a folder of its own."""
     options = [*SMALL, "tracking=none", "runtime.threads=1"]

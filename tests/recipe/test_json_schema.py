@@ -7,6 +7,7 @@ from hypothesis import given
 from pydantic import BaseModel, ConfigDict
 
 from tests.quant.strategies import specs
+from wrapq.algorithms.fold_norms import FoldOptions
 from wrapq.quant.short_form import ALIASES, PARTS
 from wrapq.quant.spec import QuantSpec
 from wrapq.recipe.json_schema import recipe_schema
@@ -38,7 +39,8 @@ class Empty(BaseModel):
 
 
 SCHEMA = recipe_schema(
-    {"gptq": Gptq, "rtn": Empty, "ranges": Empty, "smoothquant": Smoothquant}, {"text": Text, "demo": Text}
+    {"gptq": Gptq, "rtn": Empty, "ranges": Empty, "smoothquant": Smoothquant, "fold_norms": FoldOptions},
+    {"text": Text, "demo": Text},
 )
 
 

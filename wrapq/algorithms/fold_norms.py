@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from wrapq.calibration.algorithm import ALGORITHMS, Found, Placed, Transform
 from wrapq.calibration.graph import Feed, Graph
@@ -18,8 +18,9 @@ class FoldOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    untie: bool = False
-    """Fold into weights that are tied to others too, such as a head's to the embedding's, which unties them."""
+    untie: bool = Field(
+        False, description="Fold into weights tied to others too, such as a head's to the embedding's; unties them."
+    )
 
 
 @ALGORITHMS.register("fold_norms")

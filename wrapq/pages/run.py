@@ -14,9 +14,9 @@ import yaml
 
 from wrapq.pages.charts import Chart, line_chart
 from wrapq.pages.parts import Column, Row, Table, duration, megabytes, percent, render, short, table
+from wrapq.redact import redact
 from wrapq.resolve.folding import fold
 from wrapq.resolve.plan import Plan
-from wrapq.tracking.redact import redact
 
 REPORT = "report.html"
 FLOAT, QUANTIZED = "float", "quantized"

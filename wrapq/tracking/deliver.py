@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from wrapq.redact import redact
 from wrapq.tracking.base import StoreAwayError, TrackingError
 from wrapq.tracking.mlflow_store import Store
 from wrapq.tracking.outbox import OPEN, PARENT, Event, Lane, Outbox, Sent
-from wrapq.tracking.redact import redact
 
 BATCH = 1000  # MLflow's limits of one batch
 PARAMS, TAGS = 100, 100

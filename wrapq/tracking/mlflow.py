@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from wrapq.redact import redact, redact_value
 from wrapq.tracking.base import FINISHED, Tracker, TrackingError, flatten
 from wrapq.tracking.names import PARAM_LENGTH, TAG_LENGTH, entity_key, entity_value
 from wrapq.tracking.outbox import FINISH, OPEN, REOPEN, Event, Outbox
-from wrapq.tracking.redact import redact, redact_value
 from wrapq.tracking.sender import Sender
 from wrapq.tracking.stores import is_remote
 

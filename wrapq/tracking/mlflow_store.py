@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wrapq.redact import redact
 from wrapq.tracking.base import StoreAwayError, TrackingError
-from wrapq.tracking.redact import redact
 from wrapq.tracking.stores import artifact_location, is_remote
 
 if TYPE_CHECKING:

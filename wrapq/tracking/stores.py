@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from wrapq.redact import redact
 from wrapq.tracking.base import Tracker, TrackingError
 from wrapq.tracking.null import NullTracker
-from wrapq.tracking.redact import redact
 
 if TYPE_CHECKING:
     from wrapq.recipe.schema import Settings

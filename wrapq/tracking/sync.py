@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from wrapq.redact import HIDDEN, redact
 from wrapq.tracking.base import StoreAwayError, TrackingError
 from wrapq.tracking.outbox import EVENTS, FOLDER, SWEEP, Outbox
-from wrapq.tracking.redact import HIDDEN, redact
 
 State = Literal["sent", "nothing", "running", "away", "refused"]
 

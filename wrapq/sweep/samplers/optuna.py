@@ -12,11 +12,11 @@ from pydantic import Field
 
 from wrapq.errors import Problem, WrapqError
 from wrapq.recipe.axes import Axis, Interval
+from wrapq.redact import redact
 from wrapq.sweep.jobs import DONE, Outcome
 from wrapq.sweep.options import SweepOptions, require
 from wrapq.sweep.planner import SweepError
 from wrapq.sweep.samplers.base import SAMPLERS, Sampler, Suggestion
-from wrapq.tracking.redact import redact
 
 _OUTCOME, _EXCESS, _SWEEP = "outcome", "excess", "sweep"
 

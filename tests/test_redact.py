@@ -2,7 +2,7 @@
 
 import pytest
 
-from wrapq.tracking.redact import HIDDEN, is_secret, redact, redact_value
+from wrapq.redact import HIDDEN, is_secret, redact, redact_value
 
 
 @pytest.mark.parametrize(
