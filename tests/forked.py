@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,24 +20,18 @@ from tempfile import TemporaryDirectory
 TIMEOUT = 240
 
 
-def start(
-    arguments: Sequence[str], folder: Path, environment: Mapping[str, str], outputs: Sequence[Path]
-) -> BaseProcess:
+def start(arguments: Sequence[str], folder: Path, outputs: Sequence[Path]) -> BaseProcess:
     """`wrapq ARGUMENTS` in `folder`, its standard output and error in the files `outputs`."""
-    process = multiprocessing.get_context("fork").Process(
-        target=_main, args=(list(arguments), folder, dict(environment), list(outputs)), daemon=False
-    )
+    process = multiprocessing.get_context("fork").Process(target=_main, args=(arguments, folder, outputs))
     process.start()
     return process
 
 
-def wrapq(
-    arguments: Sequence[str], folder: Path | None = None, environment: Mapping[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
+def wrapq(arguments: Sequence[str], folder: Path | None = None) -> subprocess.CompletedProcess[str]:
     """The finished `wrapq ARGUMENTS`, as `subprocess.run` gives it."""
     with TemporaryDirectory() as scratch:
         outputs = [Path(scratch, "out"), Path(scratch, "err")]
-        process = start(arguments, folder or Path.cwd(), environment or os.environ, outputs)
+        process = start(arguments, folder or Path.cwd(), outputs)
         process.join(TIMEOUT)
         if process.exitcode is None:
             process.kill()
@@ -47,13 +41,11 @@ def wrapq(
         return subprocess.CompletedProcess(["wrapq", *arguments], process.exitcode, *texts)
 
 
-def _main(arguments: list[str], folder: Path, environment: dict[str, str], outputs: list[Path]) -> None:
+def _main(arguments: Sequence[str], folder: Path, outputs: Sequence[Path]) -> None:
     from wrapq.cli import main
 
     atexit._clear()
     os.chdir(folder)
-    os.environ.clear()
-    os.environ.update(environment)
     for number, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.algorithms.outliers import loss
 from tests.algorithms.transforming import outputs_moved
 from tests.calibration.test_graph import weightless
 from tests.conftest import FAMILIES, build_model
@@ -142,22 +143,6 @@ def test_values_alone_need_no_folding(make_plan: MakePlan) -> None:  # noqa: F81
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_outliers_cost_static_inputs_hardly_anything_once_turned(shared_models: Path, tmp_path: Path) -> None:
-    import wrapq
-
-    texts = shared_models.parent / "data"
-    more = [
-        "model=hf",
-        f"model.path={shared_models}/tiny-llama-outlier",
-        "calibration=text",
-        f"calibration.path={texts}/calib.txt",
-    ]
-    more += ["calibration.samples=8", "calibration.seq_len=256", "evaluation=text", "evaluation.tokens=4096"]
-    more += [f"evaluation.path={texts}/test.txt", "evaluation.seq_len=256", "tracking=none"]
-    more += [f"paths.outputs={tmp_path}"]
     turn = ["+algorithm@stack.fold=fold_norms", "+algorithm@stack.turn=rotate", "stack.fold.untie=true"]
-    lost = {}
-    for name, stages in {"plain": [], "rotated": turn}.items():
-        metrics = wrapq.run("w8a8_static", more + stages).metrics
-        lost[name] = metrics["quantized"]["perplexity"] / metrics["float"]["perplexity"] - 1
-    assert lost["plain"] > 0.1
-    assert lost["rotated"] < 0.01
+    assert loss("w8a8_static", shared_models, tmp_path) > 0.1
+    assert loss("w8a8_static", shared_models, tmp_path, *turn) < 0.01

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.algorithms.outliers import loss
 from tests.algorithms.transforming import outputs_moved, smooth_specs
 from tests.calibration.test_graph import weightless
 from tests.conftest import FAMILIES, build_model
@@ -152,21 +153,5 @@ def test_stacks_that_cannot_work(rules: str, stack: str, more: str, what: str, r
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_outliers_cost_static_inputs_much_and_smoothed_ones_hardly(shared_models: Path, tmp_path: Path) -> None:
-    import wrapq
-
-    texts = shared_models.parent / "data"
-    more = [
-        "model=hf",
-        f"model.path={shared_models}/tiny-llama-outlier",
-        "calibration=text",
-        f"calibration.path={texts}/calib.txt",
-    ]
-    more += ["calibration.samples=8", "calibration.seq_len=256", "evaluation=text", "evaluation.tokens=4096"]
-    more += [f"evaluation.path={texts}/test.txt", "evaluation.seq_len=256", "tracking=none"]
-    more += [f"paths.outputs={tmp_path}"]
-    lost = {}
-    for recipe in ("w8a8_static", "w8a8_smoothquant"):
-        metrics = wrapq.run(recipe, more).metrics
-        lost[recipe] = metrics["quantized"]["perplexity"] / metrics["float"]["perplexity"] - 1
-    assert lost["w8a8_static"] > 0.1
-    assert lost["w8a8_smoothquant"] < 0.01
+    assert loss("w8a8_static", shared_models, tmp_path) > 0.1
+    assert loss("w8a8_smoothquant", shared_models, tmp_path) < 0.01

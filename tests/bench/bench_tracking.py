@@ -20,7 +20,7 @@ def seconds(outputs: Path, tracking: str) -> float:
 
 
 @pytest.mark.bench
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(1200)
 def test_tracking_costs_under_five_percent(tmp_path: Path) -> None:
     """Runs with and without, in turn; the first of each, which imports and makes tables, does not count."""
     taken: dict[str, list[float]] = {"mlflow": [], "none": []}

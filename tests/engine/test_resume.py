@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import time
@@ -44,8 +43,7 @@ def run_and_kill(outputs: Path, pattern: str, *more: str) -> None:
 
 
 def start(outputs: Path, *more: str) -> BaseProcess:
-    said = [Path(f"{outputs}.said"), Path(f"{outputs}.errors")]
-    return forked.start([*command(outputs), *more], Path.cwd(), os.environ, said)
+    return forked.start([*command(outputs), *more], Path.cwd(), [Path(f"{outputs}.said"), Path(f"{outputs}.errors")])
 
 
 def succeed(outputs: Path, *more: str) -> str:

@@ -58,10 +58,6 @@ def test_record_has_every_parameter_of_the_recipe(finished: RunResult, outputs: 
     assert run.data.params["stack.round.algorithm"] == "rtn"
 
 
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
-RESULT = ("qparams", "tensors", "outputs")
-
-
 def test_record_has_digests_and_versions(finished: RunResult, outputs: Path) -> None:
     run = recorded(outputs / "runs.db")
     assert run.info.status == "FINISHED"
@@ -69,7 +65,16 @@ def test_record_has_digests_and_versions(finished: RunResult, outputs: Path) -> 
     tags = run.data.tags
     for name, digest in finished.digests.items():
         assert tags[f"digest.{name}"] == digest
-    assert finished.digests.keys() == {"recipe", "plan", "model", "calibration", "evaluation", *RESULT}
+    assert finished.digests.keys() == {
+        "recipe",
+        "plan",
+        "model",
+        "calibration",
+        "evaluation",
+        "qparams",
+        "tensors",
+        "outputs",
+    }
     assert tags["version.wrapq"] == wrapq.__version__
     assert {"version.torch", "version.transformers", "version.python", "device"} <= tags.keys()
     assert tags["folder"] == str(finished.folder.resolve())
@@ -130,7 +135,11 @@ def test_secrets_in_the_settings_do_not_reach_the_record(tmp_path: Path) -> None
 def test_a_secret_in_a_preset_stays_in_the_recipe(tmp_path: Path) -> None:
     """The recipe of a run is what replays it, word for word; no log, page, parameter or tag repeats the secret."""
     secret = "hf_" + "abcdefghijklmnopqrstuvwx"
-    text = (RECIPES / "w8a16.yaml").read_text().replace("description: ", f"description: made with {secret}, ")
+    text = (
+        (Path(__file__).resolve().parents[2] / "recipes" / "w8a16.yaml")
+        .read_text()
+        .replace("description: ", f"description: made with {secret}, ")
+    )
     (tmp_path / "mine.yaml").write_text(text)
     outputs = [f"paths.outputs={tmp_path}", f"tracking.uri=sqlite:///{tmp_path}/runs.db"]
     result = wrapq.run(f"{tmp_path}/mine.yaml", ["evaluation.tokens=1024", *outputs])

@@ -19,7 +19,7 @@ from wrapq.engine.export import without
 from wrapq.engine.measure import measure
 from wrapq.engine.run import RunResult
 from wrapq.export.checks import Translation
-from wrapq.export.compressed_tensors import quantization_config
+from wrapq.export.compressed_tensors import quantization_config, reading
 from wrapq.quant.affine import scale_shape
 from wrapq.resolve.plan import Plan
 
@@ -128,6 +128,12 @@ def test_a_cache_that_the_reader_leaves_float_is_said(exported: Runner) -> None:
     seen = initialize.is_cached_attention_module(attention)
     said = [note for note in run.exported.notes if "leaves the cache of keys and values float" in note]
     assert len(said) == (0 if seen else 1)
+
+
+def test_what_a_reader_leaves_out_and_how_it_had_to_load_are_both_said() -> None:
+    logits, notes, left_float = reading({"dequantized, float cache": torch.zeros(1)})
+    assert (len(notes), left_float, len(logits)) == (2, {"key", "value"}, 1)
+    assert reading({"plain": logits})[1:] == ((), frozenset())
 
 
 def test_it_generates_with_its_own_tokenizer(exported: Runner) -> None:

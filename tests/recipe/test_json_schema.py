@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from tests.quant.strategies import specs
 from wrapq.algorithms.fold_norms import FoldOptions
+from wrapq.algorithms.smoothquant import SmoothQuantOptions
 from wrapq.quant.short_form import ALIASES, PARTS
 from wrapq.quant.spec import QuantSpec
 from wrapq.recipe.json_schema import recipe_schema
@@ -25,10 +26,6 @@ class Gptq(BaseModel):
     inner: Inner = Inner()
 
 
-class Smoothquant(BaseModel):
-    feeds: Literal["norms", "all"] = "norms"
-
-
 class Text(BaseModel):
     path: str
     split: str = "calib"
@@ -39,7 +36,7 @@ class Empty(BaseModel):
 
 
 SCHEMA = recipe_schema(
-    {"gptq": Gptq, "rtn": Empty, "ranges": Empty, "smoothquant": Smoothquant, "fold_norms": FoldOptions},
+    {"gptq": Gptq, "rtn": Empty, "ranges": Empty, "smoothquant": SmoothQuantOptions, "fold_norms": FoldOptions},
     {"text": Text, "demo": Text},
 )
 
@@ -117,6 +114,4 @@ def test_what_is_wrong_is_underlined(text, place):
 def test_every_key_is_described():
     for name in ("Rule", "Match", "Stage", "Calibration", "Evaluation", "ModelConfig", "SpecFields"):
         for key, value in SCHEMA["$defs"][name]["properties"].items():
-            assert "description" in value or key in ("damp", "order", "inner", "feeds", "path", "split"), (
-                f"{name}.{key}"
-            )
+            assert "description" in value or key in ("damp", "order", "inner", "path", "split"), f"{name}.{key}"

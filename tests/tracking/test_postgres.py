@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,23 +35,26 @@ for run in range(runs):
 """
 
 
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    with postgres() as database:
+        made = Server(tmp_path, backend=database).start(300)
+        try:
+            yield made
+        finally:
+            made.kill()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_four_writers_at_once(tmp_path: Path) -> None:
-    with postgres() as database:
-        server = Server(tmp_path, backend=database).start(300)
-        try:
-            start = time.perf_counter()
-            arguments = [server.uri, str(tmp_path)]
-            writers = [
-                subprocess.Popen([sys.executable, "-c", PROGRAM, *arguments, f"w{i}", str(RUNS), str(POINTS)])
-                for i in range(WRITERS)
-            ]
-            assert [writer.wait(600) for writer in writers] == [0] * WRITERS
-            seconds = time.perf_counter() - start
-            check(server.uri, tmp_path, seconds)
-        finally:
-            server.kill()
+def test_four_writers_at_once(server: Server, tmp_path: Path) -> None:
+    start = time.perf_counter()
+    writers = [
+        subprocess.Popen([sys.executable, "-c", PROGRAM, server.uri, str(tmp_path), f"w{i}", str(RUNS), str(POINTS)])
+        for i in range(WRITERS)
+    ]
+    assert [writer.wait(600) for writer in writers] == [0] * WRITERS
+    check(server.uri, tmp_path, time.perf_counter() - start)
 
 
 def check(uri: str, folder: Path, seconds: float) -> None:
@@ -77,31 +81,26 @@ def check(uri: str, folder: Path, seconds: float) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_four_sweeps_at_once(tmp_path: Path) -> None:
+def test_four_sweeps_at_once(server: Server, tmp_path: Path) -> None:
     """Two jobs each, in folders of their own; all that they kept on disk is in the database."""
-    with postgres() as database:
-        server = Server(tmp_path, backend=database).start(300)
-        try:
-            axes = ["recipe=w4a16_gptq", "rules.linear.weight.group_size=64,128", *TINY, f"tracking.uri={server.uri}"]
-            sweeps = [
-                subprocess.Popen([sys.executable, "-m", "wrapq", "sweep", *axes, f"paths.outputs={tmp_path}/s{i}"])
-                for i in range(WRITERS)
-            ]
-            assert [sweep.wait(1500) for sweep in sweeps] == [0] * WRITERS
-            client, sent = MlflowClient(tracking_uri=server.uri), 0
-            (experiment,) = [e for e in client.search_experiments() if e.name == "wrapq"]
-            runs = {run.info.run_id: run for run in client.search_runs([experiment.experiment_id])}
-            for i in range(WRITERS):
-                (parent,) = (Outbox(path.parent) for path in (tmp_path / f"s{i}").glob("sweep/*/sweep.json"))
-                jobs = [Outbox(path) for path in finished_runs(tmp_path / f"s{i}")]
-                assert len(jobs) == 2
-                for outbox in (parent, *jobs):
-                    assert (outbox.sent().count, outbox.sent().rejected) == (outbox.count(), [])
-                    run = runs.pop(outbox.sent().run_id)
-                    assert run.info.status == "FINISHED"
-                    assert run.data.tags.get(PARENT) == (None if outbox is parent else parent.sent().run_id)
-                    sent += outbox.count()
-            assert not runs
-            print(f"\n{WRITERS} sweeps of two jobs, {sent} records sent and found")
-        finally:
-            server.kill()
+    axes = ["recipe=w4a16_gptq", "rules.linear.weight.group_size=64,128", *TINY, f"tracking.uri={server.uri}"]
+    sweeps = [
+        subprocess.Popen([sys.executable, "-m", "wrapq", "sweep", *axes, f"paths.outputs={tmp_path}/s{i}"])
+        for i in range(WRITERS)
+    ]
+    assert [sweep.wait(1500) for sweep in sweeps] == [0] * WRITERS
+    client, sent = MlflowClient(tracking_uri=server.uri), 0
+    (experiment,) = [e for e in client.search_experiments() if e.name == "wrapq"]
+    runs = {run.info.run_id: run for run in client.search_runs([experiment.experiment_id])}
+    for i in range(WRITERS):
+        (parent,) = (Outbox(path.parent) for path in (tmp_path / f"s{i}").glob("sweep/*/sweep.json"))
+        jobs = [Outbox(path) for path in finished_runs(tmp_path / f"s{i}")]
+        assert len(jobs) == 2
+        for outbox in (parent, *jobs):
+            assert (outbox.sent().count, outbox.sent().rejected) == (outbox.count(), [])
+            run = runs.pop(outbox.sent().run_id)
+            assert run.info.status == "FINISHED"
+            assert run.data.tags.get(PARENT) == (None if outbox is parent else parent.sent().run_id)
+            sent += outbox.count()
+    assert not runs
+    print(f"\n{WRITERS} sweeps of two jobs, {sent} records sent and found")

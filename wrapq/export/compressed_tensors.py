@@ -145,8 +145,9 @@ def reading(logits: Mapping[str, Tensor]) -> Reading:
     """What `reload` found, with how it had to load."""
     ((how, values),) = logits.items()
     said = {DEQUANTIZED: _DEQUANTIZED, FLOAT_CACHE: _FLOAT_CACHE}
-    notes = [said[how].format(version=_version(), transformers=version("transformers"))] if how in said else []
-    return Reading(values, tuple(notes), frozenset(CACHE_NAMES) if how == FLOAT_CACHE else frozenset())
+    versions = {"version": _version(), "transformers": version("transformers")}
+    notes = tuple(note.format(**versions) for word, note in said.items() if word in how)
+    return Reading(values, notes, frozenset(CACHE_NAMES if FLOAT_CACHE in how else ()))
 
 
 def quantization_config(said: Translation, layers: Iterable[str]) -> Args:

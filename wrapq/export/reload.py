@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 PLAIN, DEQUANTIZED, FLOAT_CACHE = "plain", "dequantized", "float cache"
-"""Loaded as it is; only with every weight dequantized while it is loaded; without the scales of the cache."""
+"""Loaded as it is; only with every weight dequantized while it is loaded; without the scales of the cache, or both."""
 _FAULTS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 _CACHE_SCALES = (".k_scale", ".v_scale")
 
@@ -26,8 +26,8 @@ def read(folder: Path, ids: torch.Tensor, device: str) -> tuple[dict[str, torch.
     """The logits that transformers computes from `folder` for `ids` [B, T].
 
     Returns:
-        The logits under `plain`, `dequantized` or `float cache`, which says how the export had to be loaded; or
-        nothing, and why.
+        The logits under `plain`, or what of `dequantized` and `float cache` the export had to be loaded with, joined by
+        `, `; or nothing, and why.
     """
     threads = str(torch.get_num_threads())  # as many as here, since sums depend on how work is divided
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
@@ -48,19 +48,22 @@ def main(folder: str, ids: str, logits: str, device: str) -> None:
     from transformers import CompressedTensorsConfig
 
     try:
-        how, model = _load(folder)
+        how, (model, blind) = [], _load(folder)
     except (RuntimeError, ValueError) as error:
         first = f"{type(error).__name__}: {' '.join(str(error).split())}"
         try:
-            how, model = DEQUANTIZED, _load(folder, quantization_config=CompressedTensorsConfig(dequantize=True))[1]
+            how = [DEQUANTIZED]
+            model, blind = _load(folder, quantization_config=CompressedTensorsConfig(dequantize=True))
         except (RuntimeError, ValueError):
             sys.exit(first)
     with torch.no_grad():
         output = model.to(device)(input_ids=load_file(ids)["ids"].to(device), use_cache=False).logits
-    save_file({how: output.float().cpu().contiguous()}, logits)
+    how += [FLOAT_CACHE] if blind else []
+    save_file({", ".join(how) or PLAIN: output.float().cpu().contiguous()}, logits)
 
 
-def _load(folder: str, **options: Any) -> tuple[str, Any]:
+def _load(folder: str, **options: Any) -> tuple[Any, bool]:
+    """The model, and whether it has no place for the scales of the cache."""
     from transformers import AutoModelForCausalLM
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
@@ -72,7 +75,7 @@ def _load(folder: str, **options: Any) -> tuple[str, Any]:
     faults = [f"{fault}: {', '.join(sorted(map(str, report[fault]))[:5])}" for fault in _FAULTS if report.get(fault)]
     if faults:
         raise ValueError("; ".join(faults))
-    return FLOAT_CACHE if blind else PLAIN, model.eval()
+    return model.eval(), blind
 
 
 if __name__ == "__main__":

@@ -222,24 +222,14 @@ def _unread(recipe: Recipe, needs_data: bool, sources: Sources) -> list[Problem]
     """
     if needs_data:
         return []
-    keys = {f"calibration.{key}" for key in Calibration.model_fields}
-    unread = (*keys, "evaluation.compare_schedules")
     said = {
-        leaf: source
+        leaf: str(source).rpartition(":")[0]
         for leaf, source in sources.leaves.items()
-        if leaf.startswith("calibration.") or leaf in unread
-        if not str(source).startswith("conf/")
+        if leaf.startswith(("calibration.", "evaluation.compare_schedules")) and not str(source).startswith("conf/")
     }
-    files: dict[str, set[str]] = {}
-    for leaf, source in said.items():
-        files.setdefault(_file(source), set()).add(leaf)
+    keys = [f"calibration.{key}" for key in Calibration.model_fields]
+    complete = {file for file in said.values() if all(said.get(key) == file for key in keys)}
     what = "nothing reads it: no stage of this recipe looks at calibration data"
     return [
-        Unread(sources.where(leaf), what, (), "leave it out")
-        for leaf, source in said.items()
-        if not keys <= files[_file(source)]
+        Unread(sources.where(leaf), what, (), "leave it out") for leaf, file in said.items() if file not in complete
     ]
-
-
-def _file(source: object) -> str:
-    return str(source).rpartition(":")[0]

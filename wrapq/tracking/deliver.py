@@ -9,7 +9,7 @@ from typing import Any
 from wrapq.redact import redact
 from wrapq.tracking.base import StoreAwayError, TrackingError
 from wrapq.tracking.mlflow_store import Store
-from wrapq.tracking.outbox import OPEN, PARENT, Event, Lane, Outbox, Sent
+from wrapq.tracking.outbox import OPEN, PARENT, SWEEP, Event, Lane, Outbox, Sent
 
 BATCH = 1000  # MLflow's limits of one batch
 PARAMS, TAGS = 100, 100
@@ -101,12 +101,13 @@ def _open(outbox: Outbox, store: Store, sent: Sent) -> None:
     sent.count += sent.run_id is None  # the opening is an event too
     sent.run_id, sent.uri, sent.run_url = store.run_id, redact(store.uri), store.run_url
     sent.state, sent.reason = "open", ""
+    sent.linked |= SWEEP not in said["tags"] or PARENT in said["tags"]
     outbox.write_sent(sent)
 
 
 def _link(outbox: Outbox, store: Store, sent: Sent) -> None:
     """Make a job's run a child of its sweep's, when the sweep's had no id yet at the job's start."""
-    if (parent := outbox.parent()) is not None:
+    if not sent.linked and (parent := outbox.parent()) is not None:
         store.call("log", {"params": {}, "tags": {PARENT: parent}, "metrics": []})
         sent.linked = True
         outbox.write_sent(sent)

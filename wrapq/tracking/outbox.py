@@ -53,7 +53,7 @@ class Sent:
         record: bytes of the events whose records were sent.
         files: bytes of the events whose files were sent.
         count: how many events were taken.
-        linked: whether the run was made a child of its sweep's after it was created.
+        linked: whether the store knows the sweep that the run is a job of, or there is none.
         rejected: events that the store will never take, with its reasons.
     """
 
@@ -124,12 +124,14 @@ class Outbox:
         """The arguments of the first event, which say what the run is called and where it goes."""
         return next(self.read())[0].arguments
 
+    def tags(self) -> dict[str, str]:
+        """The tags that the run was begun with; none where its first event is not whole."""
+        return next((event.arguments.get("tags", {}) for event, _ in self.read()), {})
+
     def parent(self) -> str | None:
         """The run of the sweep that this run is a job of, where the store does not know yet that it is."""
-        tags = self.opening()["tags"]
-        if SWEEP not in tags or PARENT in tags or self.sent().linked:
-            return None
-        return Outbox(Path(tags[SWEEP])).sent().run_id
+        folder = None if self.sent().linked else self.tags().get(SWEEP)
+        return None if folder is None else Outbox(Path(folder)).sent().run_id
 
     def finished(self) -> bool:
         """Whether the last event about the run's status says that it ended."""

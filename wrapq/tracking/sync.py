@@ -42,7 +42,7 @@ def find_outboxes(folder: Path) -> list[Outbox]:
     found = [Outbox(events.parent.parent) for events in sorted(folder.rglob(f"{FOLDER}/{EVENTS}"))]
     if not found:
         raise TrackingError(f"{folder} holds no run that was recorded")
-    return sorted(found, key=lambda outbox: SWEEP in outbox.opening()["tags"])  # a sweep before its jobs
+    return sorted(found, key=lambda outbox: SWEEP in outbox.tags())  # a sweep before its jobs
 
 
 def sync(folder: Path, uri: str | None = None, experiment: str | None = None) -> Iterator[Synced]:
