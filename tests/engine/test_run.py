@@ -28,6 +28,8 @@ from wrapq.resolve.plan import Plan
 from wrapq.runtime.module import QuantizedModule
 from wrapq.tracking.base import flatten
 
+TOKEN_TEXT = "hf_" + "abcdefghijklmnopqrstuvwx"
+
 
 def run_small(recipe: str, outputs: Path, *overrides: str) -> RunResult:
     return wrapq.run(recipe, [*SMALL, "tracking=none", f"paths.outputs={outputs}", *overrides])
@@ -122,31 +124,31 @@ def test_no_secret_is_written_anywhere(finished: RunResult, outputs: Path) -> No
             assert TOKEN.encode() not in path.read_bytes(), path
 
 
-def test_secrets_in_the_settings_do_not_reach_the_record(tmp_path: Path) -> None:
-    uri = f"sqlite:///{tmp_path}/runs.db?password=swordfish123"
-    overrides = [*SMALL, f"paths.outputs={tmp_path}", f"tracking.uri='{uri}'"]
-    result = wrapq.run("demo", overrides)
-    for path in [*result.folder.iterdir(), *(tmp_path / "mlartifacts").rglob("*")]:
+@pytest.fixture(scope="module")
+def secretive(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+    """A run with a secret in the address of its store, and another in its recipe."""
+    folder = tmp_path_factory.mktemp("secretive")
+    text = (Path(__file__).resolve().parents[2] / "recipes" / "demo.yaml").read_text()
+    (folder / "mine.yaml").write_text(text.replace("description: ", f"description: made with {TOKEN_TEXT}, "))
+    uri = f"sqlite:///{folder}/runs.db?password=swordfish123"
+    return wrapq.run(f"{folder}/mine.yaml", [*SMALL, f"paths.outputs={folder}", f"tracking.uri='{uri}'"])
+
+
+def test_secrets_in_the_settings_do_not_reach_the_record(secretive: RunResult) -> None:
+    outputs = secretive.folder.parents[1]
+    for path in [*secretive.folder.iterdir(), *(outputs / "mlartifacts").rglob("*")]:
         assert path.is_dir() or b"swordfish123" not in path.read_bytes(), path
-    recipe = yaml.safe_load((result.folder / "recipe.lock.yaml").read_text())["recipe"]
+    recipe = yaml.safe_load((secretive.folder / "recipe.lock.yaml").read_text())["recipe"]
     assert not {"tracking", "runtime", "paths"} & recipe.keys()
 
 
-def test_a_secret_in_a_preset_stays_in_the_recipe(tmp_path: Path) -> None:
+def test_a_secret_in_a_preset_stays_in_the_recipe(secretive: RunResult) -> None:
     """The recipe of a run is what replays it, word for word; no log, page, parameter or tag repeats the secret."""
-    secret = "hf_" + "abcdefghijklmnopqrstuvwx"
-    text = (
-        (Path(__file__).resolve().parents[2] / "recipes" / "w8a16.yaml")
-        .read_text()
-        .replace("description: ", f"description: made with {secret}, ")
-    )
-    (tmp_path / "mine.yaml").write_text(text)
-    outputs = [f"paths.outputs={tmp_path}", f"tracking.uri=sqlite:///{tmp_path}/runs.db"]
-    result = wrapq.run(f"{tmp_path}/mine.yaml", ["evaluation.tokens=1024", *outputs])
-    holding = {path.name for path in result.folder.iterdir() if path.is_file() and secret.encode() in path.read_bytes()}
+    files = [path for path in secretive.folder.iterdir() if path.is_file()]
+    holding = {path.name for path in files if TOKEN_TEXT.encode() in path.read_bytes()}
     assert holding <= {"recipe.yaml", "recipe.lock.yaml", "plan.json"}
-    run = recorded(tmp_path / "runs.db")
-    assert secret not in str(run.data.params) + str(run.data.tags)
+    run = recorded(secretive.folder.parents[1] / "runs.db")
+    assert TOKEN_TEXT not in str(run.data.params) + str(run.data.tags)
 
 
 def test_without_tracking_there_is_no_database(tmp_path: Path) -> None:

@@ -219,6 +219,7 @@ def peak_of_run(model: Path, outputs: Path, load: str, limit: int = 0) -> int:
     return int(done.stdout.split()[-1])
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_block(tmp_path: Path) -> None:
     """Beside what a run of a model of next to no weights takes, with all that is imported on the way."""
     size = write_shards(tmp_path / "model", blocks=16, hidden=640, intermediate=1792)

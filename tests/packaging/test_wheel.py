@@ -106,6 +106,7 @@ def test_the_wheel_is_what_is_imported(installed: Path, tmp_path: Path) -> None:
     assert all(str(installed.parent) in line for line in result.stdout.splitlines())
 
 
+@pytest.mark.slow
 def test_the_default_recipe_runs_from_an_empty_folder(installed: Path, tmp_path: Path) -> None:
     result = call([str(installed / "wrapq"), "run", *SMALL], tmp_path, COLUMNS="120")
     assert [path.name for path in tmp_path.iterdir()] == ["outputs"]

@@ -35,7 +35,9 @@ def test_recipe_has_a_description(name: str) -> None:
     assert len(compose([f"recipe={name}"]).recipe.description) > 20
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "w4a16_autoround" else ()) for name in NAMES]
+)
 def test_recipe_runs_and_every_point_is_in_the_model(name: str, tmp_path: Path) -> None:
     result = wrapq.run(name, [*small(name), "tracking=none", f"paths.outputs={tmp_path}"])
     plan = Plan.model_validate_json((result.folder / "plan.json").read_text())
