@@ -14,7 +14,8 @@ from tests.resolve.conftest import MakePlan, make_plan, refusal  # noqa: F401
 from wrapq import load
 from wrapq.algorithms.fold_norms import FoldNorms, FoldOptions
 from wrapq.calibration.graph import find_graph
-from wrapq.calibration.surgery import Surgeon, norm_gain
+from wrapq.calibration.norms import norm_gain
+from wrapq.calibration.surgery import Surgeon
 
 FOLDED = {"llama": 5, "qwen2": 5, "qwen3": 5, "mistral": 5, "gemma2": 5, "gemma3": 5, "phi3": 5, "gpt2": 5, "opt": 5}
 FOLDED |= {"bert": 2, "mixtral": 5, "qwen2_moe": 5}

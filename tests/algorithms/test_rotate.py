@@ -124,11 +124,11 @@ def test_the_plan_shows_what_will_be_turned(make_plan: MakePlan) -> None:  # noq
     [
         ("turn: {algorithm: rotate}", "and no fold_norms before it folds model.layers.0.input_layernorm"),
         (
-            "fold: {algorithm: fold_norms}\ncle: {algorithm: cle}\nturn: {algorithm: rotate}",
-            "rotate cannot run there: it would mix the channels that a stage before it scaled",
+            "fold: {algorithm: fold_norms}\nawq: {algorithm: awq}\nturn: {algorithm: rotate}",
+            "rotate cannot run there: it needs norms that only normalize, and a stage before it scaled",
         ),
         ("turn: {algorithm: rotate, block: 48, rotations: [R1]}", "are no multiple of the block of 48"),
-        ("turn: {algorithm: rotate, rotations: [R3]}", "R3"),
+        ("turn: {algorithm: rotate, rotations: [R5]}", "R5"),
     ],
 )
 def test_stacks_that_cannot_work(stack: str, what: str, refusal: object) -> None:  # noqa: F811
@@ -144,5 +144,6 @@ def test_values_alone_need_no_folding(make_plan: MakePlan) -> None:  # noqa: F81
 @pytest.mark.timeout(900)
 def test_outliers_cost_static_inputs_hardly_anything_once_turned(shared_models: Path, tmp_path: Path) -> None:
     turn = ["+algorithm@stack.fold=fold_norms", "+algorithm@stack.turn=rotate", "stack.fold.untie=true"]
+    turn += ["stack.turn.rotations=[R1,R2,R4]"]
     assert loss("w8a8_static", shared_models, tmp_path) > 0.1
     assert loss("w8a8_static", shared_models, tmp_path, *turn) < 0.01

@@ -19,10 +19,9 @@ from wrapq.wrappers.model import Specs
 
 
 def smooth_specs(graph: Graph, weight: str = "int8:channel", given: str | None = "int8:tensor:asym") -> Specs:
-    """Specs for every linear that reads a feed, but for the head."""
+    """Specs for every linear of the blocks."""
     points = {"weight": QuantSpec.parse(weight)} | ({} if given is None else {"input": QuantSpec.parse(given)})
-    readers = [reader for feed in graph.feeds for reader in feed.readers]
-    return {r.module: points for r in readers if r.leaf.kind == "linear" and re.search(r"\.(layers?|h)\.", r.module)}
+    return {name: points for name in graph.linears if re.search(r"\.(layers?|h)\.", name)}
 
 
 @torch.no_grad()

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from tests.calibration.test_graph import Images
 from tests.conftest import build_model
 from wrapq.calibration.graph import Graph, find_graph
-from wrapq.calibration.surgery import Surgeon, norm_offset
+from wrapq.calibration.norms import norm_offset
+from wrapq.calibration.surgery import Surgeon
 from wrapq.calibration.transport import Rotated, Scaled, Shifted, carry_hessian, carry_magnitude
 from wrapq.errors import ModelError
 

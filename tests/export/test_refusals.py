@@ -245,3 +245,10 @@ def test_global_scales_that_vllm_would_merge_are_found() -> None:
     tensors["a.v_proj.weight_global_scale"] += 1
     said = next(unequal_global_scales(tensors))
     assert said == "vLLM runs a.q_proj and a.v_proj as one layer, but their weight_global_scale differ"
+
+
+def test_rotations_at_each_forward() -> None:
+    turn = ("+algorithm@stack.turn=rotate", "stack.turn.rotations=[R4]")
+    said = refusal(*layers("int8:channel:sym", "int8:token:sym:dyn"), *turn)
+    assert "model.layers.0.mlp.down_proj and 3 more: turn turns what comes to it at each forward" in said
+    assert "stack.turn.rotations=[R1,R2]" in said

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from tests.quant.strategies import specs
 from wrapq.algorithms.fold_norms import FoldOptions
+from wrapq.algorithms.rotate import RotateOptions
 from wrapq.algorithms.smoothquant import SmoothQuantOptions
 from wrapq.quant.short_form import ALIASES, PARTS
 from wrapq.quant.spec import QuantSpec
@@ -35,8 +36,9 @@ class Empty(BaseModel):
     pass
 
 
+TRANSFORMS = {"smoothquant": SmoothQuantOptions, "fold_norms": FoldOptions, "rotate": RotateOptions}
 SCHEMA = recipe_schema(
-    {"gptq": Gptq, "rtn": Empty, "ranges": Empty, "smoothquant": SmoothQuantOptions, "fold_norms": FoldOptions},
+    {"gptq": Gptq, "rtn": Empty, "ranges": Empty, **TRANSFORMS},
     {"text": Text, "demo": Text},
 )
 

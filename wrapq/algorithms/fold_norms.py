@@ -41,8 +41,9 @@ class FoldNorms(Transform):
 
     def misplaced(self, graph: Graph, targets: Sequence[str], before: Sequence[Placed]) -> str | None:
         """See `Transform.misplaced`."""
-        if any(its.transform.migrates for its in before):
-            return "it would fold back into the weights what a stage before it scaled out of the norms; name it first"
+        scaled = {name for its in before if its.transform.migrates for name in its.targets}
+        if back := [target for target in targets if target in scaled]:
+            return f"it would fold back into the weights what a stage before it scaled out of {back[0]}; name it first"
         return None
 
     def apply(self, surgeon: Surgeon, target: str, statistics: Mapping[str, InputStatistics]) -> Mapping[str, float]:

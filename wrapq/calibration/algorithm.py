@@ -177,6 +177,11 @@ class Transform(Algorithm):
         """Why it cannot change `targets` after the transforms `before`, or None when it can; asked by the plan."""
         return None
 
+    def online(self, graph: Graph, targets: Sequence[str]) -> tuple[str, ...]:
+        """The modules among `targets` that will change what comes to them at each forward: nothing can be moved into
+        or out of these afterwards, and the runtime of an export must do as they do."""
+        return ()
+
     @abstractmethod
     def apply(self, surgeon: Surgeon, target: str, statistics: Mapping[str, InputStatistics]) -> Mapping[str, float]:
         """Change `target`; returns figures worth keeping.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from wrapq.calibration.slots import Leaf
 from wrapq.calibration.trace import Source, Trace, trace
+from wrapq.wrappers.registry import WRAPPERS
 
 _EXAMPLE_TOKENS = 4
 
@@ -109,11 +110,15 @@ class Graph:
 
     Attributes:
         tied: for each module of whose parameters one is another's too, the others.
+        linears: the channels that each linear reads.
+        heads: the channels of a head, for each attention whose scores are ours to compute.
     """
 
     feeds: tuple[Feed, ...]
     streams: tuple[Stream, ...]
     tied: Mapping[str, tuple[str, ...]]
+    linears: Mapping[str, int] = field(default_factory=dict)
+    heads: Mapping[str, int] = field(default_factory=dict)
 
     @cached_property
     def by_producer(self) -> dict[str, Feed]:
@@ -150,7 +155,15 @@ def find_graph(model: nn.Module, inputs: Mapping[str, Any] | Sequence[Any] | Non
         if getattr(getattr(model, "config", None), "use_cache", None):
             inputs["use_cache"] = False
     found = trace(model, inputs)
-    return Graph(_feeds(found), _streams(found), _tied(model))
+    linears, heads = _widths(model, "Linear", "input"), _widths(model, "Attention", "key")
+    return Graph(_feeds(found), _streams(found), _tied(model), linears, heads)
+
+
+def _widths(model: nn.Module, kind: str, point: str) -> dict[str, int]:
+    """The channels that come to `point` of each module of a kind, where they are known."""
+    wrappers = ((name, module, WRAPPERS.find(module)) for name, module in model.named_modules())
+    widths = {name: w.width(module, point) for name, module, w in wrappers if w is not None and w.kind == kind}
+    return {name: width for name, width in widths.items() if width is not None}
 
 
 def _feeds(found: Trace) -> tuple[Feed, ...]:

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from wrapq.calibration.graph import Feed, Graph, Reader, Stream
-from wrapq.calibration.slots import Leaf, Slot
-from wrapq.calibration.transport import Rotated, Scaled, Shifted, Transport, turn
+from wrapq.calibration.norms import norm_gain, norm_offset
+from wrapq.calibration.slots import Leaf, Slot, find_leaf
+from wrapq.calibration.transport import Rotated, Scaled, Shifted, Transport, Turned, turn
 from wrapq.errors import ModelError
+from wrapq.runtime.rotation import ONLINE, OnlineRotation, turn_inputs
 from wrapq.wrappers.model import Specs
 
 _KEPT = 1e-9
@@ -36,7 +38,7 @@ class Surgeon:
         self.transports: dict[str, list[Transport]] = {}
         self.notes: list[str] = []
         self._before: dict[tuple[str, str], tuple[nn.Parameter | None, Tensor | None]] = {}
-        self._undo: list[Callable[[], None]] = []
+        self._undo: list[Callable[[], object]] = []
 
     def commit(self) -> None:
         """Keep what was changed; only what comes after can be undone."""
@@ -152,6 +154,34 @@ class Surgeon:
             self._rotate_reader(reader, blocks, matrix)
 
     @torch.no_grad()
+    def turn_inputs(self, name: str, rotation: OnlineRotation) -> None:
+        """Turn the input of the linear `name` at each forward, and its columns once.
+
+        Raises:
+            ModelError: it is turned already, or its weight is tied to another's.
+        """
+        module, leaf = self._module(name), find_leaf(self._module(name))
+        if leaf is None or leaf.reads is None:
+            raise ModelError(f"{name} does not multiply its input")
+        self._free(name)
+        last = self._edit(name, leaf.reads.parameter).movedim(int(leaf.reads.columns or 0), -1)
+        last.copy_(rotation(last.double()))
+        handle = turn_inputs(module, rotation.to(last.device))
+        self._undo += [partial(module._modules.pop, ONLINE), handle.remove]
+        self.transports.setdefault(name, []).append(Turned(rotation))
+
+    def turn_scores(self, name: str, rotation: OnlineRotation) -> None:
+        """Turn the queries and keys of the attention `name` before its points see them; what they multiply to stays.
+
+        Raises:
+            ModelError: they are turned already.
+        """
+        self._free(name)
+        device = next(self.model.parameters()).device
+        self._module(name).register_module(ONLINE, rotation.to(device))
+        self._undo.append(partial(self._module(name)._modules.pop, ONLINE))
+
+    @torch.no_grad()
     def untie(self, name: str) -> None:
         """Give the module `name` parameters of its own; the model's configuration says so from now on."""
         module = self._module(name)
@@ -175,6 +205,10 @@ class Surgeon:
             raise ModelError(f"{name} has no {parameter}")
         moved = tensor.detach().float().movedim(axis, -1)
         return moved.reshape(-1, moved.shape[-1])
+
+    def _free(self, name: str) -> None:
+        if ONLINE in self._module(name)._modules:
+            raise ModelError(f"{name} turns what comes to it already")
 
     def _others(self, name: str, parameter: str) -> list[str]:
         """The modules that have the very same parameter."""
@@ -279,36 +313,6 @@ def split_heads(feed: Feed) -> str | None:
         if not whole or not {tuple(part) for part in reader.columns.reshape(-1, size).tolist()} <= known:
             return f"{reader.module} reads parts of its heads"
     return None
-
-
-def norm_offset(norm: Any, name: str) -> float:
-    """What is added to a norm's weight before it multiplies: 0, or 1 in the families that store it as `1 + weight`.
-
-    Found by running the norm, so that no table of families is needed.
-
-    Raises:
-        ModelError: it does something else with its weight.
-    """
-    weight = norm._parameters["weight"]
-    x = torch.linspace(-1, 2, weight.shape[-1], dtype=weight.dtype, device=weight.device)
-    saved = norm._parameters.copy()
-    try:
-        norm._parameters |= {key: torch.zeros_like(value) for key, value in saved.items() if value is not None}
-        none = norm(x[None])
-        norm._parameters["weight"] = torch.ones_like(weight)
-        once = norm(x[None])
-    finally:
-        norm._parameters.update(saved)
-    if bool((none == 0).all()) and bool((once != 0).any()):
-        return 0.0
-    if torch.allclose(once, 2 * none):
-        return 1.0
-    raise ModelError(f"{name} ({type(norm).__name__}) does not multiply by its weight, nor by 1 + its weight")
-
-
-def norm_gain(norm: Any, name: str) -> Tensor:
-    """What a norm multiplies its channels by [N]."""
-    return norm.weight.detach().float() + norm_offset(norm, name)
 
 
 def _reads(reader: Reader) -> Slot:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from wrapq.calibration.statistics import InputStatistics
 from wrapq.errors import CalibrationError
+from wrapq.runtime.rotation import OnlineRotation
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,18 @@ class Rotated:
 
 
 @dataclass(frozen=True)
+class Turned:
+    """The input is now turned at each forward."""
+
+    rotation: OnlineRotation
+
+
+@dataclass(frozen=True)
 class Shifted:
     """A constant was taken from the input: nothing that was gathered before can be carried over."""
 
 
-Transport = Scaled | Rotated | Shifted
+Transport = Scaled | Rotated | Turned | Shifted
 
 
 def carry_hessian(hessian: Tensor, edits: Sequence[Transport]) -> Tensor | None:
@@ -48,6 +56,8 @@ def carry_hessian(hessian: Tensor, edits: Sequence[Transport]) -> Tensor | None:
         if isinstance(edit, Scaled):
             factors = edit.factors.to(carried)
             carried = carried / factors[:, None] / factors
+        elif isinstance(edit, Turned):
+            carried = edit.rotation(edit.rotation(carried).t()).t()
         else:
             turn(carried, -1, edit.blocks, edit.matrix)
             turn(carried, 0, edit.blocks, edit.matrix)

@@ -20,6 +20,7 @@ from wrapq.quant.spec import QuantSpec
 from wrapq.runtime.choose import choose_kernels
 from wrapq.runtime.kernel import REFERENCE
 from wrapq.runtime.module import QuantizedModule, QuantizedWeight, new_quantized
+from wrapq.runtime.rotation import ONLINE, OnlineRotation, turn_inputs
 from wrapq.wrappers.attention import Attention, use_attention_points
 from wrapq.wrappers.registry import WRAPPERS
 
@@ -67,6 +68,7 @@ def describe_model(model: nn.Module, tensors: Mapping[str, Tensor], tied: Mappin
             if isinstance(module, QuantizedModule)
         },
         "tied": dict(tied),
+        "rotated": [name for name, module in model.named_modules() if ONLINE in module._modules],
         "tensors": tensors_digest(tensors),
     }
     folder.write_text("config.json", cast(Any, model).config.to_json_string(use_diff=False))
@@ -255,6 +257,12 @@ def _skeleton(path: Path, manifest: Mapping[str, Any]) -> nn.Module:
         raise ModelError(f"{path / 'config.json'} cannot be read: {reason}") from error
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, manifest["dtype"]))
+    for name in manifest.get("rotated", ()):  # before what stands in for the module takes its parts over
+        module = model.get_submodule(name)
+        if (wrapper := WRAPPERS.find(module)) is not None and issubclass(wrapper, Attention):
+            module.register_module(ONLINE, OnlineRotation())
+        else:
+            turn_inputs(module, OnlineRotation())
     for name in sorted(manifest["modules"], key=lambda n: n.count(".")):
         specs = {point: QuantSpec.parse(text) for point, text in manifest["modules"][name].items()}
         module = model.get_submodule(name)

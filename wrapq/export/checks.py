@@ -49,6 +49,7 @@ def translate(plan: Plan, reader: str) -> Translation:
             refused.add(module, what, _REMEDY)
     _cache(plan, said, refused, reader)
     _corrections(plan, refused)
+    _online(plan, refused)
     said.problems += refused.problems()
     said.problems += _loading(said)
     if reader == VLLM:
@@ -90,6 +91,16 @@ def _corrections(plan: Plan, refused: _Refusals) -> None:
                 refused.add(module, "compressed-tensors has no word for a low-rank repair beside the weight", remedy)
             elif not module.has_bias:
                 refused.add(module, "it has no bias, and readers would drop the one of the correction", remedy)
+
+
+def _online(plan: Plan, refused: _Refusals) -> None:
+    """What changes at each forward, which a reader that builds the model anew would not do."""
+    modules = {module.name: module for module in plan.modules}
+    for stage in plan.stages:
+        for name in stage.online:
+            what = f"{stage.name} turns what comes to it at each forward, and readers would drop that"
+            remedy = f"leave it out, as with stack.{stage.name}.rotations=[R1,R2], or run with export=none"
+            refused.add(modules[name], what, remedy)
 
 
 def _cache(plan: Plan, said: Translation, refused: _Refusals, reader: str) -> None:

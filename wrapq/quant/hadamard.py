@@ -44,6 +44,16 @@ def around_ones(width: int, kind: Kind, seed: int) -> Tensor:
     return mirror.t() @ inner @ mirror
 
 
+def factors(width: int) -> tuple[Tensor, Tensor] | None:
+    """Hadamard matrices L [A, A] and R [B, B], `A B = width`, whose Kronecker product is one of that width, with the
+    least `A + B`: what multiplying a row by them takes for each of its elements; None where there are none."""
+    for left in range(int(width**0.5), 0, -1):
+        pair = (hadamard(left), hadamard(width // left)) if width % left == 0 else (None, None)
+        if pair[0] is not None and pair[1] is not None:
+            return pair[0], pair[1]
+    return None
+
+
 def hadamard(width: int) -> Tensor | None:
     """A matrix H [D, D] of 1 and -1 in float64 with `H H^T = D I`; None where Sylvester and Paley give none."""
     if width in (1, 2):

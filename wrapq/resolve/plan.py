@@ -77,6 +77,8 @@ class StagePlan(_Frozen):
     needs: tuple[str, ...]
     """The statistics that are gathered for it."""
     source: str
+    online: tuple[str, ...] = ()
+    """The modules that change what comes to them at each forward from then on."""
 
 
 class ModelFacts(_Frozen):

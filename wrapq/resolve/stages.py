@@ -133,7 +133,9 @@ def plan_stages(
     return tuple(stages), problems + list(_undecided(modules, owner))
 
 
-def _stage(entry: StackEntry, targets: tuple[str, ...], needs: tuple[str, ...], sources: Sources) -> StagePlan:
+def _stage(
+    entry: StackEntry, targets: tuple[str, ...], needs: tuple[str, ...], sources: Sources, online: tuple[str, ...] = ()
+) -> StagePlan:
     return StagePlan(
         name=entry.name,
         algorithm=entry.stage.algorithm,
@@ -142,6 +144,7 @@ def _stage(entry: StackEntry, targets: tuple[str, ...], needs: tuple[str, ...], 
         targets=targets,
         needs=needs,
         source=sources.of(f"stack.{entry.name}.algorithm"),
+        online=online,
     )
 
 
@@ -150,14 +153,15 @@ def _plan_transform(
 ) -> tuple[StagePlan, list[Problem]]:
     where = sources.where(f"stack.{entry.name}")
     targets: tuple[str, ...] = ()
+    online: tuple[str, ...] = ()
     algorithm = cast(Transform, entry.algorithm(entry.options))
     try:
         found = transforms.ask(entry.name, entry.stage.algorithm, algorithm, allowed)
         problems = list(transforms.check(entry.name, entry.stage.algorithm, algorithm, found, where))
-        targets = found.targets
+        targets, online = found.targets, algorithm.online(transforms.graph, found.targets)
     except ModelError as error:
         problems = [Problem(where, f"{entry.stage.algorithm} cannot follow this model: {error}")]
-    return _stage(entry, targets, entry.needs, sources), problems
+    return _stage(entry, targets, entry.needs, sources, online), problems
 
 
 def _without_statistics(

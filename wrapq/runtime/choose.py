@@ -141,7 +141,7 @@ def _judge(module: QuantizedWeight, candidates: list[type[Kernel]], policy: str)
     if not usable:
         return _Verdict(None, _bytes(module, None), reason=_reason(reasons, policy))
     inputs = {rows: x for rows in ROWS if (x := _input(module, rows)) is not None}
-    reference = {rows: _seconds(module, x) for rows, x in inputs.items()}
+    reference = {rows: _seconds(module.forward, x) for rows, x in inputs.items()}
     floats = _float_seconds(module, inputs)
     best, best_times = None, reference
     for kernel in usable:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from wrapq.errors import ModelError
+from wrapq.runtime.rotation import ONLINE
 from wrapq.wrappers.base import Point, Wrapper
 from wrapq.wrappers.quantizer import VISIBLE
 from wrapq.wrappers.registry import WRAPPERS
@@ -30,7 +31,8 @@ _HEADS_FIRST = 2  # tokens are dimension 2 of [B, H, T, D]
 class Attention(Wrapper):
     """Scaled dot-product attention with all its tensors as points.
 
-    `query`, `key` and `value` are [B, H, T, D] after position encoding, `key` and `value` as the cache holds them;
+    `query`, `key` and `value` are [B, H, T, D] after position encoding, `key` and `value` as the cache holds them; an
+    online rotation turns `query` and `key` before;
     `scores` [B, H, T, S] before the mask is added, `probs` after softmax, `context` [B, T, H, D] their product with
     value.
     """
@@ -97,6 +99,8 @@ def attention_forward(
     if kwargs.get("s_aux") is not None:
         raise ModelError(f"{type(module).__name__} uses attention sinks, which the attention points do not cover")
     q: Callable[..., Tensor] = module.q if isinstance(module, Attention) else _unquantized
+    if wrapped and (turn := module._modules.get(ONLINE)) is not None:
+        query, key = turn(query), turn(key)
     repeat = query.shape[1] // key.shape[1]
     key, value = q("key", key, _HEADS_FIRST), q("value", value, _HEADS_FIRST)
     if repeat > 1:
