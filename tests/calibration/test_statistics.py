@@ -13,6 +13,7 @@ from tests.conftest import build_model
 from wrapq import PTQConfig, prepare
 from wrapq.algorithms.rtn import RTN
 from wrapq.calibration.algorithm import Rounded
+from wrapq.calibration.factor import inverse_of_triangle
 from wrapq.calibration.recall import Recall
 from wrapq.calibration.statistics import PARTS, TWIN, InputStatistics, UnusableStatisticsError
 from wrapq.calibration.store import Store
@@ -105,3 +106,24 @@ def test_algorithms_with_other_needs_read_the_parts_they_share(tmp_path: Path, t
     assert set(read.given[where].sums) == {"hessian"}
     recall, _ = walk("mean", "hessian")
     assert recall.hits == 0
+
+
+@pytest.mark.parametrize("columns", [1, 127, 128, 129, 500, 1408])
+def test_a_hessian_summed_by_halves_is_whole(columns: int) -> None:
+    statistics, rows = InputStatistics(), torch.randn(3, 40, columns)
+    for part in rows:
+        statistics.add(part)
+    expected = rows.flatten(0, 1).double().t() @ rows.flatten(0, 1).double()
+    torch.testing.assert_close(statistics.sums["hessian"].double(), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(statistics.sums["hessian"][-1, :-1], statistics.sums["hessian"][:-1, -1])
+    statistics.add(rows[0])  # after somebody has read it
+    expected += rows[0].double().t() @ rows[0].double()
+    torch.testing.assert_close(statistics.sums["hessian"].double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [1, 2, 127, 128, 129, 300, 777])
+def test_the_inverse_of_a_triangle(size: int) -> None:
+    lower = torch.randn(size, size, dtype=torch.double).tril_() / size + torch.eye(size)
+    expected = torch.linalg.inv(lower)
+    torch.testing.assert_close(inverse_of_triangle(lower), expected, rtol=1e-10, atol=1e-12)
+    assert not inverse_of_triangle(lower).triu(1).any()

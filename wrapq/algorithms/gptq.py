@@ -8,7 +8,7 @@ every column j > i.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -77,10 +77,9 @@ class GPTQ(Rounder):
                 weight, statistics.sums["cross"].float(), factor
             )
         hessian = statistics.get("hessian", where).float()
-        tried = self._ranges(weight, spec, hessian, where)
-        codes = gptq(weight, tried, factor, self.options.block_size)
-        chosen, qparams = best_of_each_row(weight, codes, tried, hessian)
-        return Rounded(chosen, qparams, {"damp": factor.damp, "dead_columns": float(factor.dead.sum())})
+        ranges = self._ranges(weight, spec, hessian, where)
+        codes, qparams = best_of_each_row(gptq(weight, ranges, factor, self.options.block_size), ranges)
+        return Rounded(codes, qparams, {"damp": factor.damp, "dead_columns": float(factor.dead.sum())})
 
     def _ranges(self, weight: Tensor, spec: QuantSpec, hessian: Tensor, where: str) -> list[QParams]:
         if self.options.ranges == "hessian":
@@ -94,12 +93,21 @@ class GPTQ(Rounder):
         return [*observed, by_output, QParams(spec, scale, zero_point, global_scale=by_output.global_scale)]
 
 
-def gptq(weight: Tensor, ranges: Sequence[QParams], factor: Factor, block_size: int = 128) -> list[Tensor]:
-    """The codes [N, K] for `weight` [N, K] in the grid of each of `ranges`, all of one spec.
+class Solved(NamedTuple):
+    """A weight rounded in one of the ranges: its codes [N, K], and for each row what that loses [N],
+    `d (H + damping) d^T` for the error d in the columns that data reached."""
+
+    codes: Tensor
+    lost: Tensor
+
+
+def gptq(weight: Tensor, ranges: Sequence[QParams], factor: Factor, block_size: int = 128) -> list[Solved]:
+    """`weight` [N, K] rounded in the grid of each of `ranges`, all of one spec.
 
     Columns that no data reached are rounded to nearest. The work is done on the transposed weight, whose rows are the
     columns that the algorithm goes through, so that each step reads memory in order; several ranges stand side by side,
-    as if the weight had so many times its rows, which are independent of each other.
+    as if the weight had so many times its rows, which are independent of each other. What is lost comes for free:
+    `d H d^T` is the sum of the squares of `(w - q) / U_ii`.
     """
     (rows, columns), spec = weight.shape, ranges[0].spec
     order = torch.arange(columns, device=weight.device) if factor.order is None else factor.order
@@ -108,46 +116,49 @@ def gptq(weight: Tensor, ranges: Sequence[QParams], factor: Factor, block_size: 
     zero = torch.cat(zeros, 1) if zeros else None
     # [K, N x ranges]: the open columns, then in their place grid points
     steps = weight.float().t()[order].repeat(1, len(ranges))
-    upper, step = factor.upper, 1 / factor.upper.diagonal()
+    upper, step, reached = factor.upper, (1 / factor.upper.diagonal()).tolist(), (~factor.dead).float()
+    errors, lost = steps.new_empty(min(block_size, columns), steps.shape[1]), steps.new_zeros(steps.shape[1])
+    # views are made once for all: a column takes microseconds
+    lines, scales = steps.unbind(), scale.unbind()
+    points = [None] * columns if zero is None else zero.unbind()
+    done, weights = errors.t(), upper.t().contiguous()
     for start in range(0, columns, block_size):
         stop = min(start + block_size, columns)
-        errors = torch.empty(stop - start, steps.shape[1], device=weight.device)  # (w - q) / U_ii
         for i in range(start, stop):
-            done = errors[: i - start]
-            column = torch.addmv(steps[i], done.t(), upper[start:i, i], alpha=-1)
-            chosen = round_to_grid(column / scale[i], None if zero is None else zero[i], spec.dtype)
-            steps[i] = chosen
-            torch.mul(column.sub_(chosen.mul_(scale[i])), step[i], out=errors[i - start])
+            column = torch.addmv(lines[i], done[:, : i - start], weights[i, start:i], alpha=-1)
+            chosen = round_to_grid(torch.div(column, scales[i], out=lines[i]), points[i], spec.dtype)
+            if chosen is not lines[i]:
+                lines[i].copy_(chosen)
+            column.addcmul_(lines[i], scales[i], value=-1)
+            torch.mul(column, step[i], out=errors[i - start])  # (w - q) / U_ii
+        block = errors[: stop - start]
+        lost += (block.square() * reached[start:stop, None]).sum(0)
         if stop < columns:
-            steps[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1)
+            steps[stop:].addmm_(upper[start:stop, stop:].t(), block, alpha=-1)
     codes = quantize_elements(steps, torch.ones(1, device=weight.device), zero, spec.dtype)
     result = torch.empty_like(codes)
     result[order] = codes
-    return [part.t().contiguous() for part in result.split(rows, 1)]
+    parts = zip(result.split(rows, 1), lost.split(rows), strict=True)
+    return [Solved(part.t().contiguous(), its) for part, its in parts]
 
 
-def best_of_each_row(
-    weight: Tensor, codes: Sequence[Tensor], ranges: Sequence[QParams], hessian: Tensor
-) -> tuple[Tensor, QParams]:
-    """Of several roundings of `weight` [N, K], for each row the one with the least output error under `hessian` [K, K].
+def best_of_each_row(tried: Sequence[Solved], ranges: Sequence[QParams]) -> tuple[Tensor, QParams]:
+    """Of one weight [N, K] solved in several `ranges`, for each row the codes that lose least, and their parameters.
 
     Rows that share a scale are taken together.
     """
     if len(ranges) == 1:
-        return codes[0], ranges[0]
-    errors = []
-    for integers, qparams in zip(codes, ranges, strict=True):
-        difference = qparams.dequantize(integers, torch.float32) - weight.float()
-        errors.append(((difference @ hessian) * difference).sum(1))
-    spec, rows = ranges[0].spec, len(weight)
-    tall = tile(weight.shape, spec)[0]
-    bands = pad(torch.stack(errors), (0, -rows % tall)).unflatten(1, (-1, tall)).sum(2)  # [ranges, N / tall]
+        return tried[0].codes, ranges[0]
+    spec, (rows, columns) = ranges[0].spec, tried[0].codes.shape
+    tall = tile((rows, columns), spec)[0]
+    lost = torch.stack([its.lost for its in tried])
+    bands = pad(lost, (0, -rows % tall)).unflatten(1, (-1, tall)).sum(2)  # [ranges, N / tall]
     best = bands.argmin(0)
     picked = best.repeat_interleave(tall)[:rows]
-    integers = torch.stack(list(codes))[picked, torch.arange(rows, device=weight.device)]
+    codes = torch.stack([its.codes for its in tried])[picked, torch.arange(rows, device=lost.device)]
     scale = _pick(best, [qparams.scale for qparams in ranges])
     zeros = [qparams.zero_point for qparams in ranges if qparams.zero_point is not None]
-    return integers, QParams(spec, scale, _pick(best, zeros) if zeros else None, global_scale=ranges[0].global_scale)
+    return codes, QParams(spec, scale, _pick(best, zeros) if zeros else None, global_scale=ranges[0].global_scale)
 
 
 def _pick(best: Tensor, values: Sequence[Tensor]) -> Tensor:

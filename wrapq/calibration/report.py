@@ -23,6 +23,7 @@ def rounding_report(weight: Tensor, rounded: Rounded, statistics: InputStatistic
     report = {"weight_sqnr_db": float(sqnr)}
     if statistics is not None and "hessian" in statistics.sums:
         matrix = statistics.sums["hessian"].float()
-        lost, there = (((part @ matrix) * part).sum() for part in (difference, weight))
+        both = torch.cat([difference, weight])
+        lost, there = ((both @ matrix) * both).unflatten(0, (2, -1)).sum((1, 2))
         report |= {"output_error": float(lost / there) if there else 0.0, "rows": float(statistics.rows)}
     return report | dict(rounded.report)
