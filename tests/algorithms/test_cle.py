@@ -11,8 +11,9 @@ from tests.calibration.test_graph import Images
 from tests.conftest import FAMILIES, build_model
 from tests.resolve.conftest import make_plan, refusal  # noqa: F401
 from wrapq import PTQConfig, calibrate, convert, prepare
-from wrapq.algorithms.cle import CLE
+from wrapq.algorithms.cle import CLE, absorb
 from wrapq.calibration.graph import find_graph
+from wrapq.calibration.statistics import InputStatistics
 from wrapq.calibration.surgery import Surgeon
 from wrapq.errors import PlanError
 from wrapq.quant.spec import QuantSpec
@@ -79,3 +80,38 @@ def test_what_smoothquant_scales_is_not_equalized_as_well(refusal: object) -> No
     rules = "l: {match: {type: Linear}, weight: int8:channel, points: {input: int8:token:dyn}}"
     stack = "smooth: {algorithm: smoothquant, feeds: all}\nequal: {algorithm: cle}\nround: {algorithm: rtn}"
     assert "smooth and equal would both scale the input of" in refusal(rules, stack)  # type: ignore[operator]
+
+
+def test_high_biases_are_absorbed_as_in_the_paper() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)).double().requires_grad_(False)
+    model[0].bias.copy_(torch.tensor([9.0, -9.0, 0.0, 9.0, 9.0]))
+    batches = [torch.randn(40, 6, dtype=torch.float64) for _ in range(3)]
+    before = [model(x) for x in batches]
+    (w1, b1), (w2, b2) = ((model[i].weight.clone(), model[i].bias.clone()) for i in (0, 2))
+    least = torch.relu(torch.cat(batches) @ w1.t() + b1).amin(0)
+    graph = find_graph(model, [batches[0]])
+    statistics = InputStatistics(("least",))
+    for x in batches:
+        statistics.add(torch.relu(model[0](x)))
+    surgeon = Surgeon(model, graph, {"0": W8})
+    assert absorb(surgeon, graph.by_producer["0"], {"2": statistics}) == 3
+    torch.testing.assert_close(model[0].bias, b1 - least, rtol=1e-5, atol=1e-5)  # section 4.1.3, equations 13 to 15
+    torch.testing.assert_close(model[2].bias, b2 + w2 @ least, rtol=1e-5, atol=1e-5)
+    for x, expected in zip(batches, before, strict=True):
+        torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_convolutions_absorb_unless_they_pad_with_zeros(padding: int) -> None:
+    torch.manual_seed(0)
+    model, x = Images().requires_grad_(False), torch.randn(4, 3, 8, 8)
+    model.first.bias.add_(8.0)
+    if padding:
+        model.second, model.pool = nn.Conv2d(4, 5, 3, padding=padding).requires_grad_(False), nn.MaxPool2d(3)
+    expected, bias = model(x), model.first.bias.clone()
+    prepared = prepare(model, PTQConfig(weight="int8:tensor:sym", activation=None))
+    stack = {"equalize": {"algorithm": "cle", "absorb": True}, "round": "rtn"}
+    (figures,) = calibrate(prepared, [x], stack).transforms["equalize"].values()
+    assert (figures["absorbed_channels"] >= 4) == (padding == 0)
+    assert float((prepared(x) - expected).norm() / expected.norm()) < 0.05
+    assert padding or float(model.first.bias.max()) < float(bias.max()) - 1

@@ -42,11 +42,12 @@ class Keeping(RTN):
 def literal(x: Tensor) -> dict[str, Tensor]:
     """The definitions, in float64."""
     x = x.double()
-    return {"hessian": x.t() @ x, "absmax": x.abs().amax(0), "mean": x.mean(0), "mean_abs": x.abs().mean(0)}
+    ends = {"absmax": x.abs().amax(0), "least": x.amin(0)}
+    return {"hessian": x.t() @ x, **ends, "mean": x.mean(0), "mean_abs": x.abs().mean(0)}
 
 
 @pytest.mark.parametrize(
-    "needs", [("absmax",), ("mean", "mean_abs"), ("hessian", "absmax", "mean", "float64")], ids=str
+    "needs", [("absmax",), ("mean", "mean_abs"), ("hessian", "absmax", "least", "mean", "float64")], ids=str
 )
 def test_gathers_what_was_declared_and_nothing_else(needs: tuple[str, ...]):
     rows = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)) - 1

@@ -20,6 +20,7 @@ from torch import Tensor
 from wrapq.calibration.statistics import PARTS, InputStatistics
 from wrapq.observers.base import Observer, make_observer
 
+_OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 _VARIABLES = (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))
 
 
@@ -80,7 +81,7 @@ class Processes:
         rows = torch.tensor(statistics.rows, device=self._device)
         dist.all_reduce(rows)
         for name, value in statistics.sums.items():
-            dist.all_reduce(value, dist.ReduceOp.MAX if PARTS[name].reduce == "max" else dist.ReduceOp.SUM)
+            dist.all_reduce(value, _OPERATIONS[PARTS[name].reduce])
         statistics.rows = int(rows)
 
     def merge_observer(self, observer: Observer) -> None:

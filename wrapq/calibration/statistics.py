@@ -24,7 +24,8 @@ class Part(NamedTuple):
 
     dims: Literal[1, 2]
     add: Callable[[Tensor, Tensor, Rows], object]
-    reduce: Literal["sum", "max"] = "sum"
+    reduce: Literal["sum", "max", "min"] = "sum"
+    start: float = 0.0
 
 
 def _add_gram(held: Tensor, x: Tensor, reference: Rows) -> None:
@@ -64,6 +65,7 @@ PARTS: dict[str, Part] = {
     "mean": Part(1, lambda held, x, _: held.add_(x.sum(0))),
     "mean_abs": Part(1, lambda held, x, _: held.add_(x.abs().sum(0))),
     "absmax": Part(1, lambda held, x, _: held.copy_(torch.maximum(held, x.abs().amax(0))), "max"),
+    "least": Part(1, lambda held, x, _: held.copy_(torch.minimum(held, x.amin(0))), "min", torch.inf),
 }
 """What an algorithm may declare that it needs of a weight's input."""
 
@@ -80,8 +82,8 @@ class InputStatistics:
     Args:
         needs: what is gathered, and nothing else: `hessian`, `X^T X` [K, K]; `cross`, `(F - X)^T X` [K, K], F being the
             rows that the float model has where the quantized one has X; `mean_shift` [K], the
-            mean of F - X; `absmax`, `mean` and `mean_abs` [K], the
-            largest magnitude of each channel, its mean and that of its magnitude. With `float64` in that precision.
+            mean of F - X; `absmax`, `least`, `mean` and `mean_abs` [K],
+            the largest magnitude of each channel, its least value, its mean and that of its magnitude. With `float64` in that precision.
 
     Attributes:
         rows: how many rows were seen.
@@ -118,7 +120,8 @@ class InputStatistics:
     def start(self, columns: int, device: torch.device) -> None:
         """Make the sums, of K `columns`, unless they are there."""
         for name in sorted(self.needs - PRECISIONS) if not self._sums else ():  # all processes in one order
-            self._sums[name] = torch.zeros((columns,) * PARTS[name].dims, dtype=self.dtype, device=device)
+            shape, start = (columns,) * PARTS[name].dims, PARTS[name].start
+            self._sums[name] = torch.full(shape, start, dtype=self.dtype, device=device)
 
     def get(self, part: str, where: str) -> Tensor:
         """One of the statistics that were asked for; the Hessian and the cross term as sums, which no M divides.

@@ -115,6 +115,36 @@ class Surgeon:
         self._edit(feed.producer, "weight")[feed.channels] = 1 - norm_offset(norm, feed.producer)
 
     @torch.no_grad()
+    def absorb(self, feed: Feed, amounts: Tensor) -> None:
+        """Take `amounts` [N], 0 or more, from the bias that makes a feed's channels, and add what its readers make of
+        them to theirs. Behind a ReLU it keeps the function where no channel was less than its amount.
+
+        Raises:
+            ModelError: see `unshiftable`.
+        """
+        if (reason := self.unshiftable(feed)) is not None:
+            raise ModelError(f"{feed.name}: {reason}")
+        bias = self._edit(feed.producer, str(feed.leaf.writes and feed.leaf.writes.bias))
+        bias.sub_(amounts.to(bias))
+        for reader in feed.readers:
+            self._add_bias(reader, amounts)
+
+    def unshiftable(self, feed: Feed) -> str | None:
+        """Why a constant cannot be moved from what makes the channels of `feed` into what reads them."""
+        slot = feed.leaf.writes
+        if not feed.path <= {"positive"} or not feed.closed:
+            return "between it and what reads it there is more than a ReLU, or others see it"
+        if slot is None or slot.bias is None or self._module(feed.producer)._parameters.get(slot.bias) is None:
+            return f"{feed.producer} has no bias"
+        for reader in feed.readers:
+            padding: Any = getattr(self._module(reader.module), "padding", ())
+            if padding != "valid" and any(padding):
+                return f"{reader.module} pads with zeros, which a constant would have to be taken from as well"
+            if reader.leaf.kind not in ("linear", "conv"):
+                return f"{reader.module} cannot take a bias"
+        return None
+
+    @torch.no_grad()
     def rotate_stream(self, stream: Stream, blocks: Tensor, matrix: Tensor) -> None:
         """Multiply each of the `blocks` [B, D] of a residual stream's channels by `matrix` [D, D] from the right, where
         modules write into it, and what reads its norms by the inverse.
@@ -272,13 +302,13 @@ class Surgeon:
     def _add_bias(self, reader: Reader, moved: Tensor) -> None:
         """Add what the constant `moved` [N] in its input gives to the output of a linear."""
         slot, module = _reads(reader), self._module(reader.module)
-        if reader.leaf.kind != "linear" or slot.bias is None:
+        if reader.leaf.kind not in ("linear", "conv") or slot.bias is None:
             raise ModelError(f"{reader.module} ({type(module).__name__}) cannot take the bias of the norm before it")
         weight = module._parameters[slot.parameter]
         owned = (reader.columns >= 0).to(moved.device)
         constant = torch.where(owned, moved[reader.columns.clamp(min=0).to(moved.device)], 0).double()
-        matrix = weight.double() if slot.columns == 1 else weight.double().t()  # type: ignore[union-attr]
-        added = matrix @ constant
+        matrix = weight.double().movedim(int(slot.columns or 0), 1)  # type: ignore[union-attr]
+        added = matrix.flatten(2).sum(2) @ constant if matrix.dim() > 2 else matrix @ constant
         if module._parameters.get(slot.bias) is None:
             self._before.setdefault((reader.module, slot.bias), (None, None))
             new = torch.zeros(len(added), dtype=weight.dtype, device=added.device)  # type: ignore[union-attr]

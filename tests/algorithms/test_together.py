@@ -1,0 +1,36 @@
+"""Fold, rotate and smooth, one after the other as a stack runs them: the function stays on every family."""
+
+from __future__ import annotations
+
+import pytest
+from torch import Tensor
+
+from tests.algorithms.transforming import outputs_moved
+from tests.conftest import FAMILIES, build_model
+from wrapq.algorithms.awq import AWQ
+from wrapq.algorithms.cle import CLE
+from wrapq.algorithms.fold_norms import FoldNorms, FoldOptions
+from wrapq.algorithms.rotate import Rotate, RotateOptions
+from wrapq.algorithms.smoothquant import SmoothQuant, SmoothQuantOptions
+from wrapq.calibration.algorithm import Transform
+
+EVERY = (*FAMILIES, "gemma3", "mixtral", "qwen2_moe")
+ALL = SmoothQuantOptions(feeds="all")
+
+
+def stack(name: str) -> list[Transform]:
+    fold, turn = FoldNorms(FoldOptions(untie=True)), Rotate(RotateOptions(rotations=("R1", "R2", "R4")))
+    return {
+        "fold, rotate, smooth": [fold, turn, SmoothQuant()],
+        "fold, smooth, turn online": [fold, SmoothQuant(ALL), Rotate(RotateOptions(rotations=("R4",)))],
+        "cle, fold, rotate, awq": [CLE(), fold, Rotate(), AWQ()],
+    }[name]
+
+
+@pytest.mark.parametrize("name", ["fold, rotate, smooth", "fold, smooth, turn online", "cle, fold, rotate, awq"])
+@pytest.mark.parametrize("family", EVERY)
+def test_the_function_stays(family: str, name: str, token_batches: list[Tensor]) -> None:
+    change, found = outputs_moved(build_model(family), stack(name), token_batches)
+    assert 1e-9 < change < 2e-5
+    for transform, its in zip(stack(name), found, strict=True):
+        assert its.targets or its.left, f"{type(transform).__name__} neither does anything nor says why"
