@@ -83,7 +83,7 @@ def test_a_walk_gives_each_weight_the_statistics_of_its_input(schedule: str, tok
     layer.q_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().flatten(0, 1)))
     for ids in token_batches:
         original(input_ids=ids, use_cache=False)
-    rounder = Keeping("absmax", "mean", "mean_abs", "hessian")
+    rounder = Keeping("absmax", "least", "mean", "mean_abs", "hessian")
     gptq_walker(model, rounder).run(as_batches(token_batches), schedule)
     given = [rounder.given[f"model.layers.0.self_attn.{name}_proj.weight"] for name in "qkv"]
     assert given[0] is given[1] is given[2]

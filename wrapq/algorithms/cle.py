@@ -2,9 +2,10 @@
 
 Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", arXiv:1906.04721, equation 11:
 for a channel whose largest weights are `r1` where it is made and `r2` where it is read, `s = sqrt(r1 / r2)`, by which
-the first is divided and the second multiplied. Where feeds follow each other it is repeated until nothing moves. Section
-4.1.3, absorbing high biases: a constant that a channel always exceeds passes the ReLU and moves into the next bias. The
-paper takes three deviations below the mean that a batch norm tells; here it is the least value in calibration data.
+the first is divided and the second multiplied. Where feeds follow each other it is repeated until nothing moves.
+
+Section 4.1.3, absorbing high biases: a constant that a channel always exceeds passes the ReLU and moves into the next
+bias. The paper takes three deviations below the mean that a batch norm tells; here it is the least value in the data.
 """
 
 from __future__ import annotations

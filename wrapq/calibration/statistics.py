@@ -81,9 +81,9 @@ class InputStatistics:
 
     Args:
         needs: what is gathered, and nothing else: `hessian`, `X^T X` [K, K]; `cross`, `(F - X)^T X` [K, K], F being the
-            rows that the float model has where the quantized one has X; `mean_shift` [K], the
-            mean of F - X; `absmax`, `least`, `mean` and `mean_abs` [K],
-            the largest magnitude of each channel, its least value, its mean and that of its magnitude. With `float64` in that precision.
+            rows that the float model has where the quantized one has X; `mean_shift` [K], the mean of F - X; of each
+            channel [K] `absmax`, its largest magnitude, `least`, its least value, `mean`, and `mean_abs`, that of its
+            magnitude. With `float64` in that precision.
 
     Attributes:
         rows: how many rows were seen.
