@@ -2,8 +2,9 @@
 
 JOBS is a JSON list of mappings: `model`, `dtype`, `out` and `recipe` (YAML); for a recipe that looks at data `tokens`,
 a `.safetensors` file of ids [S, T], and if need be `batch_size` and `pipeline`; `dense: true` to save the weights as
-they are after quantization, under the names of the float model, in `out/model.safetensors` alone. Each job is answered
-by a line `RESULT {"out": ..., "seconds": ...}`, or by `RESULT {"out": ..., "error": ...}`.
+they are after quantization, under the names of the float model, in `out/model.safetensors` alone; `logits`, another
+file of ids, to save what the model that is left in memory computes for them [S, T, V], in `out/logits.safetensors`.
+Each job is answered by a line `RESULT {"out": ..., "seconds": ...}`, or by `RESULT {"out": ..., "error": ...}`.
 """
 
 import json
@@ -29,6 +30,9 @@ def run(job: dict) -> float:
     if job.get("dense"):
         out.mkdir(parents=True, exist_ok=True)
         save_file(dense_weights(model), out / "model.safetensors")
+    elif "logits" in job:
+        out.mkdir(parents=True, exist_ok=True)
+        save_file({"logits": logits(model, job)}, out / "logits.safetensors")
     else:
         model.save_pretrained(out, save_compressed=True)
     return seconds
@@ -48,6 +52,13 @@ def calibration(job: dict) -> dict:
         "pipeline": job.get("pipeline", "sequential"),
         "processor": object(),  # the tokens are ready; without one a tokenizer is demanded
     }
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module, job: dict) -> torch.Tensor:
+    """What the quantized model computes for the ids of `job["logits"]`."""
+    ids = next(iter(load_file(job["logits"]).values())).long()
+    return torch.cat([model(input_ids=part, use_cache=False).logits for part in ids.split(job.get("batch_size", 8))])
 
 
 @torch.no_grad()
