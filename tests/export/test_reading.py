@@ -23,7 +23,6 @@ from wrapq.export.compressed_tensors import quantization_config, reading
 from wrapq.quant.affine import scale_shape
 from wrapq.resolve.plan import Plan
 
-WITHIN = 0.001
 SIZE_WITHIN = 0.02
 
 
@@ -57,7 +56,7 @@ def test_perplexity_through_the_export_is_ours(name: str, exported: Runner) -> N
         with without(model, {"key", "value"}):
             ours = perplexity(model, run)
     theirs = perplexity(read(run.exported.path, asymmetric=name.endswith("asym")), run)
-    assert math.isclose(theirs, ours, rel_tol=WITHIN), f"{theirs} through the export, {ours} in the run"
+    assert math.isclose(theirs, ours, rel_tol=CASES[name].within), f"{theirs} through the export, {ours} in the run"
     assert run.metrics["quantized"]["perplexity"] != run.metrics["float"]["perplexity"]
 
 
@@ -67,7 +66,7 @@ def test_logits_were_compared_before_the_run_ended(name: str, exported: Runner) 
     record = json.loads((run.folder / "run.json").read_text())
     assert record["status"] == "FINISHED"
     assert record["exported"] == {"path": str(run.exported.path), "error": run.exported.error}
-    assert run.exported.error < (1e-5 if CASES[name].exact else 1e-2)
+    assert run.exported.error < CASES[name].error
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
