@@ -97,9 +97,9 @@ def test_killed_after_the_last_block(tmp_path, undisturbed, pattern, killed, res
 def test_killed_at_twenty_random_moments(tmp_path, undisturbed, capsys):
     """Each run is killed at a random moment and taken up, whole or streamed; one that kept nothing starts anew."""
     random = Random(20)
-    start = time.monotonic()
+    began = time.monotonic()
     succeed(tmp_path / "timed")
-    seconds = time.monotonic() - start
+    seconds = time.monotonic() - began
     ends = {"finished": 0, "resumed": 0, "anew": 0}
     for number in range(20):
         outputs = tmp_path / str(number)
