@@ -18,7 +18,9 @@ def test_the_proximal_step_is_the_least_of_its_definition(amount: float) -> None
     def cost(tried: Tensor) -> Tensor:
         return 0.5 * (tried - rows).square().sum(1) + amount * tried.abs().amax(1)
 
-    found = shrink_largest(rows, amount)
+    found, level = shrink_largest(rows, amount)
+    again, same = shrink_largest(rows, amount, level + 0.3)
+    torch.testing.assert_close((again, same), (found, level))
     levels = torch.linspace(0, 4, 4001, dtype=torch.float64)  # the least is a clip at some level
     every = torch.stack([cost(rows.clamp(-level, level)) for level in levels])
     assert bool((cost(found) <= every.amin(0) + 1e-9).all())

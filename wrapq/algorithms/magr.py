@@ -19,6 +19,8 @@ from wrapq.calibration.statistics import InputStatistics
 from wrapq.calibration.surgery import Surgeon
 from wrapq.wrappers.model import Specs
 
+_MOST_STEPS = 50  # of Newton's method; a few are enough
+
 
 class MagROptions(BaseModel):
     """Options of `magr`."""
@@ -70,18 +72,26 @@ class MagR(Transform):
 def reduce_magnitude(weight: Tensor, hessian: Tensor, alpha: float, iterations: int) -> Tensor:
     """`weight` [N, K] after `iterations` of `w <- prox(w - (w - w_0) H)`, `H` [K, K] of largest eigenvalue 1."""
     hessian = hessian.to(weight) / torch.linalg.eigvalsh(hessian.double())[-1].clamp(min=1e-30).to(weight)
-    reduced = weight.clone()
+    reduced, level = weight.clone(), None
     for _ in range(iterations):
-        reduced = shrink_largest(reduced - (reduced - weight) @ hessian, alpha)
+        reduced, level = shrink_largest(reduced - (reduced - weight) @ hessian, alpha, level)
     return reduced
 
 
-def shrink_largest(rows: Tensor, amount: float) -> Tensor:
+def shrink_largest(rows: Tensor, amount: float, near: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The proximal operator of `amount * |.|_inf` for each row [N, K]: what the row's projection onto the l1 ball of
-    radius `amount` leaves of it, a clip of its largest elements (Duchi et al., 2008, figure 1)."""
-    sizes = rows.abs().sort(dim=1, descending=True).values
-    counts = torch.arange(1, rows.shape[1] + 1, device=rows.device, dtype=rows.dtype)
-    levels = (sizes.cumsum(1) - amount) / counts  # where the first n elements, clipped to it, lose `amount` together
-    last = (sizes > levels).sum(1, keepdim=True).clamp(min=1) - 1
-    level = levels.gather(1, last).clamp(min=0)
-    return rows.clamp(-level, level)
+    radius `amount` leaves of it, a clip of its largest elements; and the level [N, 1] they are clipped to.
+
+    Above the level lies `amount` in all, and what lies above falls with it in straight pieces: Newton's method ends at
+    the very level, and soon where it starts `near` it.
+    """
+    sizes = rows.abs()
+    level = (sizes.amax(1, keepdim=True) - amount).clamp(min=0) if near is None else near
+    count = torch.zeros_like(level)
+    for _ in range(_MOST_STEPS):
+        above = sizes > level
+        before, count = count, above.sum(1, keepdim=True).to(rows.dtype).clamp(min=1)
+        level = ((torch.where(above, sizes, 0).sum(1, keepdim=True) - amount) / count).clamp(min=0)
+        if torch.equal(before, count):
+            break
+    return rows.clamp(-level, level), level

@@ -17,7 +17,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from wrapq.algorithms.fold_norms import FoldNorms
-from wrapq.calibration.algorithm import ALGORITHMS, Found, Placed, Transform
+from wrapq.algorithms.learned_rotation import learn_rotation
+from wrapq.calibration.algorithm import ALGORITHMS, RUNS, Found, Placed, Transform
 from wrapq.calibration.graph import Feed, Graph, Stream
 from wrapq.calibration.statistics import InputStatistics
 from wrapq.calibration.surgery import Surgeon, split_heads
@@ -43,6 +44,9 @@ class RotateOptions(BaseModel):
     block: int | None = Field(
         None, ge=2, description="R1 and R4 turn so many channels at a time, each block alike; all at once if null."
     )
+    learn: int = Field(
+        0, ge=0, description="Steps of gradient descent by which R1 is learned on calibration data, from there on."
+    )
     seed: int = Field(0, ge=0, description="Of the random signs and matrices.")
 
 
@@ -54,11 +58,14 @@ class Rotate(Transform):
     Options = RotateOptions
     options: RotateOptions
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """See `Algorithm.needs`."""
+        return (RUNS,) if self.options.learn and "R1" in self.options.rotations else ()
+
     def find(self, graph: Graph, specs: Specs) -> Found:
         """See `Transform.find`."""
         fit: dict[str, str | None] = {}
-        if "R1" in self.options.rotations:
-            fit |= {name: self._unfit_stream(stream, graph) for name, stream in graph.by_stream.items()}
         if "R2" in self.options.rotations:
             fit |= {feed.producer: _unfit_heads(feed, graph) for feed in _values(graph)}
         if "R3" in self.options.rotations:
@@ -71,6 +78,8 @@ class Rotate(Transform):
             others = [name for name in specs if name in graph.linears and name not in reached]
             fit |= {f"{name}.input": self._unfit_input(name, graph) for name in others}
             fit |= {} if others else {"R4": "no linear is quantized but those that read norms or attention"}
+        if "R1" in self.options.rotations:  # last: it may be learned, with the others in place
+            fit |= {name: self._unfit_stream(stream, graph) for name, stream in graph.by_stream.items()}
         left = {name: reason for name, reason in fit.items() if reason is not None}
         return Found(tuple(name for name, reason in fit.items() if reason is None), left)
 
@@ -110,9 +119,14 @@ class Rotate(Transform):
         for name in (*stream.writers, *self.inputs(surgeon.graph, target)):
             surgeon.untie(name)
         size = self.options.block or stream.width
-        make = around_ones if _centered(stream, surgeon.graph) else rotation
-        surgeon.rotate_stream(stream, torch.arange(stream.width).reshape(-1, size), make(size, kind, seed))
-        return {"writers": float(len(stream.writers)), "readers": float(len(self.inputs(surgeon.graph, target)))}
+        blocks, centered = torch.arange(stream.width).reshape(-1, size), _centered(stream, surgeon.graph)
+        matrix = (around_ones if centered else rotation)(size, kind, seed)
+        figures = {"writers": len(stream.writers), "readers": len(self.inputs(surgeon.graph, target))}
+        learned: Mapping[str, float] = {}
+        if self.options.learn:
+            matrix, learned = learn_rotation(surgeon, stream, blocks, matrix, centered, self.options.learn)
+        surgeon.rotate_stream(stream, blocks, matrix)
+        return {name: float(value) for name, value in figures.items()} | dict(learned)
 
     def online(self, graph: Graph, targets: Sequence[str]) -> tuple[str, ...]:
         """See `Transform.online`."""

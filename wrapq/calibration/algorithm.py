@@ -23,6 +23,10 @@ Phase = Literal["transform", "range", "round", "correct"]
 PHASES: tuple[Phase, ...] = ("transform", "range", "round", "correct")
 
 
+RUNS = "batches"
+"""What a transform needs that runs the model itself: `Surgeon.batches`."""
+
+
 class NoOptions(BaseModel):
     """Options of an algorithm that has none."""
 

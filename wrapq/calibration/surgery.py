@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from wrapq.calibration.forward import Batch
 from wrapq.calibration.graph import Feed, Graph, Reader, Stream
 from wrapq.calibration.norms import norm_gain, norm_offset
 from wrapq.calibration.slots import Leaf, Slot, find_leaf
@@ -29,12 +30,14 @@ class Surgeon:
         specs: what will be quantized in it, for transforms that ask what that costs.
 
     Attributes:
+        batches: calibration data, for transforms that run the model themselves.
         transports: for each module whose input changed, how, in order.
         notes: what a reader of the run should know, such as weights that are no longer tied.
     """
 
     def __init__(self, model: nn.Module, graph: Graph, specs: Specs | None = None) -> None:
         self.model, self.graph, self.specs = model, graph, specs or {}
+        self.batches: Sequence[Batch] = ()
         self.transports: dict[str, list[Transport]] = {}
         self.notes: list[str] = []
         self._before: dict[tuple[str, str], tuple[nn.Parameter | None, Tensor | None]] = {}

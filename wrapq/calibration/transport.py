@@ -71,6 +71,12 @@ def turn(x: Tensor, axis: int, blocks: Tensor, matrix: Tensor) -> None:
     last[..., blocks] = (last[..., blocks].double() @ matrix.to(x.device, torch.double)).to(x.dtype)
 
 
+def turned(x: Tensor, axis: int, blocks: Tensor, matrix: Tensor) -> Tensor:
+    """What `turn` makes of `x`, as another tensor, differentiable and in the dtype of `x`."""
+    last, blocks = x.movedim(axis, -1), blocks.to(x.device)
+    return last.index_copy(-1, blocks.flatten(), (last[..., blocks] @ matrix.to(x)).flatten(-2)).movedim(-1, axis)
+
+
 def carry_magnitude(values: Tensor, edits: Sequence[Transport]) -> Tensor | None:
     """A magnitude for each channel [K], such as the largest, after `edits`; None where only gathering anew tells it."""
     for edit in edits:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from wrapq.calibration.algorithm import ALGORITHMS, Transform
+from wrapq.calibration.algorithm import ALGORITHMS, RUNS, Transform
 from wrapq.calibration.data import Samples
 from wrapq.calibration.forward import Batch
 from wrapq.calibration.gather import Gathered, Gatherer
@@ -136,7 +136,8 @@ def walk(
     surgeon: Surgeon, algorithm: Transform, targets: Sequence[str], batches: Sequence[Batch], processes: Processes
 ) -> Figures:
     """Apply a transform to all its targets, in one pass over the batches where it needs statistics."""
-    if not algorithm.needs:
+    surgeon.batches, needed = batches, frozenset(algorithm.needs) - {RUNS}
+    if not needed:
         return {target: algorithm.apply(surgeon, target, {}) for target in targets}
     inputs = {target: algorithm.inputs(surgeon.graph, target) for target in targets}
     waiting = dict(inputs)
@@ -156,7 +157,7 @@ def walk(
         for name in [name for name in held if name not in still]:
             del held[name]
 
-    needs = {name: frozenset(algorithm.needs) for names in inputs.values() for name in names}
+    needs = {name: needed for names in inputs.values() for name in names}
     gatherer = Gatherer(surgeon.model, needs, done)
     gatherer.processes = processes
     gatherer.run(batches)
