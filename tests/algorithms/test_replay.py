@@ -37,14 +37,14 @@ def test_the_error_is_that_of_the_blocks_output(token_batches: list[Tensor]) -> 
     expected, block, outputs = 0.0, surgeon.model.model.layers[1], list[Tensor]()
     handle = block.register_forward_hook(lambda module, args, output: outputs.append(output))
     for turn in range(2):
-        for batch in surgeon.batches[:2]:
+        for batch in surgeon.batches[:1]:
             surgeon.model(**batch.inputs)
         for name in ("gate_proj", "up_proj") if turn == 0 else ():
             weight = block.mlp.get_submodule(name).weight
             scaled = weight * factors
             weight.copy_(observe_tensor(scaled, SPEC, name).fake_quantize(scaled) / factors)
     handle.remove()
-    for before, after in zip(outputs[:2], outputs[2:], strict=True):
+    for before, after in zip(outputs[:1], outputs[1:], strict=True):
         expected += float((after - before).double().square().sum())
     assert found == pytest.approx(expected, rel=1e-4)
 

@@ -33,7 +33,8 @@ class AWQOptions(BaseModel):
 
     grid: int = Field(20, ge=1, description="How many exponents between 0 and 1 are tried.")
     replay: bool = Field(
-        False, description="Score by the output of the block, which is run again for each candidate, on two batches."
+        False,
+        description="Score by the output of the block, run again on one batch for each candidate: minutes, not seconds.",
     )
     duo: bool = Field(True, description="Try scales that take the weights' own magnitudes into account, too.")
 

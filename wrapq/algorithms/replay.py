@@ -18,12 +18,12 @@ from wrapq.calibration.surgery import Surgeon
 from wrapq.errors import CalibrationError
 from wrapq.wrappers.quantizer import PADDING, STREAM, real_tokens
 
-_BATCHES = 2  # of calibration data that are run
+_BATCHES = 1  # of calibration data that are run: each candidate runs them again
 
 
 class Replay:
     """The block in which modules lie, the whole model where they lie in none or several, and what it does to the first
-    batches of calibration data.
+    batch of calibration data.
 
     Args:
         surgeon: with the float model and the data.
@@ -84,7 +84,7 @@ def _entering(model: nn.Module, part: nn.Module, batch: Batch) -> tuple[tuple[An
         return found[0]
     finally:
         hook.remove()
-    raise CalibrationError(f"no token of the first batches comes to {type(part).__name__}")
+    raise CalibrationError(f"no token of the first batch comes to {type(part).__name__}")
 
 
 def _apart(run: Any) -> Any:
