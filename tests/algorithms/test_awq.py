@@ -75,7 +75,7 @@ def test_the_scales_are_those_of_a_search_that_runs_the_layer(duo: bool) -> None
     expected = tried(x, weights, duo)
     for ours, (scales, error) in zip(awq.candidates(surgeon, feed, given), expected, strict=True):
         torch.testing.assert_close(ours.double(), scales, rtol=1e-5, atol=0)
-        assert awq_error(surgeon, feed, given, ours.float()) == pytest.approx(error, rel=1e-2)
+        assert awq_error(surgeon, feed, ours.float(), given) == pytest.approx(error, rel=1e-2)
     awq.apply(surgeon, TARGET, given)
     chosen = (modules[0].weight.detach() / weights[0]).median(0).values
     least = min(error for _, error in expected)

@@ -2,26 +2,22 @@
 
 Lin et al., "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration", arXiv:2306.00978, equation
 5: the scales are `s = mean|x|^a`, and `a` is searched for the least error of `Q(W s) (x / s)` against `W x`. Here that
-error is `tr(D H D^T)` with `D = Q(W s) / s - W` and `H = X^T X`, the same number without running the model again; with
-`replay` it is that of the output of the block, as the paper's code has it for what attention or an activation follows.
+error is `tr(D H D^T)` with `D = Q(W s) / s - W` and `H = X^T X`, the same number without running the model again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import partial
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from wrapq.algorithms.replay import Replay
 from wrapq.algorithms.scaling import input_largest, scaled_error, scored, unscalable, usable
-from wrapq.calibration.algorithm import ALGORITHMS, RUNS, Found, Transform
+from wrapq.calibration.algorithm import ALGORITHMS, Found, Transform
 from wrapq.calibration.graph import Feed, Graph
 from wrapq.calibration.statistics import InputStatistics
 from wrapq.calibration.surgery import Surgeon
-from wrapq.observers.base import observe_tensor
 from wrapq.quant.spec import QuantSpec
 from wrapq.wrappers.model import Specs
 
@@ -32,10 +28,6 @@ class AWQOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     grid: int = Field(20, ge=1, description="How many exponents between 0 and 1 are tried.")
-    replay: bool = Field(
-        False,
-        description="Score by the output of the block, run again on one batch for each candidate: minutes, not seconds.",
-    )
     duo: bool = Field(True, description="Try scales that take the weights' own magnitudes into account, too.")
 
 
@@ -53,7 +45,7 @@ class AWQ(Transform):
     @property
     def needs(self) -> tuple[str, ...]:
         """See `Algorithm.needs`."""
-        return ("mean_abs", RUNS) if self.options.replay else ("hessian", "mean_abs")
+        return ("hessian", "mean_abs")
 
     def find(self, graph: Graph, specs: Specs) -> Found:
         """See `Transform.find`."""
@@ -64,14 +56,9 @@ class AWQ(Transform):
         """See `Transform.apply`."""
         feed = surgeon.graph.by_producer[target]
         best = torch.ones(len(feed.channels))
-        if self.options.replay:
-            replay = Replay(surgeon, [reader.module for reader in feed.readers])
-            score = partial(replayed_error, surgeon, feed, replay)
-        else:
-            score = partial(awq_error, surgeon, feed, statistics)
-        nearest = least = score(best)
+        nearest = least = awq_error(surgeon, feed, best, statistics)
         for factors in self.candidates(surgeon, feed, statistics):
-            error = score(factors)
+            error = awq_error(surgeon, feed, factors, statistics)
             if error < least:
                 best, least = factors, error
         surgeon.scale(feed, best)
@@ -103,7 +90,7 @@ def relative_magnitude(weight: Tensor, spec: QuantSpec) -> Tensor:
     return (parts / parts.amax(-1, keepdim=True).clamp(min=1e-6)).flatten(1).mean(0)
 
 
-def awq_error(surgeon: Surgeon, feed: Feed, statistics: Mapping[str, InputStatistics], factors: Tensor) -> float:
+def awq_error(surgeon: Surgeon, feed: Feed, factors: Tensor, statistics: Mapping[str, InputStatistics]) -> float:
     """The squared error in the outputs of all readers of `feed` with quantized weights, summed over the calibration
     rows, for scales `factors` [N]."""
     return sum(
@@ -116,18 +103,6 @@ def awq_error(surgeon: Surgeon, feed: Feed, statistics: Mapping[str, InputStatis
         )
         for reader, weight, spec in scored(surgeon, feed)
     )
-
-
-def replayed_error(surgeon: Surgeon, feed: Feed, replay: Replay, factors: Tensor) -> float:
-    """The squared error in the output of the block, for scales `factors` [N]."""
-    weights = {}
-    for reader, weight, spec in scored(surgeon, feed):
-        spread, slot = reader.spread(factors).to(weight.device), reader.leaf.reads
-        rounded = observe_tensor(weight * spread, spec, reader.module).fake_quantize(weight * spread) / spread
-        held = surgeon.model.get_submodule(reader.module).get_parameter("weight")
-        layout = rounded if slot is not None and slot.columns == 1 else rounded.t()
-        weights[f"{reader.module}.weight"] = layout.to(held.dtype)
-    return replay.error(weights)
 
 
 def _unfit(feed: Feed, graph: Graph, specs: Specs) -> str | None:
