@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -219,14 +220,17 @@ def test_a_disk_that_is_too_small_from_the_start(small_disk: Callable[[int], Pat
 
 @pytest.mark.parametrize("moment", ["Calibrating", "Saving"])
 def test_a_disk_that_fills_up_during_the_run(moment: str, small_disk: Callable[[int], Path], tmp_path: Path) -> None:
-    """Another process takes what is left of the disk; the record is elsewhere."""
+    """Another takes what is left of the disk as a step begins; the record is elsewhere."""
     disk = small_disk(40)
-    filled = threading.Event()
-    with pytest.raises(OutputError) as caught:
-        threading.Thread(target=_fill, args=(disk, moment, filled), daemon=True).start()
-        overrides = [*SMALL, f"paths.outputs={disk}", f"tracking.uri=sqlite:///{tmp_path / 'runs.db'}"]
-        wrapq.run("demo", overrides)
-    assert filled.is_set()
+    hog, log = Hog(disk, moment), logging.getLogger("wrapq.engine.context")
+    log.addHandler(hog)
+    try:
+        with pytest.raises(OutputError) as caught:
+            overrides = [*SMALL, f"paths.outputs={disk}", f"tracking.uri=sqlite:///{tmp_path / 'runs.db'}"]
+            wrapq.run("demo", overrides)
+    finally:
+        log.removeHandler(hog)
+    assert hog.filled
     assert re.fullmatch(r"cannot write \S+: the disk is full", str(caught.value))
     assert not partial_files(disk)
     assert not list(disk.rglob("model.safetensors"))
@@ -235,17 +239,22 @@ def test_a_disk_that_fills_up_during_the_run(moment: str, small_disk: Callable[[
     assert status(only_run(disk))["status"] in ("FAILED", "RUNNING")  # the last if there was no room to say so
 
 
-def _fill(disk: Path, moment: str, filled: threading.Event) -> None:
-    """Take all that is free, again and again, once the run's log names `moment`."""
-    while not any(moment in log.read_text() for log in disk.glob("*/*/log.txt")):
-        time.sleep(0.001)
-    with (disk / "hog").open("wb", buffering=0) as hog:
-        for size in (1 << 20, 1 << 12):
-            try:
-                while True:
-                    hog.write(bytes(size))
-            except OSError:
-                filled.set()
+class Hog(logging.Handler):
+    """Takes all that is free of a disk once the run's log names a moment."""
+
+    def __init__(self, disk: Path, moment: str) -> None:
+        super().__init__()
+        self.disk, self.moment, self.filled = disk, moment, False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.filled or self.moment not in record.getMessage():
+            return
+        with (self.disk / "hog").open("wb", buffering=0) as hog:
+            for size in (1 << 20, 1 << 12):
+                with contextlib.suppress(OSError):
+                    while True:
+                        hog.write(bytes(size))
+        self.filled = True
 
 
 # --- interruption
