@@ -200,17 +200,23 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """What the benchmarks on these models and texts take."""
+    tiny = SHARED / "models" / "tiny-llama-docs"
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--models", default=",".join(["demo", *([str(tiny)] if tiny.is_dir() else [])]))
+    made.add_argument("--seeds", type=int, default=3)
+    return made
+
+
 @torch.no_grad()
 def main() -> None:
-    tiny = SHARED / "models" / "tiny-llama-docs"
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default=",".join(["demo", *([str(tiny)] if tiny.is_dir() else [])]))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--methods", default=",".join(m for m in (*OURS, *PEER) if m not in SLOW))
-    parser.add_argument("--bits", default=",".join(BITS))
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rows", type=Path)
-    given = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--methods", default=",".join(m for m in (*OURS, *PEER) if m not in SLOW))
+    options.add_argument("--bits", default=",".join(BITS))
+    options.add_argument("--threads", type=int, default=1)
+    options.add_argument("--rows", type=Path)
+    given = options.parse_args()
     torch.set_num_threads(given.threads)
     disable_progress_bar()
     methods = given.methods.split(",")

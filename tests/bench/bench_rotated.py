@@ -9,7 +9,6 @@ seed draws other calibration text and other signs of the Hadamard matrices.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -23,7 +22,8 @@ from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 import wrapq
-from tests.bench.bench_accuracy import BATCH, DAMP, EVALUATED, LENGTH, SAMPLES, SHARED, Case, case
+from tests.bench.bench_accuracy import BATCH, DAMP, EVALUATED, LENGTH, SAMPLES, Case, case, parser
+from tests.bench.bench_runtime import FLOAT
 from tests.peers.environment import peer_python, run_oneshots
 from wrapq.evaluation.quality import QualityMeter
 
@@ -32,8 +32,7 @@ ROTATIONS = {"plain": (), "R1 R2": ("R1", "R2"), "R1 R2 R4": ("R1", "R2", "R4")}
 
 
 def ours(case: Case, rotations: tuple[str, ...], seed: int, ids: Tensor, evaluated: Tensor) -> Tensor:
-    floats = {"lm_head": None, "*embed_tokens": None, "*norm": None}
-    config = wrapq.PTQConfig(WEIGHT, None, {**floats, "*_proj": {"weight": WEIGHT, "input": INPUT}})
+    config = wrapq.PTQConfig(WEIGHT, None, {**FLOAT, "*_proj": {"weight": WEIGHT, "input": INPUT}})
     model = wrapq.prepare(case.load(), config)
     turn = {"algorithm": "rotate", "rotations": rotations, "seed": seed}
     fold = {"algorithm": "fold_norms", "untie": True}
@@ -78,24 +77,15 @@ def measure(case: Case, seed: int, python: Path, folder: Path) -> Iterator[dict[
     for answer in run_oneshots(python, asked, folder):
         name = jobs[answer["out"]][0]
         if "error" in answer:
-            yield {
-                "model": case.name,
-                "seed": seed,
-                "by": "llm-compressor",
-                "rotations": name,
-                "error": answer["error"],
-            }
+            failed = {"by": "llm-compressor", "rotations": name, "error": answer["error"]}
+            yield {"model": case.name, "seed": seed} | failed
         else:
             yield row("llm-compressor", name, load_file(Path(answer["out"]) / "logits.safetensors")["logits"])
 
 
 @torch.no_grad()
 def main() -> None:
-    tiny = SHARED / "models" / "tiny-llama-docs"
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default=",".join(["demo", *([str(tiny)] if tiny.is_dir() else [])]))
-    parser.add_argument("--seeds", type=int, default=3)
-    given = parser.parse_args()
+    given = parser(__doc__).parse_args()
     torch.set_num_threads(1)
     disable_progress_bar()
     rows = []

@@ -38,9 +38,8 @@ def test_two_processes_decide_what_one_does(schedule: str, walks: tuple[dict, di
     assert first["llama"] == second["llama"] and first["mixture"] == second["mixture"]
     assert first["text"] == second["text"] == "said by 0"
     assert set(first["statistics"]) == set(one["statistics"])
-    # a code that another order of summation rounds to its neighbour moves what comes after it by as much
     for name, value in one["statistics"].items():
-        torch.testing.assert_close(torch.tensor(first["statistics"][name]), torch.tensor(value), rtol=5e-3, atol=1e-4)
+        torch.testing.assert_close(torch.tensor(first["statistics"][name]), torch.tensor(value), rtol=1e-3, atol=1e-4)
     for where, report in one["reports"].items():
         if "rows" not in report:  # rounded to nearest
             continue

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from wrapq.calibration.algorithm import ALGORITHMS, Found, Placed, Transform
+from wrapq.calibration.algorithm import ALGORITHMS, Found, Placed, Transform, scaled_by
 from wrapq.calibration.graph import Feed, Graph
 from wrapq.calibration.statistics import InputStatistics
 from wrapq.calibration.surgery import Surgeon
@@ -41,7 +41,7 @@ class FoldNorms(Transform):
 
     def misplaced(self, graph: Graph, targets: Sequence[str], before: Sequence[Placed]) -> str | None:
         """See `Transform.misplaced`."""
-        scaled = {name for its in before if its.transform.migrates for name in its.targets}
+        scaled = scaled_by(before)
         if back := [target for target in targets if target in scaled]:
             return f"it would fold back into the weights what a stage before it scaled out of {back[0]}; name it first"
         return None

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from wrapq.algorithms.fold_norms import FoldNorms
 from wrapq.algorithms.learned_rotation import learn_rotation
-from wrapq.calibration.algorithm import ALGORITHMS, RUNS, Found, Placed, Transform
+from wrapq.calibration.algorithm import ALGORITHMS, RUNS, Found, Placed, Transform, scaled_by
 from wrapq.calibration.graph import Feed, Graph, Stream
 from wrapq.calibration.statistics import InputStatistics
 from wrapq.calibration.surgery import Surgeon, split_heads
@@ -94,7 +94,7 @@ class Rotate(Transform):
         """See `Transform.misplaced`."""
         folded = {name for its in before if isinstance(its.transform, FoldNorms) for name in its.targets}
         streams = [graph.by_stream[target] for target in targets if target in graph.by_stream]
-        scaled = {name for its in before if its.transform.migrates for name in its.targets}
+        scaled = scaled_by(before)
         if mixed := [norm for stream in streams for norm in stream.norms if norm in scaled]:
             return f"it needs norms that only normalize, and a stage before it scaled {mixed[0]}; name it first"
         missing = [norm for stream in streams for norm in stream.norms if norm not in folded]

@@ -154,6 +154,11 @@ class Placed(NamedTuple):
     targets: tuple[str, ...]
 
 
+def scaled_by(before: Sequence[Placed]) -> frozenset[str]:
+    """What the transforms `before` will have scaled."""
+    return frozenset(name for its in before if its.transform.migrates for name in its.targets)
+
+
 class Transform(Algorithm):
     """Changes the float model without changing its function. It is given no model, only who feeds whom in it and a
     surgeon whose every operation keeps the function.

@@ -15,8 +15,8 @@ from wrapq.calibration.norms import norm_gain, norm_offset
 from wrapq.calibration.slots import Leaf, Slot, find_leaf
 from wrapq.calibration.transport import Rotated, Scaled, Shifted, Transport, Turned, turn
 from wrapq.errors import ModelError
-from wrapq.runtime.rotation import ONLINE, OnlineRotation, turn_inputs
-from wrapq.wrappers.model import Specs
+from wrapq.runtime.rotation import ONLINE, OnlineRotation
+from wrapq.wrappers.model import Specs, add_rotation
 
 _KEPT = 1e-9
 
@@ -199,8 +199,7 @@ class Surgeon:
         self._free(name)
         last = self._edit(name, leaf.reads.parameter).movedim(int(leaf.reads.columns or 0), -1)
         last.copy_(rotation(last.double()))
-        handle = turn_inputs(module, rotation.to(last.device))
-        self._undo += [partial(module._modules.pop, ONLINE), handle.remove]
+        self._undo.append(add_rotation(module, rotation.to(last.device)))
         self.transports.setdefault(name, []).append(Turned(rotation))
 
     def turn_scores(self, name: str, rotation: OnlineRotation) -> None:
@@ -211,8 +210,7 @@ class Surgeon:
         """
         self._free(name)
         device = next(self.model.parameters()).device
-        self._module(name).register_module(ONLINE, rotation.to(device))
-        self._undo.append(partial(self._module(name)._modules.pop, ONLINE))
+        self._undo.append(add_rotation(self._module(name), rotation.to(device)))
 
     @torch.no_grad()
     def untie(self, name: str) -> None:

@@ -20,8 +20,9 @@ from wrapq.quant.spec import QuantSpec
 from wrapq.runtime.choose import choose_kernels
 from wrapq.runtime.kernel import REFERENCE
 from wrapq.runtime.module import QuantizedModule, QuantizedWeight, new_quantized
-from wrapq.runtime.rotation import ONLINE, OnlineRotation, turn_inputs
+from wrapq.runtime.rotation import ONLINE, OnlineRotation
 from wrapq.wrappers.attention import Attention, use_attention_points
+from wrapq.wrappers.model import add_rotation
 from wrapq.wrappers.registry import WRAPPERS
 
 WEIGHTS, MANIFEST, GENERATION = "model.safetensors", "manifest.json", "generation_config.json"
@@ -258,11 +259,7 @@ def _skeleton(path: Path, manifest: Mapping[str, Any]) -> nn.Module:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, manifest["dtype"]))
     for name in manifest.get("rotated", ()):  # before what stands in for the module takes its parts over
-        module = model.get_submodule(name)
-        if (wrapper := WRAPPERS.find(module)) is not None and issubclass(wrapper, Attention):
-            module.register_module(ONLINE, OnlineRotation())
-        else:
-            turn_inputs(module, OnlineRotation())
+        add_rotation(model.get_submodule(name), OnlineRotation())
     for name in sorted(manifest["modules"], key=lambda n: n.count(".")):
         specs = {point: QuantSpec.parse(text) for point, text in manifest["modules"][name].items()}
         module = model.get_submodule(name)

@@ -66,13 +66,12 @@ class OnlineRotation(nn.Module):
         return f"{len(self.left)} x {len(self.right)} channels"
 
 
-def turn_inputs(module: nn.Module, rotation: OnlineRotation) -> Any:
-    """Let `module` turn the first argument of its forward; returns the handle that removes what does it.
+def turn_inputs(module: nn.Module) -> Any:
+    """Let `module`, which holds a rotation, turn the first argument of its forward; returns the handle that ends it.
 
     It is a hook, so that whatever stands in for the module later, while it is calibrated and once it is converted,
     gets its input turned, kernels included.
     """
-    module.register_module(ONLINE, rotation)
     return module.register_forward_pre_hook(_turned)
 
 

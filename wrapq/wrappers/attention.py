@@ -31,10 +31,9 @@ _HEADS_FIRST = 2  # tokens are dimension 2 of [B, H, T, D]
 class Attention(Wrapper):
     """Scaled dot-product attention with all its tensors as points.
 
-    `query`, `key` and `value` are [B, H, T, D] after position encoding, `key` and `value` as the cache holds them; an
-    online rotation turns `query` and `key` before;
-    `scores` [B, H, T, S] before the mask is added, `probs` after softmax, `context` [B, T, H, D] their product with
-    value.
+    `query`, `key` and `value` are [B, H, T, D] after position encoding, `key` and `value` as the cache holds them,
+    `query` and `key` turned where an online rotation does; `scores` [B, H, T, S] before the mask is added, `probs`
+    after softmax, `context` [B, T, H, D] their product with value.
     """
 
     kind = "Attention"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -10,6 +10,7 @@ from torch import nn
 from wrapq.errors import LifecycleError, ModelError
 from wrapq.quant.spec import QuantSpec
 from wrapq.runtime.module import QuantizedModule
+from wrapq.runtime.rotation import ONLINE, OnlineRotation, turn_inputs
 from wrapq.wrappers.attention import Attention, use_attention_points
 from wrapq.wrappers.base import QuantModuleBase
 from wrapq.wrappers.quantizer import Quantizer
@@ -78,6 +79,21 @@ def convert_model(model: nn.Module) -> nn.Module:
             twin = shared.setdefault(id(module._parameters["weight"]), converted[name])
             converted[name].share_weight(twin)
     return _place(model, converted)
+
+
+def add_rotation(module: nn.Module, rotation: OnlineRotation) -> Callable[[], object]:
+    """Let the float `module` turn what comes to it at each forward: an attention its queries and keys once it is
+    wrapped, any other its input. Returns what undoes it."""
+    module.register_module(ONLINE, rotation)
+    wrapper = WRAPPERS.find(module)
+    hook = None if wrapper is not None and issubclass(wrapper, Attention) else turn_inputs(module)
+
+    def undo() -> None:
+        module._modules.pop(ONLINE)
+        if hook is not None:
+            hook.remove()
+
+    return undo
 
 
 def iter_wrapped(model: nn.Module) -> Iterator[tuple[str, QuantModuleBase]]:
