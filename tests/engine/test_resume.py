@@ -39,7 +39,7 @@ def run_and_kill(outputs: Path, pattern: str, *more: str) -> None:
             break
         time.sleep(0.001)
     process.join()
-    assert process.exitcode == -signal.SIGKILL
+    assert process.exitcode == -signal.SIGKILL, Path(f"{outputs}.errors").read_text()
 
 
 def start(outputs: Path, *more: str) -> BaseProcess:

@@ -1,6 +1,8 @@
 """Kernels give what the reference gives, and leave the module what it was."""
 
 import copy
+import ctypes
+import gc
 import pickle
 from pathlib import Path
 
@@ -19,7 +21,9 @@ from wrapq.runtime import int4 as int4_module
 from wrapq.runtime.kernel import REFERENCE
 from wrapq.runtime.module import QuantizedWeight
 
-INT8 = ("int8_mm", "int8_onednn")
+INT8 = ("int8_mm", "int8_onednn", "int8_fbgemm")
+COLUMNS = 512
+INT8_FBGEMM = KERNELS.get("int8_fbgemm")
 ACTIVATIONS = (
     "int8:token:dyn",
     "int8:tensor:dyn",
@@ -34,7 +38,7 @@ CASES += [(kernel, "int8:tensor", "int8:token:dyn") for kernel in INT8]
 CASES += [("int8_weight", "int8:channel", None)]
 CASES += [("int4_cpu", weight, None) for weight in WEIGHTS4]
 CASES += [("int4_cpu", "int4:g64", "int8:token:dyn"), ("int4_cpu", "uint4:g64:asym", "uint8:tensor:asym")]
-SHAPES = [(1, 256), (2, 256), (17, 256), (128, 256), (2, 5, 256), (1, 1, 256), (0, 256)]
+SHAPES = [(*rows, COLUMNS) for rows in ((1,), (2,), (17,), (128,), (2, 5), (1, 1), (0,))]
 BFLOAT = 2.0**-8
 
 
@@ -42,10 +46,10 @@ def layer(
     weight: str, activation: str | None, bias: bool = True, rows: int = 192, kind: str = "linear"
 ) -> QuantizedWeight:
     torch.manual_seed(0)
-    linear = nn.Linear(256, rows, bias=bias) if kind == "linear" else Conv1D(rows, 256)
+    linear = nn.Linear(COLUMNS, rows, bias=bias) if kind == "linear" else Conv1D(rows, COLUMNS)
     points = {"weight": weight} | ({"input": activation} if activation else {})
     model = prepare(nn.Sequential(linear), PTQConfig(weight, None, {"0": points}))
-    model(torch.randn(64, 256))
+    model(torch.randn(64, COLUMNS))
     return convert(model)[0]
 
 
@@ -85,7 +89,7 @@ def test_half_precision_inputs_give_half_precision_outputs(
 ) -> None:
     kernel, module = case
     module.weight_dtype, module.bias = dtype, nn.Parameter(module.bias.to(dtype), requires_grad=False)
-    x = torch.randn(9, 256).to(dtype)
+    x = torch.randn(9, COLUMNS).to(dtype)
     expected = module(x)
     module.use_kernel(KERNELS.get(kernel))
     y = module(x)
@@ -95,7 +99,7 @@ def test_half_precision_inputs_give_half_precision_outputs(
 
 def test_state_copies_and_moves(case: tuple[str, QuantizedWeight], tmp_path: Path) -> None:
     kernel, module = case
-    before, x = {name: t.clone() for name, t in module.state_dict().items()}, torch.randn(3, 256)
+    before, x = {name: t.clone() for name, t in module.state_dict().items()}, torch.randn(3, COLUMNS)
     weight = module.weight.clone()
     module.use_kernel(KERNELS.get(kernel))
     expected = module(x)
@@ -126,7 +130,7 @@ def test_state_copies_and_moves(case: tuple[str, QuantizedWeight], tmp_path: Pat
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_bias_and_layout(kernel: str, weight: str, activation: str | None, kind: str, bias: bool) -> None:
-    module, x = layer(weight, activation, bias, kind=kind), torch.randn(4, 256)
+    module, x = layer(weight, activation, bias, kind=kind), torch.randn(4, COLUMNS)
     expected = module(x)
     module.use_kernel(KERNELS.get(kernel))
     assert_near(module(x), expected, kernel)
@@ -136,7 +140,7 @@ def test_bias_and_layout(kernel: str, weight: str, activation: str | None, kind:
 @pytest.mark.parametrize("weight", WEIGHTS4)
 def test_the_second_route_of_four_bits(weight: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(int4_module, "fast_half", lambda device: False)
-    module, x = layer(weight, None, rows=rows), torch.randn(40, 256)
+    module, x = layer(weight, None, rows=rows), torch.randn(40, COLUMNS)
     expected = module(x)
     module.use_kernel(KERNELS.get("int4_cpu"))
     assert_near(module(x), expected, "int4_cpu")
@@ -155,10 +159,10 @@ def test_four_bits_come_back_from_any_layout(rows: int, monkeypatch: pytest.Monk
 
 
 def test_groups_in_an_activation_order() -> None:
-    module, x = layer("int4:g32", None), torch.randn(5, 256)
-    old, order = module.qparams("weight"), torch.randperm(256)
+    module, x = layer("int4:g32", None), torch.randn(5, COLUMNS)
+    old, order = module.qparams("weight"), torch.randperm(COLUMNS)
     qparams = QParams(old.spec, old.scale, old.zero_point, order)
-    module.set_weight(qparams.quantize(torch.randn(192, 256) * 0.05), qparams)
+    module.set_weight(qparams.quantize(torch.randn(192, COLUMNS) * 0.05), qparams)
     codes, expected = module.codes(), module(x)
     module.use_kernel(KERNELS.get("int4_cpu"))
     assert_near(module(x), expected, "int4_cpu")
@@ -167,7 +171,7 @@ def test_groups_in_an_activation_order() -> None:
 
 def test_integers_of_an_input_are_shared_only_while_they_are_true() -> None:
     module = layer("int8:channel", "int8:token:dyn")
-    x = torch.randn(4, 256)
+    x = torch.randn(4, COLUMNS)
     module.use_kernel(KERNELS.get("int8_mm"))
     first = module(x).clone()
     assert torch.equal(module(x), first)
@@ -177,7 +181,7 @@ def test_integers_of_an_input_are_shared_only_while_they_are_true() -> None:
     reference.use_kernel(None)
     assert_near(module(x), reference(x), "int8_mm")
     with torch.inference_mode():
-        y = torch.randn(4, 256)
+        y = torch.randn(4, COLUMNS)
         one = module(y).clone()
         y.mul_(2)
         assert_near(module(y), reference(y), "int8_mm")
@@ -188,7 +192,7 @@ def test_gradients_take_the_reference() -> None:
     module = layer("int8:channel", None)
     module.specs["input"] = wrapq.QuantSpec.parse("int8:token:dyn")
     module.use_kernel(KERNELS.get("int8_mm"))
-    x = torch.randn(3, 256, requires_grad=True)
+    x = torch.randn(3, COLUMNS, requires_grad=True)
     module(x).sum().backward()
     assert x.grad is not None and module._kernel is None
 
@@ -204,13 +208,14 @@ def test_gradients_take_the_reference() -> None:
         ("int8:g32", None, "int8_mm", "per group"),
         ("int8:channel:asym", "int8:token:dyn", "int8_mm", "not symmetric int8"),
         ("int8:g32", "int8:token:dyn", "int8_onednn", "per group"),
+        ("int8:g32", "int8:token:dyn", "int8_fbgemm", "per group"),
         ("int8:channel", "uint8:token:asym:dyn", "int8_mm", "dynamic zero points"),
         ("int8:channel", "int8:channel@-1", "int8_mm", "one scale per channel"),
     ],
 )
 def test_what_a_kernel_cannot_do_is_said(weight: str, activation: str | None, kernel: str, reason: str) -> None:
     model = nn.Sequential(layer(weight, activation))
-    x = torch.randn(3, 256)
+    x = torch.randn(3, COLUMNS)
     expected = model(x)
     for policy in (kernel, "auto"):
         (choice,) = choose_kernels(model, policy).choices
@@ -229,6 +234,34 @@ def test_rows_that_do_not_fit_and_a_forward_of_its_own() -> None:
     prepared = prepare(nn.Sequential(Doubling(32, 16)), PTQConfig("int8:channel", "int8:token:dyn"))
     (choice,) = choose_kernels(convert(prepared), "auto").choices
     assert choice.kernel == REFERENCE and "forward of its own" in choice.reason
+
+
+@pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="int8_fbgemm needs AVX512 VNNI")
+@pytest.mark.parametrize("rows", [192, 200])
+def test_fbgemm_takes_the_memory_that_it_says(rows: int) -> None:
+    module = layer("int8:channel", "int8:token:dyn", rows=rows)
+    assert not INT8_FBGEMM.unsupported(module) if rows == 192 else "20% more memory" in INT8_FBGEMM.unsupported(module)
+    module.codes()
+    before = allocated()
+    kernels = [INT8_FBGEMM(module) for _ in range(50)]
+    each = (allocated() - before) / len(kernels)
+    assert kernels[0].hidden_bytes <= each <= kernels[0].hidden_bytes + 4096 + 8 * rows  # offsets, and the objects
+
+
+def allocated() -> int:
+    """Bytes that are in use of what malloc gave."""
+    gc.collect()
+    mallinfo = ctypes.CDLL(None).mallinfo2
+    mallinfo.restype = MallInfo
+    found = mallinfo()
+    return found.hblkhd + found.uordblks
+
+
+class MallInfo(ctypes.Structure):
+    """`struct mallinfo2` of mallinfo(3)."""
+
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = tuple((name, ctypes.c_size_t) for name in names.split())
 
 
 def test_unknown_kernels_are_named() -> None:
@@ -399,7 +432,7 @@ def test_a_kernel_of_ones_own() -> None:
             return self.integers
 
     try:
-        module, x = layer("int3:channel", None), torch.randn(3, 256)
+        module, x = layer("int3:channel", None), torch.randn(3, COLUMNS)
         expected = module(x)
         (choice,) = choose_kernels(nn.Sequential(module), "plain_matmul").choices
         assert choice.kernel == "plain_matmul" and torch.equal(module(x), expected)
@@ -409,7 +442,7 @@ def test_a_kernel_of_ones_own() -> None:
 
 
 def test_a_kernel_that_does_not_run_where_the_module_moved_is_left(caplog: pytest.LogCaptureFixture) -> None:
-    module, x = layer("int8:channel", "int8:token:dyn"), torch.randn(3, 256)
+    module, x = layer("int8:channel", "int8:token:dyn"), torch.randn(3, COLUMNS)
     expected = module(x)
     module.use_kernel(KERNELS.get("int4_cuda"))
     assert torch.equal(module(x), expected) and "int4_cuda left for the reference: not for cpu" in caplog.text

@@ -31,6 +31,8 @@ class Kernel(ABC):
     """What it is registered as."""
     holds_weight: ClassVar[bool] = True
     """Whether the layout contains the weight, so that the module need not keep it too."""
+    hidden_bytes: int = 0
+    """What its layout takes in memory besides `tensors`."""
     arithmetic: ClassVar[str]
     """What is computed, in which precision, where it differs from dequantizing and multiplying in float32."""
 
