@@ -56,7 +56,7 @@ def test_perplexity_through_the_export_is_ours(name: str, exported: Runner) -> N
         with without(model, {"key", "value"}):
             ours = perplexity(model, run)
     theirs = perplexity(read(run.exported.path, asymmetric=name.endswith("asym")), run)
-    assert math.isclose(theirs, ours, rel_tol=CASES[name].within), f"{theirs} through the export, {ours} in the run"
+    assert math.isclose(theirs, ours, rel_tol=1e-3), f"{theirs} through the export, {ours} in the run"
     assert run.metrics["quantized"]["perplexity"] != run.metrics["float"]["perplexity"]
 
 

@@ -51,10 +51,6 @@ _FLOAT_CACHE = (
     "transformers {transformers} with compressed-tensors {version} leaves the cache of keys and values float: "
     "attention takes it under a name that compressed-tensors does not know; its scales are stored, and vLLM reads them"
 )
-_MX_INPUTS = (
-    "transformers scales the inputs of MX formats by compressed-tensors' rule, which takes the next power of two from "
-    "1.75 times one on, where the MX specification, and the run, always takes the one below"
-)
 
 
 class CompressedTensorsOptions(BaseModel):
@@ -121,8 +117,6 @@ class CompressedTensors(Exporter):
     def notes(self, plan: Plan) -> Iterable[str]:
         """See `Exporter.notes`."""
         dtype, specs = plan.recipe.model.dtype, [spec for points in plan.specs().values() for spec in points.values()]
-        if any(spec.scale_dtype == "e8m0" and spec.dynamic for spec in specs):
-            yield _MX_INPUTS
         if self.options.reader == VLLM:
             yield from dict.fromkeys(filter(None, map(linear_note, self._translate(plan).schemes.values())))
         if dtype != "float32" and any(spec.scale_dtype == "float32" and not spec.dynamic for spec in specs):

@@ -22,7 +22,7 @@ from wrapq.quant.spec import QuantSpec
 
 STREAM_NORM, TENSOR_NORM = 2.0, 2.4
 MX_FACTORS = (2.0, 1.0, 0.5, 0.25)
-"""The candidates for scales that are powers of two: the next larger one ends the saturation of the MX rule."""
+"""The candidates for scales that are powers of two; the next larger one ends what saturation the rule leaves."""
 _SAMPLES = 8
 """Places in a bin at which the error of an uneven grid is taken."""
 

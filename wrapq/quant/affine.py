@@ -168,12 +168,10 @@ def range_to_qparams(
     number overflows.
 
     A scale is then rounded to the spec's `scale_dtype`, to nearest; one too small for it is its least positive
-    number. An
-    e8m0 scale is `2 ** (floor(log2(a)) - emax)`, emax being the exponent of the grid's largest number (OCP MX
-    specification 1.0, section 6.3), so that up to a quarter of the range saturates for fp4_e2m1, an eighth for
-    fp8_e4m3,
-    less for the others. compressed-tensors takes the next power of two where `a >= 1.75 * 2 ** floor(log2(a))`. The MX
-    specification counts an mxint8 element in steps of 1/64: its shared exponent is ours plus 6.
+    number. An e8m0 scale is `2 ** (floor(log2(a)) - emax)`, emax being the exponent of the grid's largest number (OCP
+    MX specification 1.0, section 6.3), and twice that where `a >= 1.75 * 2 ** floor(log2(a))` and is not below the
+    grid's largest number: compressed-tensors' rule, which loses less than the specification's, under which such an `a`
+    saturates. The MX specification counts an mxint8 element in steps of 1/64: its shared exponent is ours plus 6.
     """
     dtype, low, high = spec.dtype, low.float(), high.float()
     if spec.symmetric:
@@ -214,8 +212,10 @@ def round_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
 
 
 def _power_of_two_scale(bound: Tensor, dtype: DType) -> Tensor:
-    largest_exponent = math.frexp(dtype.half_range)[1] - 1
-    exponent = torch.frexp(bound).exponent - 1 - largest_exponent
+    largest, largest_exponent = math.frexp(dtype.half_range)
+    largest_exponent -= 1
+    mantissa, exponent = torch.frexp(bound)  # mantissas from 0.5 to 1
+    exponent = exponent - 1 - largest_exponent + (mantissa >= max(0.875, largest))
     # 2**-127, the least e8m0, is no normal float32; dequantized numbers stay below 2**128
     exponent = exponent.clamp_(-126, 126 - largest_exponent)
     return torch.where(bound == 0, 1.0, torch.ldexp(torch.ones_like(bound), exponent))

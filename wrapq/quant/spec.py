@@ -33,7 +33,7 @@ class QuantSpec:
         symmetric: the grid is centred on zero, which needs no stored zero point; only integers can be asymmetric.
         dynamic: scales are computed from each tensor as it comes, not from calibration.
         local: group scales are computed from each tensor as it comes, but the global scale comes from calibration.
-        scale_dtype: what scales are rounded to; `e8m0` makes them powers of two as the MX specification says.
+        scale_dtype: what scales are rounded to; `e8m0` makes them powers of two, as MX formats have them.
         zero_point: `int`, which puts zero on the grid; or `float`, not rounded, in the dtype of the scale, as HQQ and
             tinygemm have it, which lets an asymmetric range end where the numbers do.
         global_scale: group scales are relative to one more float32 scale of the tensor, so that fp8_e4m3 holds them.
