@@ -36,6 +36,8 @@ WEIGHTS4 = ("int4:g32", "int4:g128", "int4:g256:asym", "uint4:g64:asym", "uint4:
 CASES = [(kernel, "int8:channel", activation) for kernel in INT8 for activation in ACTIVATIONS]
 CASES += [(kernel, "int8:tensor", "int8:token:dyn") for kernel in INT8]
 CASES += [("int8_weight", "int8:channel", None)]
+CASES += [("fp8_mm", "fp8_e4m3:channel", f"fp8_e4m3:{scales}") for scales in ("token:dyn", "tensor:dyn", "tensor")]
+CASES += [("fp8_mm", "fp8_e4m3:tensor", "fp8_e4m3:token:dyn")]
 CASES += [("int4_cpu", weight, None) for weight in WEIGHTS4]
 CASES += [("int4_cpu", "int4:g64", "int8:token:dyn"), ("int4_cpu", "uint4:g64:asym", "uint8:tensor:asym")]
 SHAPES = [(*rows, COLUMNS) for rows in ((1,), (2,), (17,), (128,), (2, 5), (1, 1), (0,))]
@@ -55,7 +57,7 @@ def layer(
 
 def tolerance(kernel: str) -> float:
     """How far, relative to the largest output, float32 sums or bfloat16 operands may take a kernel."""
-    return 1e-5 if kernel in INT8 else 2 * BFLOAT
+    return 1e-5 if kernel in (*INT8, "fp8_mm") else 2 * BFLOAT
 
 
 def assert_near(y: Tensor, expected: Tensor, kernel: str) -> None:
@@ -210,6 +212,10 @@ def test_gradients_take_the_reference() -> None:
         ("int8:g32", "int8:token:dyn", "int8_onednn", "per group"),
         ("int8:g32", "int8:token:dyn", "int8_fbgemm", "per group"),
         ("int8:channel", "uint8:token:asym:dyn", "int8_mm", "dynamic zero points"),
+        ("fp8_e5m2:channel", "fp8_e4m3:token:dyn", "fp8_mm", "is not fp8_e4m3"),
+        ("fp8_e4m3:b128x128", "fp8_e4m3:token:dyn", "fp8_mm", "a scale per block"),
+        ("fp8_e4m3:channel", "fp8_e4m3:g128:dyn", "fp8_mm", "one scale per group"),
+        ("fp8_e4m3:channel", "int8:token:dyn", "fp8_mm", "input int8 is not fp8_e4m3"),
         ("int8:channel", "int8:channel@-1", "int8_mm", "one scale per channel"),
     ],
 )
@@ -297,6 +303,7 @@ SCHEMES = [
     ("uint4:g64:asym", None),
     ("int4:g32", "int8:token:dyn"),
     ("int8:channel", None),
+    ("fp8_e4m3:channel", "fp8_e4m3:token:dyn"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Activations as int8, for kernels that multiply integers."""
+"""Activations as int8 or fp8, for kernels that multiply such numbers."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _MIDDLE = 128
 
 
 @dataclass(frozen=True)
-class IntActivation:
-    """`x ~ (q - zero) * scale`: q int8 [M, K], scale float32 [M, 1] or [1], zero a plain integer."""
+class Activation:
+    """`x ~ (q - zero) * scale`: q int8 or float8_e4m3fn [M, K], scale float32 [M, 1] or [1], zero a plain integer."""
 
     q: Tensor
     scale: Tensor
@@ -30,21 +30,24 @@ class IntActivation:
 
 
 class ActivationQuantizer:
-    """The integers that a point's fake quantization rounds to, bit for bit, as int8.
+    """The numbers that a point's fake quantization rounds to, bit for bit, as int8 or float8_e4m3fn.
 
-    Projections that read the same tensor one after the other (query, key, value) share its integers.
+    Projections that read the same tensor one after the other (query, key, value) share them.
 
     Args:
-        spec: a grid of at most 8 bits: dynamic and symmetric per token or tensor, or static per tensor.
+        spec: integers of at most 8 bits or fp8_e4m3: dynamic and symmetric per token or tensor, or static per tensor.
         qparams: the fixed parameters; None for a dynamic spec.
     """
 
     def __init__(self, spec: QuantSpec, qparams: QParams | None) -> None:
         self.dtype, self.per_token = spec.dtype, spec.granularity == "token"
+        self.is_int = spec.dtype.kind == "int"
         shift = 0 if spec.dtype.signed else _MIDDLE
-        self.low, self.high = spec.dtype.qmin - shift, spec.dtype.qmax - shift
-        self.half_steps = (spec.dtype.qmax - spec.dtype.qmin) / 2
-        self.largest = LARGEST / ((spec.dtype.qmax - spec.dtype.qmin + 1) / 2)
+        self.half_range = spec.dtype.half_range
+        self.low, self.high = -self.half_range, self.half_range
+        if self.is_int:
+            self.low, self.high = spec.dtype.qmin - shift, spec.dtype.qmax - shift
+        self.largest = LARGEST / (self.half_range + 0.5)
         self.scale, self.zero = None, 0
         if qparams is not None:
             self.scale = qparams.scale.detach()
@@ -59,12 +62,14 @@ class ActivationQuantizer:
         return None if spec is None else cls(spec, None if spec.dynamic else module.qparams("input"))
 
     @staticmethod
-    def unsupported(spec: QuantSpec | None) -> str | None:
-        """Why activations of `spec` cannot be held as int8 with one scale per row, or None when they can."""
+    def unsupported(spec: QuantSpec | None, kind: str = "int") -> str | None:
+        """Why activations of `spec` cannot be held as int8 (as fp8 for `float`) with one scale per row, or None."""
         if spec is None:
             return "the input is not quantized"
-        if getattr(spec.dtype, "kind", "int") != "int" or spec.dtype.bits > 8:
+        if kind == "int" and (spec.dtype.kind != "int" or spec.dtype.bits > 8):
             return f"input {spec.dtype} is no integer of at most 8 bits"
+        if kind == "float" and spec.dtype.name != "fp8_e4m3":
+            return f"input {spec.dtype} is not fp8_e4m3"
         if getattr(spec, "scale_dtype", "float32") != "float32" or getattr(spec, "global_scale", False):
             return f"input {spec}: scales are not plain float32"
         if spec.granularity not in ("tensor", "token"):
@@ -73,7 +78,7 @@ class ActivationQuantizer:
             return f"input {spec}: dynamic zero points"
         return None
 
-    def __call__(self, x: Tensor) -> IntActivation:
+    def __call__(self, x: Tensor) -> Activation:
         """`x` [..., K] as integers [M, K]."""
         last = _LAST
         if last is not None and last.fits(x, self.key):
@@ -82,17 +87,20 @@ class ActivationQuantizer:
         _remember(x, self.key, result)
         return result
 
-    def _quantize(self, x: Tensor) -> IntActivation:
+    def _quantize(self, x: Tensor) -> Activation:
         x = x if x.dtype == torch.float32 else x.float()
         scale = self._dynamic_scale(x) if self.scale is None else self.scale
-        steps = torch.div(x, scale).round_()
+        steps = torch.div(x, scale)
+        if not self.is_int:
+            return Activation(steps.clamp_(self.low, self.high).to(torch.float8_e4m3fn), scale, 0)
+        steps.round_()
         if self.zero:
             steps.add_(self.zero)
-        return IntActivation(steps.clamp_(self.low, self.high).to(torch.int8), scale, self.zero)
+        return Activation(steps.clamp_(self.low, self.high).to(torch.int8), scale, self.zero)
 
     def _dynamic_scale(self, x: Tensor) -> Tensor:
         bound = x.abs().amax(-1, keepdim=True) if self.per_token else x.abs().amax().reshape(1)
-        return bound.div_(self.half_steps).clamp_(TINY, self.largest)
+        return bound.div_(self.half_range).clamp_(TINY, self.largest)
 
 
 @dataclass(frozen=True)
@@ -102,7 +110,7 @@ class _Last:
     x: weakref.ref[Tensor]
     version: int
     key: tuple[object, ...]
-    result: IntActivation
+    result: Activation
 
     def fits(self, x: Tensor, key: tuple[object, ...]) -> bool:
         return self.x() is x and not x.is_inference() and x._version == self.version and self.key == key
@@ -111,7 +119,7 @@ class _Last:
 _LAST: _Last | None = None  # replaced as a whole and compared by identity, so that threads cannot mix entries
 
 
-def _remember(x: Tensor, key: tuple[object, ...], result: IntActivation) -> None:
+def _remember(x: Tensor, key: tuple[object, ...], result: Activation) -> None:
     global _LAST
     # tensors of inference mode do not count their changes; tracing must not see state that outlives it
     if not x.is_inference() and not torch.compiler.is_compiling():

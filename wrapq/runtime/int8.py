@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from wrapq.runtime.activations import ActivationQuantizer, IntActivation
-from wrapq.runtime.kernel import KERNELS, Kernel, is_integer, is_not
+from wrapq.runtime.activations import Activation, ActivationQuantizer
+from wrapq.runtime.kernel import KERNELS, Kernel, is_integer, is_not, not_by_row
 
 if TYPE_CHECKING:
     from wrapq.quant.spec import QuantSpec
@@ -45,11 +45,7 @@ class _Int8(Kernel):
             return f"not for {device}"
         if not is_integer(spec, 8) or not spec.dtype.signed or not spec.symmetric:
             return f"weight {spec} is not symmetric int8"
-        if spec.granularity == "channel" and spec.axis not in (0, -2):
-            return f"weight {spec}: scales run along the inputs"
-        if spec.granularity not in ("tensor", "channel"):
-            return f"weight {spec}: a scale per {spec.granularity}, not per channel or tensor"
-        return cls._unsupported_input(module.specs.get("input"))
+        return not_by_row(spec) or cls._unsupported_input(module.specs.get("input"))
 
     @classmethod
     def _unsupported_input(cls, spec: QuantSpec | None) -> str | None:
@@ -120,7 +116,7 @@ class Int8MM(_Int8Activation):
         y = sums.view(torch.float32).copy_(sums)  # in the same memory: fresh pages cost more than the arithmetic
         return self._finish(y.mul_(self.scale).mul_(a.scale), x)
 
-    def _multiply(self, a: IntActivation) -> Tensor:
+    def _multiply(self, a: Activation) -> Tensor:
         rows = a.q.shape[0]
         if a.q.is_cuda and rows < _CUDA_ROWS:
             return torch._int_mm(pad(a.q, (0, 0, 0, _CUDA_ROWS - rows)), self.columns)[:rows].contiguous()

@@ -85,6 +85,14 @@ def is_integer(spec: QuantSpec, bits: int) -> bool:
     return plain and getattr(spec.dtype, "kind", "int") == "int" and spec.dtype.bits == bits
 
 
+def not_by_row(spec: QuantSpec) -> str | None:
+    """Why a weight of `spec` has no single scale for each output row, or None when it has."""
+    if spec.granularity == "channel" and spec.axis not in (0, -2):
+        return f"weight {spec}: scales run along the inputs"
+    fits = spec.granularity in ("tensor", "channel")
+    return None if fits else f"weight {spec}: a scale per {spec.granularity}, not per channel or tensor"
+
+
 def fast_half(device: torch.device) -> bool:
     """Whether `device` multiplies bfloat16 matrices faster than float32 ones."""
     if device.type != "cpu":
