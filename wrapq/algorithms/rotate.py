@@ -11,10 +11,10 @@ keys after position encoding, and what products and other functions give linears
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from wrapq.algorithms.fold_norms import FoldNorms
 from wrapq.algorithms.learned_rotation import learn_rotation
@@ -49,6 +49,12 @@ class RotateOptions(BaseModel):
     )
     seed: int = Field(0, ge=0, description="Of the random signs and matrices.")
 
+    @model_validator(mode="after")
+    def _learns_something(self) -> Self:
+        if self.learn and "R1" not in self.rotations:
+            raise ValueError("learn is for R1, which rotations leaves out")
+        return self
+
 
 @ALGORITHMS.register("rotate")
 class Rotate(Transform):
@@ -61,7 +67,7 @@ class Rotate(Transform):
     @property
     def needs(self) -> tuple[str, ...]:
         """See `Algorithm.needs`."""
-        return (RUNS,) if self.options.learn and "R1" in self.options.rotations else ()
+        return (RUNS,) if self.options.learn else ()
 
     def find(self, graph: Graph, specs: Specs) -> Found:
         """See `Transform.find`."""

@@ -30,7 +30,6 @@ class Transforms:
     specs: Specs
     inputs: Mapping[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
-    _online: dict[str, frozenset[str]] = field(default_factory=dict)
     _before: list[tuple[str, Transform, tuple[str, ...], frozenset[str]]] = field(default_factory=list)
 
     @cached_property
@@ -63,7 +62,8 @@ class Transforms:
             yield Problem(where, f"{name} cannot run there: {reason}")
         inputs = frozenset(i for t in found.targets for i in transform.inputs(self.graph, t))
         online = frozenset(transform.online(self.graph, found.targets))
-        for other, its in self._online.items():
+        for other, before, targets, _ in self._before:
+            its = frozenset(before.online(self.graph, targets))
             if both := sorted(its & (inputs if transform.migrates else online)):
                 what = f"{stage} would change the input of {both[0]}, which {other} turns at each forward"
                 yield Problem(where, what, (), f"name {stage} before {other}, or give each stage its own rules")
@@ -72,5 +72,4 @@ class Transforms:
                 what = f"{other} and {stage} would both scale the input of {both[0]}"
                 remedy = "give each stage its own rules: stack.NAME.rules=[...]"
                 yield Problem(where, what, (), remedy)
-        self._online[stage] = online
         self._before.append((stage, transform, found.targets, inputs))
