@@ -47,3 +47,14 @@ def test_a_prefix_is_no_pattern() -> None:
         ("modelxlayers.0.mlp", 1),
         ("modelxlayers.1.mlp", 1),
     ]
+
+
+def test_the_experts_of_a_block_are_folded_where_all_blocks_have_them_alike() -> None:
+    rows = [
+        *blocks(0, 1, rest=".mlp.experts.0.up"),
+        *blocks(0, 1, rest=".mlp.experts.1.up"),
+        *blocks(0, rest=".x.3.up"),
+    ]
+    assert folded(*rows) == [("model.layers.{0-1}.mlp.experts.{0-1}.up", 4), ("model.layers.0.x.3.up", 1)]
+    rows = [*blocks(0, 1, rest=".experts.0"), *blocks(0, rest=".experts.1")]
+    assert folded(*rows) == [("model.layers.{0-1}.experts.0", 2), ("model.layers.0.experts.1", 1)]

@@ -17,6 +17,7 @@ from wrapq.quant.spec import FLOAT, QuantSpec
 from wrapq.recipe.schema import Match, Rule
 from wrapq.resolve.resolve import resolve_specs
 from wrapq.resolve.rules import Sources
+from wrapq.wrappers.experts import apart
 from wrapq.wrappers.model import convert_model, iter_quantizers, iter_wrapped, unwrap_model, wrap_model
 from wrapq.wrappers.quantizer import PADDING, WeightQuantizer
 
@@ -95,7 +96,9 @@ def prepare(model: nn.Module, config: PTQConfig | None = None) -> nn.Module:
     """
     config = config or PTQConfig()
     rules = config.rules()
-    modules, untouched = resolve_specs(rules, model, Sources({f"rules.{name}": "PTQConfig" for name in rules}))
+    sources = Sources({f"rules.{name}": "PTQConfig" for name in rules})
+    with apart(model):
+        modules, untouched = resolve_specs(rules, model, sources)
     missing = [row for row in untouched if row.reason == "no wrapper"]
     if config.strict and missing:
         what = ", ".join(f"{row.name or 'the model itself'} ({row.type})" for row in missing)

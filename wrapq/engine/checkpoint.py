@@ -22,6 +22,7 @@ from wrapq.runtime.kernel import REFERENCE
 from wrapq.runtime.module import QuantizedModule, QuantizedWeight, new_quantized
 from wrapq.runtime.rotation import ONLINE, OnlineRotation
 from wrapq.wrappers.attention import Attention, use_attention_points
+from wrapq.wrappers.experts import take_apart
 from wrapq.wrappers.model import add_rotation
 from wrapq.wrappers.registry import WRAPPERS
 
@@ -258,6 +259,7 @@ def _skeleton(path: Path, manifest: Mapping[str, Any]) -> nn.Module:
         raise ModelError(f"{path / 'config.json'} cannot be read: {reason}") from error
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, manifest["dtype"]))
+    take_apart(model, manifest["modules"])
     for name in manifest.get("rotated", ()):  # before what stands in for the module takes its parts over
         add_rotation(model.get_submodule(name), OnlineRotation())
     for name in sorted(manifest["modules"], key=lambda n: n.count(".")):

@@ -131,7 +131,9 @@ def _execute(run: Run) -> RunResult:
 
 def _calibrate(run: Run, source: ModelSource, calibration: Samples | None) -> tuple[nn.Module, Walker]:
     with run.step("load", "Loading the model"):
-        model, weights = source.open_blocks(run.device) if run.streaming else (source.load(run.device), None)
+        model, weights = (
+            source.open_blocks(run.device, run.plan.specs()) if run.streaming else (source.load(run.device), None)
+        )
         run.digests["model"] = source.digest()
     transform(run, model, source, calibration)
     model = wrap_model(model, run.plan.specs())

@@ -7,12 +7,14 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
+_Named = tuple[str, Hashable, list[T]]
 
 
 def fold(
     rows: Sequence[T], prefix: str, name: Callable[[T], str], key: Callable[[T], Hashable]
 ) -> list[tuple[str, list[T]]]:
-    """Rows that differ only in the index of their block, under one name such as `model.layers.{0-5}.mlp`.
+    """Rows that differ only in the index of their block, and then in one within it, such as that of an expert, under
+    one name: `model.layers.{0-5}.mlp`, `model.layers.{0-5}.mlp.experts.{0-7}.up_proj`.
 
     Args:
         rows: in order.
@@ -20,25 +22,34 @@ def fold(
         name: the name of a row's module.
         key: what must be equal for rows to be folded.
     """
-    groups: dict[Hashable, list[tuple[int | None, T]]] = {}
+    if not prefix:
+        return [(name(row), [row]) for row in rows]
+    each = [(name(row), key(row), [row]) for row in rows]
+    inside = re.escape(prefix) + r"\."
+    by_block = _fold(each, re.compile(rf"({inside})(\d+)(.*)"))
+    return [(name, rows) for name, _, rows in _fold(by_block, re.compile(rf"({inside}.*?\.)(\d+)(\..*)"))]
+
+
+def _fold(rows: Iterable[_Named[T]], pattern: re.Pattern[str]) -> list[_Named[T]]:
+    """Rows whose names differ only in the number that `pattern` finds, under one name that has all the numbers."""
+    groups: dict[Hashable, list[tuple[re.Match[str] | None, _Named[T]]]] = {}
     for row in rows:
-        match = re.match(rf"{re.escape(prefix)}\.(\d+)(.*)", name(row)) if prefix else None
-        index, rest = (int(match[1]), match[2]) if match else (None, name(row))
-        groups.setdefault((index is not None, rest, key(row)), []).append((index, row))
+        match = pattern.fullmatch(row[0])
+        parts = (row[0], "") if match is None else (match[1], match[3])
+        groups.setdefault((match is None, parts, row[1]), []).append((match, row))
     folded = []
     for members in groups.values():
-        first = name(members[0][1])
-        if members[0][0] is not None and len(members) > 1:
-            rest = first[len(prefix) + 1 + len(str(members[0][0])) :]
-            first = f"{prefix}.{{{_ranges(index for index, _ in members)}}}{rest}"
-        folded.append((first, [row for _, row in members]))
+        match, (name, key, _) = members[0]
+        if match is not None and len(members) > 1:
+            name = f"{match[1]}{{{_ranges(int(m[2]) for m, _ in members if m is not None)}}}{match[3]}"
+        folded.append((name, key, [row for _, (_, _, same) in members for row in same]))
     return folded
 
 
-def _ranges(indices: Iterable[int | None]) -> str:
+def _ranges(indices: Iterable[int]) -> str:
     """`0-3,5` for 0, 1, 2, 3, 5."""
     runs: list[list[int]] = []
-    for index in sorted(i for i in indices if i is not None):
+    for index in sorted(indices):
         if runs and index == runs[-1][1] + 1:
             runs[-1][1] = index
         else:

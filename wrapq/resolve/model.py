@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from importlib import resources
@@ -23,6 +23,7 @@ from wrapq.errors import ModelError, PlanError, Problem
 from wrapq.recipe.schema import ModelConfig
 from wrapq.recipe.suggest import alike
 from wrapq.resolve.shards import Renamed, Shards
+from wrapq.wrappers.experts import forget_fused, take_apart
 
 PACKAGED = "wrapq://"
 _GENERATION = "generation_config.json"
@@ -82,15 +83,17 @@ class ModelSource:
             raise ModelError(f"model.path {self.config.path}: {len(lacking)} tensors are not in the weights: {shown}")
         return model.eval().requires_grad_(False).to(device)
 
-    def open_blocks(self, device: torch.device) -> tuple[nn.Module, Mapping[str, Tensor]]:
+    def open_blocks(self, device: torch.device, names: Iterable[str] = ()) -> tuple[nn.Module, Mapping[str, Tensor]]:
         """The model with all weights but those of its repeated blocks, and all weights by the model's names.
 
-        The parameters of the blocks are on the meta device, and no weight is read before it is asked for.
+        The parameters of the blocks are on the meta device, and no weight is read before it is asked for. Experts among
+        `names` are modules: see `wrapq.wrappers.experts`.
 
         Raises:
             ModelError: the weights are not in safetensors files, or not under the names that the model has for them.
         """
-        model = self.meta_model().requires_grad_(False)
+        model = take_apart(self.meta_model(), names).requires_grad_(False)
+        forget_fused(model)
         weights = self._named_weights(model)
         blocks = find_blocks(model)
         tables = [(name, m._parameters) for name, m in model.named_modules() if blocks.index(name) is None]

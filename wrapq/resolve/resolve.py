@@ -22,6 +22,7 @@ from wrapq.resolve.rules import Drafted, Sources, draft_points
 from wrapq.resolve.selectors import Site, find_sites
 from wrapq.resolve.stages import StackEntry, check_stack, option_problems, plan_stages
 from wrapq.resolve.transforms import Transforms
+from wrapq.wrappers.experts import apart
 
 
 def resolve(recipe: Recipe, sources: Mapping[str, Any] | None = None, trust_remote_code: bool = False) -> Plan:
@@ -71,7 +72,8 @@ def resolve_specs(
 
 def resolve_model(recipe: Recipe, model: nn.Module, stack: Sequence[StackEntry], sources: Sources) -> Plan:
     """The plan of a recipe whose names are checked, for `model`; see `resolve`."""
-    resolved = _resolve_rules(recipe.rules, model, sources)
+    with apart(model):
+        resolved = _resolve_rules(recipe.rules, model, sources)
     if not resolved.modules:
         what = "no rule quantizes anything in this model: the run would change nothing"
         raise PlanError([Problem("rules", what, (), "wrapq evaluate measures a model as it is")])
@@ -88,13 +90,15 @@ def resolve_model(recipe: Recipe, model: nn.Module, stack: Sequence[StackEntry],
         blocks=resolved.blocks.prefix,
         block_count=resolved.blocks.count,
     )
+    with apart(model):
+        estimated = estimate(model, resolved.modules, recipe, needs_data, stages)
     plan = Plan(
         recipe=recipe,
         model=facts,
         modules=resolved.modules,
         untouched=resolved.untouched,
         stages=stages,
-        estimate=estimate(model, resolved.modules, recipe, needs_data, stages),
+        estimate=estimated,
         notes=tuple(transforms.notes),
         presets=sources.origins(),
     )

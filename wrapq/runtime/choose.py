@@ -20,8 +20,9 @@ ROWS = (1, 128)
 """Rows of the input at which kernels are timed: one token, and a prompt."""
 _REPEATS = 5
 _SECONDS = 0.05
-_CACHE, _MOST_COPIES = 1 << 26, 16
-"""A weight is timed in several copies in turn, so many that no cache holds them: a model's next token finds it cold."""
+_CACHE, _MOST_COPIES = 1 << 25, 16
+"""A weight is timed in several copies in turn, so many that no cache holds them: a model's next token finds it cold.
+One that would take more copies is small, and timed as it is."""
 _log = logging.getLogger(__name__)
 
 
@@ -211,7 +212,8 @@ def _float_seconds(module: QuantizedWeight, inputs: Mapping[int, Tensor]) -> dic
 
 def _copies(size: int) -> int:
     """Copies of a weight of `size` bytes that it is timed in."""
-    return min(_MOST_COPIES, -(-_CACHE // size))
+    copies = -(-_CACHE // max(1, size))
+    return copies if copies <= _MOST_COPIES else 1
 
 
 def _seconds(functions: Sequence[Callable[[Tensor], object]], x: Tensor) -> float:

@@ -13,6 +13,7 @@ from wrapq.runtime.module import QuantizedModule
 from wrapq.runtime.rotation import ONLINE, OnlineRotation, turn_inputs
 from wrapq.wrappers.attention import Attention, use_attention_points
 from wrapq.wrappers.base import QuantModuleBase
+from wrapq.wrappers.experts import forget_fused, put_together, take_apart
 from wrapq.wrappers.quantizer import Quantizer
 from wrapq.wrappers.registry import WRAPPERS
 
@@ -23,7 +24,7 @@ Specs = Mapping[str, Mapping[str, QuantSpec]]
 def wrap_model(model: nn.Module, specs: Specs) -> nn.Module:
     """Replace the modules named in `specs` by wrapped ones that observe; returns the model, or its stand-in.
 
-    Every wrapper is made before the first is put in place, so a failure leaves the model as it was.
+    Experts that share a tensor are taken apart where `specs` name them. A failure leaves the model as it was.
 
     Raises:
         LifecycleError: when the model is wrapped already, or a name in `specs` is no module or no point.
@@ -33,8 +34,21 @@ def wrap_model(model: nn.Module, specs: Specs) -> nn.Module:
         raise LifecycleError("the model is prepared already: restore() or convert() it first")
     if any(isinstance(module, QuantizedModule) for module in model.modules()):
         raise LifecycleError("the model is converted already: prepare the float model it comes from")
+    model = take_apart(model, specs)
+    try:
+        wrapped = _wrapped(model, specs)
+    except BaseException:
+        put_together(model)
+        raise
+    model = _place(model, wrapped)
+    _switch_attention(wrapped.values())
+    return model
+
+
+def _wrapped(model: nn.Module, specs: Specs) -> dict[str, QuantModuleBase]:
+    """A wrapper for each module in `specs`, observing, and none in its place yet."""
     modules = dict(model.named_modules())
-    wrapped = {}
+    wrapped: dict[str, QuantModuleBase] = {}
     for name, points in specs.items():
         if name not in modules:
             raise LifecycleError(f"the model has no module {name!r}")
@@ -44,9 +58,7 @@ def wrap_model(model: nn.Module, specs: Specs) -> nn.Module:
     for module in wrapped.values():
         for quantizer in module.point_quantizers().values():
             quantizer.observe()
-    model = _place(model, wrapped)
-    _switch_attention(wrapped.values())
-    return model
+    return wrapped
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
@@ -56,7 +68,7 @@ def unwrap_model(model: nn.Module) -> nn.Module:
     for module in wrapped.values():
         if isinstance(module, Attention):
             module.config._attn_implementation = module.original_implementation
-    return model
+    return put_together(model)
 
 
 def convert_model(model: nn.Module) -> nn.Module:
@@ -78,7 +90,9 @@ def convert_model(model: nn.Module) -> nn.Module:
         if module.weight_quantizer is not None:
             twin = shared.setdefault(id(module._parameters["weight"]), converted[name])
             converted[name].share_weight(twin)
-    return _place(model, converted)
+    model = _place(model, converted)
+    forget_fused(model)
+    return model
 
 
 def add_rotation(module: nn.Module, rotation: OnlineRotation) -> Callable[[], object]:
