@@ -47,6 +47,13 @@ _FORMS = {
         "Qwen2MoeForCausalLM",
         {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
     ),
+    "gpt_oss": ("GptOssConfig", "GptOssForCausalLM", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "nemotron_h": (
+        "NemotronHConfig",
+        "NemotronHForCausalLM",
+        {"layers_block_type": ["attention", "moe"], "n_routed_experts": 4, "num_experts_per_tok": 2}
+        | {"moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 32, "moe_latent_size": None},
+    ),
 }
 
 

@@ -36,7 +36,7 @@ def test_an_expert_that_no_token_reaches_is_rounded_to_nearest_counted_and_named
     walker.run(expert_batches((0,), (0, 1), (0,)), schedule)
     missed = [f"layers.{block}.mlp.experts.2.weight" for block in (0, 1)]
     said = "no calibration token reached this weight"
-    assert walker.fallbacks == [f"{where}: {said}" for where in missed]
+    assert walker.fallbacks == [f"{where}: {said}; it is rounded to nearest" for where in missed]
     assert {where for where, report in walker.reports.items() if "fallback" in report} == set(missed)
     for where in missed:
         assert torch.equal(codes(model)[where], nearest(model, where))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import cast
@@ -21,6 +22,8 @@ from wrapq.wrappers.model import iter_wrapped
 from wrapq.wrappers.quantizer import Quantizer, State, WeightQuantizer
 from wrapq.wrappers.siblings import sharing_global_scale
 
+_EXPERT = re.compile(r"^(.*\bexperts)\.\d+\.(.*)$")
+
 
 class Decider:
     """Fixes each point of a wrapped model from its statistics: those just gathered, or those of an earlier walk.
@@ -37,7 +40,8 @@ class Decider:
         inputs: what was gathered of the input of each open weight, by the point's full name.
         statistics: what the observer of each static activation point gathered, by the point's full name.
         reports: for each weight its error and what its algorithm reports, by the point's full name.
-        fallbacks: for each weight that was rounded to nearest because its statistics could not be used, the reason.
+        fallbacks: the reason for each weight that was rounded to nearest because its statistics could not be used, and
+            for each range of an expert to which no token came.
     """
 
     def __init__(self, model: nn.Module, rounders: Mapping[str, Rounding], setters: Mapping[str, RangeSetter]) -> None:
@@ -109,12 +113,31 @@ class Decider:
         else:
             observer = cast(Observer, quantizer.observer)
             self.processes.merge_observer(observer)
+            if observer.empty and (widest := self._widest_expert(quantizer)) is not None:
+                self._keep(quantizer, observer)
+                self.fallbacks.append(f"{quantizer.where}: no token came to it; it has the range of {widest.where}")
+                quantizer.set_qparams(widest.qparams)
+                return
             quantizer.check()
             self._keep(quantizer, observer)
             for key, tensor in observer.state_dict().items():
                 self.statistics[f"{quantizer.where}.{key}"] = tensor.contiguous()
             quantizer.set_qparams(self.setters[quantizer.where].choose(observer, quantizer.where))
         self._since = time.perf_counter()
+
+    def _widest_expert(self, quantizer: Quantizer) -> Quantizer | None:
+        """Of the same point of the other experts, the one with the widest range; None where there is none."""
+        if (match := _EXPERT.fullmatch(quantizer.where)) is None:
+            return None
+        alike = [
+            q for q in self.modules if (m := _EXPERT.fullmatch(q.where)) is not None and m.groups() == match.groups()
+        ]
+        for other in alike:  # those not decided yet: statistics of a store come in the order of the model
+            if other.observer is not None and not other.observer.empty:
+                self.decide(other)
+        others = [q for q in alike if q.state is State.QUANTIZED and q.spec == quantizer.spec]
+        width = lambda q: float(q.scale.max()) if q.scale is not None else -float(q.global_scale)  # noqa: E731
+        return max(others, key=width, default=None)
 
     def round_blockwise(self, stop: BlockStop, quantizers: Iterable[Quantizer]) -> None:
         """Round the open weights among `quantizers`, those of a block, that are rounded together.
@@ -162,7 +185,7 @@ class Decider:
                 return rounder.round(weight, quantizer.spec, where, statistics)
             raise UnusableStatisticsError(f"{where}: it lies in no block, or no batch came to its block")
         except UnusableStatisticsError as error:
-            self.fallbacks.append(str(error))
+            self.fallbacks.append(f"{error}; it is rounded to nearest")
             qparams = observe_tensor(weight, quantizer.spec, where)
             return Rounded(qparams.quantize(weight), qparams, {"fallback": 1.0})
 

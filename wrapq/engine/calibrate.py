@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +27,9 @@ from wrapq.engine.lock import code_digest, device_class, environment
 from wrapq.engine.resume import Keeper
 from wrapq.resolve.plan import Plan
 from wrapq.wrappers.model import iter_wrapped
+
+_SHOWN = 8
+_log = logging.getLogger(__name__)
 
 
 def calibrate(
@@ -120,7 +124,11 @@ def _tell(run: Run, walker: Walker) -> None:
     if run.processes.rank:
         return
     for reason in walker.fallbacks:
-        run.note(f"rounded to nearest instead: {reason}")
+        _log.warning("fallback: %s", reason)
+    for reason in walker.fallbacks[:_SHOWN]:
+        run.note(f"fallback: {reason}")
+    if (more := len(walker.fallbacks) - _SHOWN) > 0:
+        run.note(f"{more} more fallbacks, all of them in log.txt")
     run.tracker.metrics({"fallbacks": len(walker.fallbacks)})
     if run.processes.count > 1:
         run.note(

@@ -31,7 +31,8 @@ class Calibrated:
     Attributes:
         algorithms: the algorithm that decided each static point, by the point's full name.
         reports: for each weight its error and what its algorithm reports, likewise.
-        fallbacks: why weights were rounded to nearest instead of by their algorithm; empty is good.
+        fallbacks: why weights were rounded to nearest instead of by their algorithm, and experts have the range of
+            others; empty is good.
         statistics: what the observer of each static activation point gathered.
         transforms: what each transform reports of each of its targets, by the name of the stage.
     """

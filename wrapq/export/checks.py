@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 
 from wrapq.calibration.algorithm import ALGORITHMS, Corrector
 from wrapq.errors import Problem, SpecError
 from wrapq.export.scheme import Args, Scheme, cache_args, linear_scheme
 from wrapq.export.vllm import cache_refusal, fusion_refusals, linear_refusal
+from wrapq.resolve.model import ModelSource
 from wrapq.resolve.plan import ModulePlan, Plan
+from wrapq.wrappers.experts import can_be_taken_apart
 
 VLLM = "vllm"
 _REMEDY = "quantize it otherwise, leave it float, or run with export=none"
@@ -50,6 +54,7 @@ def translate(plan: Plan, reader: str) -> Translation:
     _cache(plan, said, refused, reader)
     _corrections(plan, refused)
     _online(plan, refused)
+    _experts(plan, refused)
     said.problems += refused.problems()
     said.problems += _loading(said)
     if reader == VLLM:
@@ -101,6 +106,31 @@ def _online(plan: Plan, refused: _Refusals) -> None:
             what = f"{stage.name} turns what comes to it at each forward, and readers would drop that"
             remedy = f"leave it out, as with stack.{stage.name}.rotations=[R1,R2], or run with export=none"
             refused.add(modules[name], what, remedy)
+
+
+def _experts(plan: Plan, refused: _Refusals) -> None:
+    """Experts that transformers keeps in one tensor, and puts together from other names than ours, or from none."""
+    modules = {
+        module: match[1] for module in plan.modules if (match := re.search(r"\.experts\.\d+(\..*)", module.name))
+    }
+    unread = [module for module, name in modules.items() if f".experts.*{name}.weight" not in _merged(plan.model.type)]
+    if not unread or not any(map(can_be_taken_apart, ModelSource(plan.recipe.model).meta_model().modules())):
+        return
+    for module in unread:
+        refused.add(module, f"transformers does not put experts of {plan.model.type} together from this name", _REMEDY)
+
+
+@cache
+def _merged(model: str) -> frozenset[str]:
+    """The ends of the names from which transformers makes the one tensor of a model's experts."""
+    import transformers
+    from transformers import conversion_mapping
+
+    kind = getattr(getattr(transformers, model, None), "config_class", None)
+    found = conversion_mapping.get_checkpoint_conversion_mapping(kind.model_type) if kind else None
+    sources = (getattr(step, "source_patterns", ()) for step in found or ())
+    patterns = [pattern for its in sources for pattern in ([its] if isinstance(its, str) else its)]
+    return frozenset(pattern[pattern.index(".experts.") :] for pattern in patterns if ".experts." in pattern)
 
 
 def _cache(plan: Plan, said: Translation, refused: _Refusals, reader: str) -> None:

@@ -1,0 +1,148 @@
+"""Experts that share a tensor are taken apart: the same function, every expert a module, and all of it undone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+import wrapq
+from tests.conftest import build_model
+from tests.models import DEMO
+from wrapq import PTQConfig
+from wrapq.errors import PlanError
+from wrapq.runtime.module import QuantizedWeight
+from wrapq.wrappers.experts import Experts, apart, can_be_taken_apart
+from wrapq.wrappers.model import iter_quantizers
+
+FUSED = ("mixtral", "qwen2_moe", "gpt_oss", "nemotron_h")
+LINEARS = {family: {"gate_proj", "up_proj", "down_proj"} for family in ("mixtral", "qwen2_moe")}
+LINEARS |= {"gpt_oss": {"gate_up_proj", "down_proj"}, "nemotron_h": {"up_proj", "down_proj"}}
+IDS = torch.randint(3, 96, (2, 12), generator=torch.Generator().manual_seed(3))
+WEIGHTS = PTQConfig("int4:g16:sym", None, {"*norm": None, "lm_head": None, "*embed*": None})
+
+
+def fused_of(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if can_be_taken_apart(module)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mixture of experts with the tokenizer of the model that ships."""
+    path = tmp_path_factory.mktemp("moe")
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    vocabulary = json.loads((DEMO / "config.json").read_text())["vocab_size"]
+    torch.manual_seed(0)
+    config = Qwen2MoeConfig(vocab_size=vocabulary, shared_expert_intermediate_size=64, **sizes)
+    Qwen2MoeForCausalLM(config).save_pretrained(path)
+    for file in DEMO.glob("tokenizer*"):
+        shutil.copy(file, path)
+    return path
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_the_function_stays_and_the_modules_come_back(family: str) -> None:
+    model = build_model(family)
+    before, expected = fused_of(model), model(IDS, use_cache=False).logits
+    assert before
+    with apart(model):
+        assert not fused_of(model)
+        found = model(IDS, use_cache=False).logits
+        experts = [module for module in model.modules() if isinstance(module, Experts)]
+        assert len(experts) == len(before) and all(len(module) == 4 for module in experts)
+        names = {name for name, part in experts[0][2].named_modules() if isinstance(part, nn.Linear)}
+        assert names == LINEARS[family]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert fused_of(model) == before and torch.equal(model(IDS, use_cache=False).logits, expected)
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_prepared_calibrated_and_converted(family: str, token_batches: list[Tensor]) -> None:
+    model = build_model(family)
+    before, expected = fused_of(model), model(IDS, use_cache=False).logits
+    prepared = wrapq.prepare(model, WEIGHTS)
+    torch.testing.assert_close(prepared(IDS, use_cache=False).logits, expected, rtol=1e-5, atol=1e-5)
+    assert fused_of(wrapq.restore(prepared)) == before
+
+    prepared = wrapq.prepare(model, WEIGHTS)
+    wrapq.calibrate(prepared, [{"input_ids": ids, "use_cache": False} for ids in token_batches], {"round": "gptq"})
+    converted = wrapq.convert(prepared)
+    quantized = [name for name, m in converted.named_modules() if isinstance(m, QuantizedWeight)]
+    assert sum(".experts." in name for name in quantized) == len(before) * 4 * len(LINEARS[family])
+    assert not [m for m in converted.modules() if isinstance(m, Experts) and "fused" in m.__dict__]
+    change = (converted(IDS, use_cache=False).logits - expected).norm() / expected.norm()
+    assert 0 < change < 0.5
+
+
+def test_padding_reaches_experts_and_counts_nowhere() -> None:
+    config = PTQConfig(None, None, {"*experts.*_proj": {"input": "int8:tensor"}})
+    padded = torch.cat([torch.full((1, 5), 50), IDS[:1]], 1)
+    mask = torch.cat([torch.zeros(1, 5), torch.ones(1, 12)], 1).long()
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    ranges = []
+    for inputs in ({"input_ids": IDS[:1]}, {"input_ids": padded, "attention_mask": mask, "position_ids": positions}):
+        model = wrapq.prepare(build_model("qwen2_moe"), config)
+        with wrapq.padding(inputs.get("attention_mask", torch.ones(1, 12))):
+            model(**inputs, use_cache=False)
+        quantizers = [q for q in iter_quantizers(model) if not q.observer.empty]
+        ranges.append({q.where: float(q.observer.range()[1]) for q in quantizers})
+    assert ranges[0].keys() == ranges[1].keys() and ranges[0]
+    for where, high in ranges[0].items():
+        assert ranges[1][where] == pytest.approx(high, rel=1e-4), where
+
+
+def test_an_expert_without_tokens_is_named() -> None:
+    model = build_model("mixtral", num_experts_per_tok=1)
+    for layer in model.model.layers:
+        layer.mlp.gate.weight[0] = layer.mlp.gate.weight[1:].mean(0)  # the mean of others is never the largest
+    prepared = wrapq.prepare(model, WEIGHTS)
+    found = wrapq.calibrate(prepared, [{"input_ids": IDS, "use_cache": False}], {"round": "gptq"})
+    assert [text for text in found.fallbacks if "layers.0.mlp.experts.0.gate_proj" in text]
+    wrapq.convert(prepared)
+
+
+def test_an_expert_without_tokens_has_the_widest_range_of_the_others(folder: Path, tmp_path: Path) -> None:
+    small = [f"model.path={folder}", "evaluation.tokens=512", "calibration.samples=1", "calibration.seq_len=4"]
+    cold, warm = (wrapq.run("w8a8_static", [*small, "tracking=none", f"paths.outputs={tmp_path}"]) for _ in range(2))
+    missed = [note for note in cold.notes if "no token came to it; it has the range of" in note]
+    assert missed and missed == [note for note in warm.notes if "no token came to it" in note]
+    assert any("statistics of" in note for note in warm.notes)
+    assert warm.digests["qparams"] == cold.digests["qparams"]
+
+
+def test_transforms_see_the_model_of_transformers(token_batches: list[Tensor]) -> None:
+    model = build_model("mixtral")
+    expected = model(IDS, use_cache=False).logits
+    prepared = wrapq.prepare(model, PTQConfig("int8:channel", None, {"*norm": None, "lm_head": None, "*embed*": None}))
+    batches = [{"input_ids": ids, "use_cache": False} for ids in token_batches]
+    stack = {"fold": {"algorithm": "fold_norms", "untie": True}, "turn": "rotate", "round": "rtn"}
+    assert wrapq.calibrate(prepared, batches, stack).transforms["turn"]
+    found = wrapq.convert(prepared)(IDS, use_cache=False).logits
+    assert (found - expected).norm() / expected.norm() < 0.05
+
+
+def test_a_run_whole_and_streamed_and_its_export(folder: Path, tmp_path: Path) -> None:
+    small = [f"model.path={folder}", "evaluation.tokens=512", "calibration.samples=8", "tracking=none"]
+    small += ["rules.linear.weight=int4:g32:sym", f"paths.outputs={tmp_path}"]
+    export = ["export=compressed_tensors", "export.reader=transformers"]
+    whole = wrapq.run("w4a16_gptq", [*small, *export])
+    assert whole.exported is not None and whole.exported.error < 1e-6
+    streamed = wrapq.run("w4a16_gptq", [*small, "runtime.load=streaming"])
+    assert streamed.digests["qparams"] == whole.digests["qparams"]
+    loaded = [wrapq.load(run.folder) for run in (whole, streamed)]
+    names = [name for name, m in loaded[0].named_modules() if isinstance(m, QuantizedWeight) and ".experts." in name]
+    assert len(names) == 2 * 4 * 3
+    assert torch.equal(*(model(IDS).logits for model in loaded))
+
+
+def test_an_export_that_transformers_would_not_put_together_is_refused(tmp_path: Path) -> None:
+    build_model("mixtral", vocab_size=2048).save_pretrained(tmp_path / "model")
+    overrides = [f"model.path={tmp_path / 'model'}", "rules.linear.weight=int4:g16:sym", "tracking=none"]
+    with pytest.raises(PlanError, match="does not put experts of MixtralForCausalLM together"):
+        wrapq.run("w4a16_rtn", [*overrides, "export=compressed_tensors", "export.reader=transformers"])
