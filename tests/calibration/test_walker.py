@@ -325,10 +325,19 @@ class Tally(MinMax):
 
 
 @pytest.mark.parametrize("schedule", ["sequential", "parallel"])
-def test_an_expert_nobody_came_to_is_refused_by_name(schedule: str):
+def test_an_expert_nobody_came_to_has_the_widest_range_of_the_others(schedule: str):
     model = prepare(Experts(), COARSE)
-    with pytest.raises(LifecycleError, match=r"experts\.2\.input .* saw no data"):
-        walker(model).run(expert_batches((0, 1), (1, 3)), schedule)
+    decided = walker(model)
+    decided.run(expert_batches((0, 1), (1, 3)), schedule)
+    points = {where: quantizer for where, quantizer in activations(model).items() if where.startswith("experts.")}
+    for point in ("input", "output"):
+        others = {f"experts.{i}.{point}": float(points[f"experts.{i}.{point}"].scale) for i in (0, 1, 3)}
+        widest = max(others, key=others.__getitem__)
+        assert float(points[f"experts.2.{point}"].scale) == others[widest]
+        assert f"experts.2.{point}: no token came to it; it has the range of {widest}" in decided.fallbacks
+    nobody = prepare(nn.Sequential(nn.Linear(4, 4)), COARSE)
+    with pytest.raises(LifecycleError, match=r"0\.input .* saw no data"):
+        walker(nobody).run([], schedule)
 
 
 class Block(nn.Module):

@@ -53,6 +53,7 @@ class Decider:
         self.statistics: dict[str, Tensor] = {}
         self.reports: dict[str, dict[str, float]] = {}
         self.fallbacks: list[str] = []
+        self.walking = False
         self.wrapped = dict(iter_wrapped(model))
         self.modules: dict[Quantizer, QuantModuleBase] = {
             quantizer: module for module in self.wrapped.values() for quantizer in module.point_quantizers().values()
@@ -113,6 +114,8 @@ class Decider:
         else:
             observer = cast(Observer, quantizer.observer)
             self.processes.merge_observer(observer)
+            if observer.empty and self.walking and _EXPERT.match(quantizer.where):
+                return  # batches may still come to the others, whose range it will have
             if observer.empty and (widest := self._widest_expert(quantizer)) is not None:
                 self._keep(quantizer, observer)
                 self.fallbacks.append(f"{quantizer.where}: no token came to it; it has the range of {widest.where}")
@@ -127,11 +130,9 @@ class Decider:
 
     def _widest_expert(self, quantizer: Quantizer) -> Quantizer | None:
         """Of the same point of the other experts, the one with the widest range; None where there is none."""
-        if (match := _EXPERT.fullmatch(quantizer.where)) is None:
+        if (place := _EXPERT.sub(r"\1 \2", quantizer.where)) == quantizer.where:
             return None
-        alike = [
-            q for q in self.modules if (m := _EXPERT.fullmatch(q.where)) is not None and m.groups() == match.groups()
-        ]
+        alike = [q for q in self.modules if _EXPERT.sub(r"\1 \2", q.where) == place]
         for other in alike:  # those not decided yet: statistics of a store come in the order of the model
             if other.observer is not None and not other.observer.empty:
                 self.decide(other)

@@ -94,11 +94,14 @@ class Walker(Decider):
             if quantizer.spec.dynamic:
                 quantizer.freeze()
         if not self.all_decided():
+            self.walking = True
             try:
                 self._walk(batches, border)
             except _BlockAgainError:  # so no block is done before the last batch has run: the model is one block
                 self._forget()
                 self._walk(batches, None)
+            finally:
+                self.walking = False
         for index, group in self._groups():
             with self.residency.holding(index) if self._open_points(group) else nullcontext():
                 for quantizer in group:
