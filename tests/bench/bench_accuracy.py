@@ -135,7 +135,8 @@ def round_weights(case: Case, bits: str, method: str, ids: Tensor) -> tuple[dict
     names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"]
     wrapped = wrap_model(model, {name: {"weight": spec} for name in names})
     made = ALGORITHMS.get(algorithm)
-    rounders = {f"{name}.weight": made(made.Options(**options)) for name in names}
+    rounder = made(made.Options(**options))  # one, as a stage has: some round all weights of a block together
+    rounders = {f"{name}.weight": rounder for name in names}
     start = time.perf_counter()
     Walker(wrapped, rounders, {}).run(
         [Batch({"input_ids": b, "use_cache": False}) for b in ids.split(BATCH)], "sequential"
