@@ -35,14 +35,10 @@ from transformers.utils.logging import disable_progress_bar
 import wrapq
 from tests.models import DEMO
 from tests.peers.environment import peer_python, run_oneshots
-from wrapq.calibration.algorithm import ALGORITHMS
 from wrapq.calibration.data import build_samples
 from wrapq.calibration.sources.base import make_source
-from wrapq.calibration.walker import Batch, Walker
 from wrapq.evaluation.quality import QualityMeter
-from wrapq.quant.spec import QuantSpec
 from wrapq.runtime.module import QuantizedWeight
-from wrapq.wrappers.model import convert_model, wrap_model
 
 SAMPLES, LENGTH, EVALUATED, BATCH, DAMP = 128, 256, 16384, 8, 0.01
 SHARED = Path(wrapq.__file__).parents[2] / "shared"
@@ -65,7 +61,13 @@ OURS: dict[str, tuple[str, dict[str, Any], str]] = {  # algorithm, its options, 
     "adaround": ("adaround", {}, "mse"),
     "autoround": ("autoround", {}, "minmax"),
     "autoround-mse": ("autoround", {}, "mse"),
+    "awq": ("rtn", {}, "minmax"),
+    "awq-replay": ("rtn", {}, "minmax"),
+    "awq-seqmse": ("seqmse", {}, "minmax"),
 }
+BEFORE = {"awq": {"scale": "awq"}, "awq-replay": {"scale": {"algorithm": "awq", "replay": 5}}}
+BEFORE |= {"awq-seqmse": BEFORE["awq"]}
+FLOATS = {"lm_head": None, "*embed_tokens": None, "*norm": None}
 MSE = {"observer": "memoryless_mse"}
 PEER: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # modifier, its options, the weights' arguments
     "llmc-rtn": ("QuantizationModifier", {}, {}),
@@ -74,10 +76,11 @@ PEER: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # modifier, its
     "llmc-gptq-unordered": ("GPTQModifier", {"dampening_frac": DAMP, "actorder": None}, {}),
     "llmc-gptq-mse": ("GPTQModifier", {"dampening_frac": DAMP}, MSE),
     "llmc-autoround": ("AutoRoundModifier", {"enable_torch_compile": False}, {}),
+    "llmc-awq": ("QuantizationModifier", {}, {}),
 }
 FLOAT = "float"
 WITHOUT_DATA = ("rtn", "rtn-mse", "hqq", "llmc-rtn", "llmc-rtn-mse")
-SLOW = ("llmc-autoround", "adaround", "autoround", "autoround-mse")
+SLOW = ("llmc-autoround", "adaround", "autoround", "autoround-mse", "awq", "awq-replay", "awq-seqmse", "llmc-awq")
 """Measured only when `--methods` names them."""
 
 
@@ -131,26 +134,24 @@ class Judge:
 def round_weights(case: Case, bits: str, method: str, ids: Tensor) -> tuple[dict[str, Tensor], float]:
     """wrapq's rounded weights by name, and the seconds it took."""
     algorithm, options, observer = OURS[method]
-    model, spec = case.load(), QuantSpec.parse(f"{BITS[bits][0]}:{observer}")
-    names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"]
-    wrapped = wrap_model(model, {name: {"weight": spec} for name in names})
-    made = ALGORITHMS.get(algorithm)
-    rounder = made(made.Options(**options))  # one, as a stage has: some round all weights of a block together
-    rounders = {f"{name}.weight": rounder for name in names}
+    config = wrapq.PTQConfig(f"{BITS[bits][0]}:{observer}", None, FLOATS)
+    model = wrapq.prepare(case.load(), config)
     start = time.perf_counter()
-    Walker(wrapped, rounders, {}).run(
-        [Batch({"input_ids": b, "use_cache": False}) for b in ids.split(BATCH)], "sequential"
-    )
+    batches = [{"input_ids": part, "use_cache": False} for part in ids.split(BATCH)]
+    wrapq.calibrate(model, batches, {**BEFORE.get(method, {}), "round": {"algorithm": algorithm, **options}})
     seconds = time.perf_counter() - start
-    converted = convert_model(wrapped)
-    return {f"{n}.weight": m.weight for n, m in converted.named_modules() if isinstance(m, QuantizedWeight)}, seconds
+    model = wrapq.convert(model)
+    rounded = {f"{name}.weight": m.weight for name, m in model.named_modules() if isinstance(m, QuantizedWeight)}
+    return {name: value for name, value in model.named_parameters() if name.endswith("norm.weight")} | rounded, seconds
 
 
 def peer_job(case: Case, bits: str, method: str, tokens: Path, out: Path) -> dict[str, Any]:
     modifier, options, arguments = PEER[method]
     weights = {"type": "int", "symmetric": True, "dynamic": False, **BITS[bits][1], **arguments}
     group = {"targets": ["Linear"], "weights": weights}
-    stage = {"m_modifiers": {modifier: {"ignore": ["lm_head"], "config_groups": {"group_0": group}, **options}}}
+    before = {"AWQModifier": {}} if method == "llmc-awq" else {}
+    rounding = {modifier: {"ignore": ["lm_head"], "config_groups": {"group_0": group}, **options}}
+    stage = {"m_modifiers": before | rounding}
     job = {"model": str(case.folder), "dtype": "float32", "recipe": json.dumps({"s_stage": stage}), "dense": True}
     return job | {"out": str(out), "batch_size": BATCH} | ({} if method in WITHOUT_DATA else {"tokens": str(tokens)})
 

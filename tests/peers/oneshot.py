@@ -16,6 +16,7 @@ import torch
 from compressed_tensors.quantization.lifecycle.forward import forward_quantize
 from datasets import Dataset
 from llmcompressor import oneshot
+from llmcompressor.pipelines.cache import IntermediatesCache
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -63,8 +64,9 @@ def logits(model: torch.nn.Module, job: dict) -> torch.Tensor:
 
 @torch.no_grad()
 def dense_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The weights that quantized linear layers multiply with."""
-    return {
+    """The weights that quantized linear layers multiply with, and those of norms."""
+    norms = {n: p.detach().clone() for n, p in model.named_parameters() if n.endswith("norm.weight")}  # may be scaled
+    return norms | {
         f"{name}.weight": forward_quantize(module, module.weight, "weight", scheme.weights).detach().contiguous()
         for name, module in model.named_modules()
         if (scheme := getattr(module, "quantization_scheme", None)) is not None and scheme.weights is not None
@@ -72,6 +74,8 @@ def dense_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 if __name__ == "__main__":
+    if not torch.accelerator.is_available():  # 0.14's AWQ pins memory whatever the device, which fails there
+        IntermediatesCache.pin_memory = lambda self, *args, **kwargs: None
     for given in json.loads(Path(sys.argv[1]).read_text()):
         try:
             answer = {"seconds": round(run(given), 2)}
