@@ -243,6 +243,7 @@ def test_rows_that_do_not_fit_and_a_forward_of_its_own() -> None:
 
 
 @pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="int8_fbgemm needs AVX512 VNNI")
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="what malloc gave is read by glibc's mallinfo2")
 @pytest.mark.parametrize("rows", [192, 200])
 def test_fbgemm_takes_the_memory_that_it_says(rows: int) -> None:
     module = layer("int8:channel", "int8:token:dyn", rows=rows)

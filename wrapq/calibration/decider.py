@@ -42,6 +42,7 @@ class Decider:
         reports: for each weight its error and what its algorithm reports, by the point's full name.
         fallbacks: the reason for each weight that was rounded to nearest because its statistics could not be used, and
             for each range of an expert to which no token came.
+        walking: whether batches may still come to a point.
     """
 
     def __init__(self, model: nn.Module, rounders: Mapping[str, Rounding], setters: Mapping[str, RangeSetter]) -> None:

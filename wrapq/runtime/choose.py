@@ -242,9 +242,9 @@ def _bytes(module: QuantizedWeight, kernel: Kernel | None) -> int:
     if kernel is not None and kernel.holds_weight and not module.keeps_packed:
         own.pop("weight_packed")
     tensors = [tensor for tensor in own.values() if tensor is not None]
-    return (
-        tensor_bytes(tensors) if kernel is None else tensor_bytes([*tensors, *kernel.tensors()]) + kernel.hidden_bytes
-    )
+    if kernel is None:
+        return tensor_bytes(tensors)
+    return tensor_bytes([*tensors, *kernel.tensors()]) + kernel.hidden_bytes
 
 
 def resident_bytes(model: nn.Module) -> int:

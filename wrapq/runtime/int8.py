@@ -179,9 +179,7 @@ class Int8FBGEMM(_Int8Activation):
         engine = torch.backends.quantized.engine
         torch.backends.quantized.engine = "fbgemm"  # whose layout the operator then knows by its type
         try:
-            with warnings.catch_warnings(
-                action="ignore", category=UserWarning
-            ):  # such tensors go one day: `unsupported`
+            with warnings.catch_warnings(action="ignore"):  # torch will give such tensors up: see `unsupported`
                 plain = torch._make_per_tensor_quantized_tensor(self.weight, 1.0, 0)
             self.packed = torch.ops.quantized.linear_prepack(plain, None)
         finally:
