@@ -107,11 +107,22 @@ def test_an_expert_without_tokens_is_named() -> None:
     wrapq.convert(prepared)
 
 
-def test_an_expert_without_tokens_has_the_widest_range_of_the_others(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ("w8a8_static", "no token came to it; it has the range of"),
+        ("w4a16_gptq", "no calibration token reached this weight; it is rounded to nearest"),
+    ],
+)
+def test_experts_without_tokens_are_named_also_where_statistics_come_from_the_store(
+    recipe: str, said: str, folder: Path, tmp_path: Path
+) -> None:
     small = [f"model.path={folder}", "evaluation.tokens=512", "calibration.samples=1", "calibration.seq_len=4"]
-    cold, warm = (wrapq.run("w8a8_static", [*small, "tracking=none", f"paths.outputs={tmp_path}"]) for _ in range(2))
-    missed = [note for note in cold.notes if "no token came to it; it has the range of" in note]
-    assert missed and missed == [note for note in warm.notes if "no token came to it" in note]
+    small += ["tracking=none", f"paths.outputs={tmp_path}"]
+    small += ["rules.linear.weight=int4:g32:sym"] if recipe == "w4a16_gptq" else []
+    cold, warm = (wrapq.run(recipe, small) for _ in range(2))
+    missed = [note for note in cold.notes if said in note]
+    assert missed and missed == [note for note in warm.notes if said in note]
     assert any("statistics of" in note for note in warm.notes)
     assert warm.digests["qparams"] == cold.digests["qparams"]
 

@@ -206,6 +206,7 @@ class Decider:
     def _inputs(self, quantizer: WeightQuantizer, columns: int) -> InputStatistics:
         """What all processes gathered for the weight; it is put together once for all weights that share it."""
         statistics = self.inputs.pop(quantizer.where, None) or InputStatistics(self.needs(quantizer))
+        statistics.start(columns, self.modules[quantizer].float_weight().device)  # where no token came by
         self.processes.reduce(statistics, columns)
         statistics.complete = True
         self._keep(quantizer, statistics)
