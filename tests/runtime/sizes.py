@@ -52,7 +52,7 @@ def bytes_on_kernels(model: nn.Module, ids: Tensor) -> dict[str, int]:
             module.use_kernel(kernel if kernel.unsupported(module) is None else None)
         if any(module.kernel_type for module in modules):
             model(ids)
-            sizes[name] = held_bytes(model)
+            sizes[name] = held_bytes(model) + sum(m._kernel.hidden_bytes for m in modules if m._kernel is not None)
             assert resident_bytes(model) == pytest.approx(sizes[name], rel=1e-3)
     for module in modules:
         module.use_kernel(None)
