@@ -80,6 +80,19 @@ def test_stacks_that_cannot_work(stack: str, message: str, refusal: Callable[...
     assert message in refusal(LINEAR, stack)
 
 
+@pytest.mark.parametrize(
+    "other", ["{algorithm: gptq, asymmetric: 1, rules: [down]}", "{algorithm: bias_correction, empirical: true}"]
+)
+def test_following_the_float_model_through_a_block_that_is_rounded_at_once_is_refused(
+    other: str, refusal: Callable[..., str]
+) -> None:
+    rules = "up: {match: {name: up_proj}, weight: int8:channel}\ndown: {match: {name: down_proj}, weight: int4:channel}"
+    whole = "{algorithm: autoround, rules: [up]}\nrest: {algorithm: rtn, rules: [down]}"
+    whole = "{algorithm: autoround, rules: [up]}" if "gptq" in other else whole
+    said = refusal(rules, f"whole: {whole}\nother: {other}")
+    assert "other follows the float model through block 0, which whole rounds at once" in said
+
+
 def test_a_stage_without_targets_is_refused(refusal: Callable[..., str]) -> None:
     said = refusal("linear: {match: {type: Linear}, weight: int8:channel}", BOTH)
     assert "stack.ranges: ranges has nothing to do: no rule gives it a static activation to decide" in said

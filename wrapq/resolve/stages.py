@@ -130,7 +130,24 @@ def plan_stages(
         owner |= dict.fromkeys(said.values(), entry.name)
         observers = {p.quant_spec.observer for _, p in points} if entry.algorithm.handles == "activation" else ()
         stages.append(_stage(entry, targets, (*entry.needs, *sorted(observers)), sources))
+    problems += _following_the_float_model(stages, modules, sources)
     return tuple(stages), problems + list(_undecided(modules, owner))
+
+
+def _following_the_float_model(
+    stages: Sequence[StagePlan], modules: Sequence[ModulePlan], sources: Sources
+) -> Iterator[Problem]:
+    """Stages that round a block at once, which takes what the float model leaves it with, beside those that follow the
+    float model from layer to layer: its runs would have to wait within the block, and be through it."""
+    blocks = {f"{module.name}.{point.name}": module.block for module in modules for point in module.points}
+    for whole in (stage for stage in stages if BLOCK in stage.needs):
+        mine = {index for target in whole.targets if (index := blocks[target]) is not None}
+        for other in (stage for stage in stages if TWIN & set(stage.needs)):
+            if both := mine & {blocks[target] for target in other.targets}:
+                where = f"block {min(both, key=str)}"
+                what = f"{other.name} follows the float model through {where}, which {whole.name} rounds at once"
+                remedy = f"turn that off, as with asymmetric=0 or empirical=false in stack.{other.name}"
+                yield Problem(sources.where(f"stack.{other.name}"), what, (), remedy)
 
 
 def _stage(
