@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from functools import cached_property
 from typing import cast
 
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from wrapq.wrappers.model import iter_wrapped
 from wrapq.wrappers.quantizer import Quantizer, State, WeightQuantizer
 from wrapq.wrappers.siblings import sharing_global_scale
 
-_EXPERT = re.compile(r"^(.*\bexperts)\.\d+\.(.*)$")
+_EXPERT = re.compile(r"(.*\bexperts)\.\d+\.(.*)")
 
 
 class Decider:
@@ -115,7 +116,7 @@ class Decider:
         else:
             observer = cast(Observer, quantizer.observer)
             self.processes.merge_observer(observer)
-            if observer.empty and self.walking and _EXPERT.match(quantizer.where):
+            if observer.empty and self.walking and quantizer in self._experts:
                 return  # batches may still come to the others, whose range it will have
             if observer.empty and (widest := self._widest_expert(quantizer)) is not None:
                 self._keep(quantizer, observer)
@@ -129,11 +130,18 @@ class Decider:
             quantizer.set_qparams(self.setters[quantizer.where].choose(observer, quantizer.where))
         self._since = time.perf_counter()
 
+    @cached_property
+    def _experts(self) -> Mapping[Quantizer, list[Quantizer]]:
+        """For each point of an expert, the same point of all experts of its layer."""
+        places: dict[tuple[str, ...], list[Quantizer]] = {}
+        for quantizer in self.modules:
+            if match := _EXPERT.fullmatch(quantizer.where):
+                places.setdefault(match.groups(), []).append(quantizer)
+        return {quantizer: alike for alike in places.values() for quantizer in alike}
+
     def _widest_expert(self, quantizer: Quantizer) -> Quantizer | None:
         """Of the same point of the other experts, the one with the widest range; None where there is none."""
-        if (place := _EXPERT.sub(r"\1 \2", quantizer.where)) == quantizer.where:
-            return None
-        alike = [q for q in self.modules if _EXPERT.sub(r"\1 \2", q.where) == place]
+        alike = self._experts.get(quantizer, [])
         for other in alike:  # those not decided yet: statistics of a store come in the order of the model
             if other.observer is not None and not other.observer.empty:
                 self.decide(other)

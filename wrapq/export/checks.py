@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 from wrapq.calibration.algorithm import ALGORITHMS, Corrector
 from wrapq.errors import Problem, SpecError
@@ -113,6 +114,8 @@ def _experts(plan: Plan, refused: _Refusals) -> None:
     modules = {
         module: match[1] for module in plan.modules if (match := re.search(r"\.experts\.\d+(\..*)", module.name))
     }
+    if _class_of(plan.model.type) is None:
+        return  # a model with code of its own
     unread = [module for module, name in modules.items() if f".experts.*{name}.weight" not in _merged(plan.model.type)]
     if not unread or not any(map(can_be_taken_apart, ModelSource(plan.recipe.model).meta_model().modules())):
         return
@@ -120,14 +123,18 @@ def _experts(plan: Plan, refused: _Refusals) -> None:
         refused.add(module, f"transformers does not put experts of {plan.model.type} together from this name", _REMEDY)
 
 
+def _class_of(model: str) -> Any:
+    import transformers
+
+    return getattr(transformers, model, None)
+
+
 @cache
 def _merged(model: str) -> frozenset[str]:
     """The ends of the names from which transformers makes the one tensor of a model's experts."""
-    import transformers
     from transformers import conversion_mapping
 
-    kind = getattr(getattr(transformers, model, None), "config_class", None)
-    found = conversion_mapping.get_checkpoint_conversion_mapping(kind.model_type) if kind else None
+    found = conversion_mapping.get_checkpoint_conversion_mapping(_class_of(model).config_class.model_type)
     sources = (getattr(step, "source_patterns", ()) for step in found or ())
     patterns = [pattern for its in sources for pattern in ([its] if isinstance(its, str) else its)]
     return frozenset(pattern[pattern.index(".experts.") :] for pattern in patterns if ".experts." in pattern)

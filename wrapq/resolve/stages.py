@@ -144,8 +144,8 @@ def _following_the_float_model(
         mine = {index for target in whole.targets if (index := blocks[target]) is not None}
         for other in (stage for stage in stages if TWIN & set(stage.needs)):
             if both := mine & {blocks[target] for target in other.targets}:
-                where = f"block {min(both, key=str)}"
-                what = f"{other.name} follows the float model through {where}, which {whole.name} rounds at once"
+                block = min(both)
+                what = f"{other.name} follows the float model through block {block}, which {whole.name} rounds at once"
                 remedy = f"turn that off, as with asymmetric=0 or empirical=false in stack.{other.name}"
                 yield Problem(sources.where(f"stack.{other.name}"), what, (), remedy)
 

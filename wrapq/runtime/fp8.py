@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from wrapq.runtime.activations import ActivationQuantizer
-from wrapq.runtime.kernel import KERNELS, Kernel, is_not, not_by_row
+from wrapq.runtime.kernel import KERNELS, Kernel, finished, is_not, not_by_row, scale_by_row
 
 if TYPE_CHECKING:
     from wrapq.runtime.module import QuantizedWeight
@@ -41,20 +41,15 @@ class FP8MM(Kernel):
         return None if device.type in ("cpu", "cuda") else f"not for {device.type}"
 
     def __init__(self, module: QuantizedWeight) -> None:
-        codes = module.codes()
-        self.weight = codes.view(torch.float8_e4m3fn).contiguous()
-        self.scale = module.qparams("weight").scale.detach().reshape(-1).expand(len(codes)).contiguous()
-        self.one = torch.ones((), device=codes.device)
+        self.weight = module.codes().view(torch.float8_e4m3fn).contiguous()
+        self.scale, self.one = scale_by_row(module), torch.ones((), device=self.weight.device)
         self.bias, self.activation = module.bias, cast(ActivationQuantizer, ActivationQuantizer.of(module))
 
     def run(self, x: Tensor) -> Tensor:
         """See `Kernel.run`."""
         a = self.activation(x)
         y = torch._scaled_mm(a.q, self.weight.t(), self.one, self.one, out_dtype=torch.float32)
-        y = y.mul_(self.scale).mul_(a.scale)
-        if self.bias is not None:
-            y = y.add_(self.bias)
-        return y.view(*x.shape[:-1], -1).to(x.dtype)
+        return finished(y.mul_(self.scale).mul_(a.scale), self.bias, x)
 
     def codes(self) -> Tensor:
         """See `Kernel.codes`."""

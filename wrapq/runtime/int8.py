@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from wrapq.runtime.activations import Activation, ActivationQuantizer
-from wrapq.runtime.kernel import KERNELS, Kernel, is_integer, is_not, not_by_row
+from wrapq.runtime.kernel import KERNELS, Kernel, finished, is_integer, is_not, not_by_row, scale_by_row
 
 if TYPE_CHECKING:
     from wrapq.quant.spec import QuantSpec
@@ -52,22 +52,12 @@ class _Int8(Kernel):
         return ActivationQuantizer.unsupported(spec)
 
     def __init__(self, module: QuantizedWeight) -> None:
-        codes = module.codes()
-        rows = codes.shape[0]
-        self.scale = module.qparams("weight").scale.detach().reshape(-1).expand(rows).contiguous()
-        self.bias = module.bias
-        self.weight = codes.contiguous()
+        self.scale, self.bias = scale_by_row(module), module.bias
+        self.weight = module.codes().contiguous()
 
     def codes(self) -> Tensor:
         """See `Kernel.codes`."""
         return self.weight
-
-    def _finish(self, y: Tensor, x: Tensor) -> Tensor:
-        """`y` float32 [M, N] with the bias, in the shape and dtype that the float operation on `x` gives."""
-        if self.bias is not None:
-            y = y.add_(self.bias)
-        y = y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
-        return y if x.dtype == torch.float32 else y.to(x.dtype)
 
 
 class _Int8Activation(_Int8):
@@ -114,7 +104,7 @@ class Int8MM(_Int8Activation):
         if self.offset is not None:
             sums.add_(self.offset)
         y = sums.view(torch.float32).copy_(sums)  # in the same memory: fresh pages cost more than the arithmetic
-        return self._finish(y.mul_(self.scale).mul_(a.scale), x)
+        return finished(y.mul_(self.scale).mul_(a.scale), self.bias, x)
 
     def _multiply(self, a: Activation) -> Tensor:
         rows = a.q.shape[0]
@@ -148,7 +138,7 @@ class Int8OneDNN(_Int8Activation):
         unsigned = (a.q ^ -128).view(torch.uint8)  # 128 higher
         operands = (unsigned, 1.0, a.zero + 128, self.weight, self.scale, self.no_zeros, None, 1.0, 0)
         y = torch.ops.onednn.qlinear_pointwise(*operands, torch.float32, "none", [], "")
-        return self._finish(y.mul_(a.scale), x)
+        return finished(y.mul_(a.scale), self.bias, x)
 
     def codes(self) -> Tensor:
         """See `Kernel.codes`."""
@@ -165,7 +155,10 @@ class Int8FBGEMM(_Int8Activation):
     @classmethod
     def unsupported(cls, module: QuantizedWeight) -> str | None:
         """See `Kernel.unsupported`."""
-        if not hasattr(torch, "_make_per_tensor_quantized_tensor") or "fbgemm" not in _engines():
+        if (
+            not hasattr(torch, "_make_per_tensor_quantized_tensor")
+            or "fbgemm" not in torch.backends.quantized.supported_engines
+        ):
             return "this torch has no fbgemm"
         if reason := super().unsupported(module) or _without_vnni():
             return reason
@@ -192,15 +185,11 @@ class Int8FBGEMM(_Int8Activation):
         multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
         integers = a.q.float()  # which it rounds to themselves
         y = multiply(integers.sub_(a.zero) if a.zero else integers, 1.0, a.zero + 128, self.packed)
-        return self._finish(y.mul_(self.scale).mul_(a.scale), x)
+        return finished(y.mul_(self.scale).mul_(a.scale), self.bias, x)
 
     def codes(self) -> Tensor:
         """See `Kernel.codes`."""
         return torch.ops.quantized.linear_unpack(self.packed)[0].int_repr()
-
-
-def _engines() -> list[str]:
-    return getattr(torch.backends.quantized, "supported_engines", [])
 
 
 def _without_vnni() -> str | None:
@@ -237,8 +226,9 @@ class Int8Weight(_Int8):
         """See `Kernel.run`."""
         rows = x.reshape(-1, x.shape[-1])
         if self.half:
-            return self._finish(torch._weight_int8pack_mm(rows.to(torch.bfloat16), self.weight, self.scale).float(), x)
-        return self._finish(self._multiply(rows.float()), x)
+            y = torch._weight_int8pack_mm(rows.to(torch.bfloat16), self.weight, self.scale)
+            return finished(y.float(), self.bias, x)
+        return finished(self._multiply(rows.float()), self.bias, x)
 
     def _multiply(self, rows: Tensor) -> Tensor:
         count, columns = self.weight.shape

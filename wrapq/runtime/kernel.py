@@ -93,6 +93,20 @@ def not_by_row(spec: QuantSpec) -> str | None:
     return None if fits else f"weight {spec}: a scale per {spec.granularity}, not per channel or tensor"
 
 
+def scale_by_row(module: QuantizedWeight) -> Tensor:
+    """The weight's scale for each output row [N], of a spec that `not_by_row` lets pass."""
+    return module.qparams("weight").scale.detach().reshape(-1).expand(module.matrix_shape[0]).contiguous()
+
+
+def finished(y: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    """`y` float32 [M, N], which is changed, with the bias, in the shape and dtype that the float operation on `x`
+    gives."""
+    if bias is not None:
+        y = y.add_(bias)
+    y = y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+    return y if x.dtype == torch.float32 else y.to(x.dtype)
+
+
 def fast_half(device: torch.device) -> bool:
     """Whether `device` multiplies bfloat16 matrices faster than float32 ones."""
     if device.type != "cpu":

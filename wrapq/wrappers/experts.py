@@ -90,8 +90,8 @@ def take_apart(model: nn.Module, names: Iterable[str] | None = None) -> nn.Modul
     """Give `model`, in place, experts that are modules: those with any of `names` inside, or all; returns the model."""
     wanted = None if names is None else {name for full in names for name in _above(full)}
     for name, module in list(model.named_modules()):
-        if can_be_taken_apart(module) and (wanted is None or name in wanted):
-            _replace(model, name, Experts(module))
+        if name and can_be_taken_apart(module) and (wanted is None or name in wanted):
+            model.set_submodule(name, Experts(module))
     return model
 
 
@@ -99,7 +99,7 @@ def put_together(model: nn.Module) -> nn.Module:
     """Undo `take_apart`: the modules of transformers come back as they were."""
     for name, module in list(model.named_modules()):
         if isinstance(module, Experts) and "fused" in module.__dict__:
-            _replace(model, name, cast(nn.Module, module.fused))
+            model.set_submodule(name, cast(nn.Module, module.fused))
     return model
 
 
@@ -150,8 +150,3 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     if bias is not None:
         linear.bias = nn.Parameter(bias, requires_grad=False)
     return linear
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    model.get_submodule(parent)._modules[child] = module
