@@ -8,6 +8,7 @@ from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many threads as workers; what tests start has one as well
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for a GPU must not spoil a later fork
 
 import pytest
 import torch

@@ -22,7 +22,12 @@ TIMEOUT = 240
 
 def start(arguments: Sequence[str], folder: Path, outputs: Sequence[Path]) -> BaseProcess:
     """`wrapq ARGUMENTS` in `folder`, its standard output and error in the files `outputs`."""
-    process = multiprocessing.get_context("fork").Process(target=_main, args=(arguments, folder, outputs))
+    import torch
+
+    # CUDA that is in use does not survive a fork
+    process = multiprocessing.get_context("spawn" if torch.cuda.is_initialized() else "fork").Process(
+        target=_main, args=(arguments, folder, outputs)
+    )
     process.start()
     return process
 

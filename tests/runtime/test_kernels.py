@@ -3,6 +3,7 @@
 import copy
 import ctypes
 import gc
+import itertools
 import pickle
 from pathlib import Path
 
@@ -40,6 +41,13 @@ CASES += [("fp8_mm", "fp8_e4m3:channel", f"fp8_e4m3:{scales}") for scales in ("t
 CASES += [("fp8_mm", "fp8_e4m3:tensor", "fp8_e4m3:token:dyn")]
 CASES += [("int4_cpu", weight, None) for weight in WEIGHTS4]
 CASES += [("int4_cpu", "int4:g64", "int8:token:dyn"), ("int4_cpu", "uint4:g64:asym", "uint8:tensor:asym")]
+if torch.cuda.is_available():
+    on_cuda = [case for case in CASES if case[0] in ("int8_mm", "int8_weight", "fp8_mm")]
+    on_cuda += [("int4_cuda", *points) for kernel, *points in CASES if kernel == "int4_cpu"]
+    on_cuda += [("fp8_block", "fp8_e4m3:b128x128", "fp8_e4m3:g128:dyn")]
+    CASES = [*((*case, "cpu") for case in CASES), *((*case, "cuda") for case in on_cuda)]
+else:
+    CASES = [(*case, "cpu") for case in CASES]
 SHAPES = [(*rows, COLUMNS) for rows in ((1,), (2,), (17,), (128,), (2, 5), (1, 1), (0,))]
 BFLOAT = 2.0**-8
 
@@ -56,7 +64,9 @@ def layer(
 
 
 def tolerance(kernel: str) -> float:
-    """How far, relative to the largest output, float32 sums or bfloat16 operands may take a kernel."""
+    """How far, relative to the largest output, float32 sums, a tensor core's or bfloat16 operands may take a kernel."""
+    if kernel in ("fp8_mm", "fp8_block") and torch.cuda.is_available():
+        return 1e-3
     return 1e-5 if kernel in (*INT8, "fp8_mm") else 2 * BFLOAT
 
 
@@ -68,8 +78,8 @@ def assert_near(y: Tensor, expected: Tensor, kernel: str) -> None:
 
 @pytest.fixture(params=CASES, ids=lambda case: "-".join(map(str, case)))
 def case(request: pytest.FixtureRequest) -> tuple[str, QuantizedWeight]:
-    kernel, weight, activation = request.param
-    module = layer(weight, activation)
+    kernel, weight, activation, device = request.param
+    module = layer(weight, activation).to(device)
     if (reason := KERNELS.get(kernel).unsupported(module)) is not None:
         pytest.skip(reason)
     return kernel, module
@@ -78,7 +88,7 @@ def case(request: pytest.FixtureRequest) -> tuple[str, QuantizedWeight]:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_outputs_are_those_of_the_reference(case: tuple[str, QuantizedWeight], shape: tuple[int, ...]) -> None:
     kernel, module = case
-    x = torch.randn(shape)
+    x = torch.randn(shape).to(module.weight_device)
     expected = module(x)
     module.use_kernel(KERNELS.get(kernel))
     assert_near(module(x), expected, kernel)
@@ -91,7 +101,7 @@ def test_half_precision_inputs_give_half_precision_outputs(
 ) -> None:
     kernel, module = case
     module.weight_dtype, module.bias = dtype, nn.Parameter(module.bias.to(dtype), requires_grad=False)
-    x = torch.randn(9, COLUMNS).to(dtype)
+    x = torch.randn(9, COLUMNS).to(module.weight_device, dtype)
     expected = module(x)
     module.use_kernel(KERNELS.get(kernel))
     y = module(x)
@@ -102,6 +112,7 @@ def test_half_precision_inputs_give_half_precision_outputs(
 def test_state_copies_and_moves(case: tuple[str, QuantizedWeight], tmp_path: Path) -> None:
     kernel, module = case
     before, x = {name: t.clone() for name, t in module.state_dict().items()}, torch.randn(3, COLUMNS)
+    x = x.to(module.weight_device)
     weight = module.weight.clone()
     module.use_kernel(KERNELS.get(kernel))
     expected = module(x)
@@ -113,7 +124,7 @@ def test_state_copies_and_moves(case: tuple[str, QuantizedWeight], tmp_path: Pat
     twin = copy.deepcopy(module)
     assert twin._kernel is None and twin._buffers["weight_packed"] is not None
     assert torch.equal(twin(x), expected)
-    module.to("cpu")
+    module.to(module.weight_device)
     assert module._kernel is None and torch.equal(module._buffers["weight_packed"], before["weight_packed"])
     assert torch.equal(module(x), expected)
     other = {name: t.clone() for name, t in before.items()}
@@ -158,6 +169,22 @@ def test_four_bits_come_back_from_any_layout(rows: int, monkeypatch: pytest.Monk
     assert torch.equal(KERNELS.get("int4_cpu")(module).codes(), codes)
     monkeypatch.setattr(int4_module, "_block", lambda: None)
     assert torch.equal(KERNELS.get("int4_cpu")(module).codes(), codes)
+
+
+def test_the_layout_for_cuda_is_read_back() -> None:
+    """Against torch's kernel that writes it (int4mm.cu, matrix_to_m16n8k16_Bint4_layout), transcribed."""
+    n, k, tiles = 16, 128, 4
+    unsigned = torch.randint(0, 16, (n, k), dtype=torch.int32)
+    packed = torch.zeros(n // 8, k // (tiles * 16), 32, tiles // 2, dtype=torch.int64)
+    for row_tile, column_tile, thread, word in itertools.product(*map(range, packed.shape)):
+        columns = []
+        for start in ((column_tile * tiles + 2 * word) * 16, (column_tile * tiles + 2 * word + 1) * 16):
+            first = start + thread % 4 * 2
+            columns += [first, first + 1, first + 8, first + 9]
+        row = row_tile * 8 + thread // 4
+        for place, which in enumerate((0, 2, 4, 6, 1, 3, 5, 7)):
+            packed[row_tile, column_tile, thread, word] |= unsigned[row, columns[which]].long() << 4 * place
+    assert torch.equal(int4_module._unpack_tiles(packed.to(torch.int32)), unsigned.to(torch.uint8))
 
 
 def test_groups_in_an_activation_order() -> None:
@@ -305,7 +332,9 @@ SCHEMES = [
     ("int4:g32", "int8:token:dyn"),
     ("int8:channel", None),
     ("fp8_e4m3:channel", "fp8_e4m3:token:dyn"),
+    ("fp8_e4m3:b128x128", "fp8_e4m3:g128:dyn"),
 ]
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
 
 def converted(model: nn.Module, weight: str, activation: str | None, ids: Tensor) -> nn.Module:
@@ -317,14 +346,17 @@ def converted(model: nn.Module, weight: str, activation: str | None, ids: Tensor
 
 
 @pytest.mark.parametrize(
-    ("source", "weight", "activation"),
+    ("source", "device", "weight", "activation"),
     [
-        *(("random", *scheme) for scheme in SCHEMES),
-        *(pytest.param("demo", *scheme, marks=() if scheme == SCHEMES[0] else pytest.mark.slow) for scheme in SCHEMES),
+        *(("random", device, *scheme) for scheme in SCHEMES for device in DEVICES),
+        *(
+            pytest.param("demo", "cpu", *scheme, marks=() if scheme == SCHEMES[0] else pytest.mark.slow)
+            for scheme in SCHEMES
+        ),
     ],
 )
 def test_logits_are_as_near_the_float_model_as_the_fake_quantized(
-    source: str, weight: str, activation: str | None
+    source: str, device: str, weight: str, activation: str | None
 ) -> None:
     if source == "demo":
         path = Path(wrapq.__file__).parent / "assets" / "demo"
@@ -334,6 +366,7 @@ def test_logits_are_as_near_the_float_model_as_the_fake_quantized(
     else:
         model = llama()
         ids = torch.randint(0, 320, (4, 96), generator=torch.Generator().manual_seed(1))
+    model, ids = model.to(device), ids.to(device)
     floats = model(ids).logits
     model = converted(model, weight, activation, ids)
     reference = sqnr(floats, model(ids).logits)

@@ -7,7 +7,7 @@ every column j > i.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from wrapq.calibration.statistics import InputStatistics
 from wrapq.observers.base import observe_tensor
 from wrapq.observers.mse import search_range
 from wrapq.quant.affine import quantize_elements, range_to_qparams, round_to_grid
+from wrapq.quant.dtypes import DType
 from wrapq.quant.qparams import QParams
 from wrapq.quant.spec import DEFAULT_OBSERVER, QuantSpec
 
@@ -116,30 +117,53 @@ def gptq(weight: Tensor, ranges: Sequence[QParams], factor: Factor, block_size: 
     zero = torch.cat(zeros, 1) if zeros else None
     # [K, N x ranges]: the open columns, then in their place grid points
     steps = weight.float().t()[order].repeat(1, len(ranges))
-    upper, step, reached = factor.upper, (1 / factor.upper.diagonal()).tolist(), (~factor.dead).float()
+    upper, inverse, reached = factor.upper, 1 / factor.upper.diagonal(), (~factor.dead).float()
     errors, lost = steps.new_empty(min(block_size, columns), steps.shape[1]), steps.new_zeros(steps.shape[1])
-    # views are made once for all: a column takes microseconds
-    lines, scales = steps.unbind(), scale.unbind()
-    points = [None] * columns if zero is None else zero.unbind()
-    done, weights = errors.t(), upper.t().contiguous()
+    round_block = _in_one_launch(steps.device, spec.dtype) or _round_columns
     for start in range(0, columns, block_size):
         stop = min(start + block_size, columns)
-        for i in range(start, stop):
-            column = torch.addmv(lines[i], done[:, : i - start], weights[i, start:i], alpha=-1)
-            chosen = round_to_grid(torch.div(column, scales[i], out=lines[i]), points[i], spec.dtype)
-            if chosen is not lines[i]:
-                lines[i].copy_(chosen)
-            column.addcmul_(lines[i], scales[i], value=-1)
-            torch.mul(column, step[i], out=errors[i - start])  # (w - q) / U_ii
-        block = errors[: stop - start]
-        lost += (block.square() * reached[start:stop, None]).sum(0)
+        part, block = slice(start, stop), errors[: stop - start]
+        points = None if zero is None else zero[part]
+        round_block(steps[part], block, scale[part], points, upper[part, part], inverse[part], spec.dtype)
+        lost += (block.square() * reached[part, None]).sum(0)
         if stop < columns:
-            steps[stop:].addmm_(upper[start:stop, stop:].t(), block, alpha=-1)
+            steps[stop:].addmm_(upper[part, stop:].t(), block, alpha=-1)
     codes = quantize_elements(steps, torch.ones(1, device=weight.device), zero, spec.dtype)
     result = torch.empty_like(codes)
     result[order] = codes
     parts = zip(result.split(rows, 1), lost.split(rows), strict=True)
     return [Solved(part.t().contiguous(), its) for part, its in parts]
+
+
+_RoundColumns = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor, DType], None]
+
+
+def _round_columns(
+    lines: Tensor, errors: Tensor, scale: Tensor, zero: Tensor | None, upper: Tensor, inverse: Tensor, dtype: DType
+) -> None:
+    """See `wrapq.algorithms.gpu.gptq.round_columns`; for any grid on any device."""
+    # views are made once for all: a column takes microseconds
+    open_columns, scales, step = lines.unbind(), scale.unbind(), inverse.tolist()
+    zeros = [None] * len(lines) if zero is None else zero.unbind()
+    done, weights = errors.t(), upper.t().contiguous()
+    for i, line in enumerate(open_columns):
+        column = torch.addmv(line, done[:, :i], weights[i, :i], alpha=-1)
+        chosen = round_to_grid(torch.div(column, scales[i], out=line), zeros[i], dtype)
+        if chosen is not line:
+            line.copy_(chosen)
+        column.addcmul_(line, scales[i], value=-1)
+        torch.mul(column, step[i], out=errors[i])  # (w - q) / U_ii
+
+
+def _in_one_launch(device: torch.device, dtype: DType) -> _RoundColumns | None:
+    """The loop over a block's columns as one kernel, where there is one."""
+    if device.type != "cuda" or dtype.kind != "int":
+        return None
+    try:
+        from wrapq.algorithms.gpu.gptq import round_columns
+    except ImportError:  # torch brings Triton, except on Windows
+        return None
+    return round_columns
 
 
 def best_of_each_row(tried: Sequence[Solved], ranges: Sequence[QParams]) -> tuple[Tensor, QParams]:

@@ -198,8 +198,8 @@ class Surgeon:
             raise ModelError(f"{name} does not multiply its input")
         self._free(name)
         last = self._edit(name, leaf.reads.parameter).movedim(int(leaf.reads.columns or 0), -1)
-        last.copy_(rotation(last.double()))
-        self._undo.append(add_rotation(module, rotation.to(last.device)))
+        last.copy_(rotation.to(last.device)(last.double()))
+        self._undo.append(add_rotation(module, rotation))
         self.transports.setdefault(name, []).append(Turned(rotation))
 
     def turn_scores(self, name: str, rotation: OnlineRotation) -> None:

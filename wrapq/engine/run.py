@@ -175,6 +175,11 @@ def use_machine(settings: Settings, seed: int, processes: Processes | None = Non
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ModelError(f"runtime.device={settings.runtime.device}: this machine has no CUDA device; use cpu or auto")
     if name == "cuda" and processes is not None and processes.count > 1:
+        if processes.local_rank >= (found := torch.cuda.device_count()):
+            raise ModelError(
+                f"process {processes.local_rank} of this machine has no GPU to itself: there are {found}; "
+                "start as many as there are, or say runtime.device=cpu"
+            )
         name = f"cuda:{processes.local_rank}"
         torch.cuda.set_device(name)
     return torch.device(name)

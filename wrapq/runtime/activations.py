@@ -22,7 +22,8 @@ _MIDDLE = 128
 
 @dataclass(frozen=True)
 class Activation:
-    """`x ~ (q - zero) * scale`: q int8 or float8_e4m3fn [M, K], scale float32 [M, 1] or [1], zero a plain integer."""
+    """`x ~ (q - zero) * scale`: q int8 or float8_e4m3fn [M, K], zero a plain integer; scale float32 [1], [M, 1] or, for
+    groups, [M, K / g]."""
 
     q: Tensor
     scale: Tensor
@@ -35,12 +36,13 @@ class ActivationQuantizer:
     Projections that read the same tensor one after the other (query, key, value) share them.
 
     Args:
-        spec: integers of at most 8 bits or fp8_e4m3: dynamic and symmetric per token or tensor, or static per tensor.
+        spec: integers of at most 8 bits or fp8_e4m3: dynamic and symmetric per token, group or tensor, or static per
+            tensor.
         qparams: the fixed parameters; None for a dynamic spec.
     """
 
     def __init__(self, spec: QuantSpec, qparams: QParams | None) -> None:
-        self.dtype, self.per_token = spec.dtype, spec.granularity == "token"
+        self.dtype, self.granularity, self.group = spec.dtype, spec.granularity, spec.group_size
         self.is_int = spec.dtype.kind == "int"
         shift = 0 if spec.dtype.signed else _MIDDLE
         self.half_range = spec.dtype.half_range
@@ -53,7 +55,12 @@ class ActivationQuantizer:
             self.scale = qparams.scale.detach()
             zero = 0 if qparams.zero_point is None else int(qparams.zero_point)
             self.zero = zero - shift
-        self.key = (self.dtype, self.per_token, None if qparams is None else (float(qparams.scale), self.zero))
+        self.key = (
+            self.dtype,
+            self.granularity,
+            self.group,
+            None if qparams is None else (float(qparams.scale), self.zero),
+        )
 
     @classmethod
     def of(cls, module: QuantizedWeight) -> ActivationQuantizer | None:
@@ -62,8 +69,10 @@ class ActivationQuantizer:
         return None if spec is None else cls(spec, None if spec.dynamic else module.qparams("input"))
 
     @staticmethod
-    def unsupported(spec: QuantSpec | None, kind: str = "int") -> str | None:
-        """Why activations of `spec` cannot be held as int8 (as fp8 for `float`) with one scale per row, or None."""
+    def unsupported(
+        spec: QuantSpec | None, kind: str = "int", granularities: tuple[str, ...] = ("tensor", "token")
+    ) -> str | None:
+        """Why activations of `spec` cannot be held as int8 (as fp8 for `float`) with such scales, or None."""
         if spec is None:
             return "the input is not quantized"
         if kind == "int" and (spec.dtype.kind != "int" or spec.dtype.bits > 8):
@@ -72,8 +81,8 @@ class ActivationQuantizer:
             return f"input {spec.dtype} is not fp8_e4m3"
         if getattr(spec, "scale_dtype", "float32") != "float32" or getattr(spec, "global_scale", False):
             return f"input {spec}: scales are not plain float32"
-        if spec.granularity not in ("tensor", "token"):
-            return f"input {spec}: one scale per {spec.granularity}, not per tensor or token"
+        if spec.granularity not in granularities:
+            return f"input {spec}: one scale per {spec.granularity}, not per {' or '.join(granularities)}"
         if spec.dynamic and not spec.symmetric:
             return f"input {spec}: dynamic zero points"
         return None
@@ -83,7 +92,8 @@ class ActivationQuantizer:
         last = _LAST
         if last is not None and last.fits(x, self.key):
             return last.result
-        result = self._quantize(x.reshape(-1, x.shape[-1]))
+        rows = x.reshape(-1, x.shape[-1])
+        result = self._quantize(rows) if self.granularity != "group" else self._quantize_groups(rows)
         _remember(x, self.key, result)
         return result
 
@@ -98,8 +108,12 @@ class ActivationQuantizer:
             steps.add_(self.zero)
         return Activation(steps.clamp_(self.low, self.high).to(torch.int8), scale, self.zero)
 
+    def _quantize_groups(self, x: Tensor) -> Activation:
+        grouped = self._quantize(x.unflatten(1, (-1, self.group)))
+        return Activation(grouped.q.flatten(1), grouped.scale.squeeze(2), grouped.zero)
+
     def _dynamic_scale(self, x: Tensor) -> Tensor:
-        bound = x.abs().amax(-1, keepdim=True) if self.per_token else x.abs().amax().reshape(1)
+        bound = x.abs().amax().reshape(1) if self.granularity == "tensor" else x.abs().amax(-1, keepdim=True)
         return bound.div_(self.half_range).clamp_(TINY, self.largest)
 
 

@@ -22,8 +22,11 @@ _BITS, _MIDDLE = 4, 8
 _PART = 2**18
 """Elements dequantized at a time: the part stays in the processor's cache."""
 _CUDA_TILES = (8, 4, 2)
+FEW_CUDA_ROWS = 64
+"""The same for CUDA, where a row more costs the kernel as much as it does a plain product of fifty: measured on an H200
+with 11008 x 4096, 58 us for one row, 469 us for 128 and 6.5 ms for 2048, where bfloat16 takes 51, 55 and 299 us."""
 # half a microsecond to two faster than through torch.ops, which counts at a single row
-_multiply_packed: Any = getattr(torch, "_weight_int4pack_mm_for_cpu", None)
+_multiply_on_cpu: Any = getattr(torch, "_weight_int4pack_mm_for_cpu", None)
 
 
 class _Int4(Kernel):
@@ -82,6 +85,18 @@ class _Int4(Kernel):
     def _multiply(self, rows: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def _multiply_packed(self, rows: Tensor, scales_and_zeros: Tensor) -> Tensor:
+        """bfloat16 [M, N] from rows [M, K] and bfloat16 [K / g, N, 2]: `w = (u - 8) * scale + zero` for u from 0 to
+        15."""
+        raise NotImplementedError
+
+    def _read_off(self) -> Tensor:
+        """The integers of a layout of which only the kernel knows the order: what it multiplies the identity with."""
+        (n, k), device = self.shape, self.packed.device
+        plain = torch.tensor([1.0, 0.0], device=device).expand(k // self.group, n, 2).bfloat16().contiguous()
+        eye = torch.eye(k, dtype=torch.bfloat16, device=device)
+        return self._multiply_packed(eye, plain).t().to(torch.int32).add_(_MIDDLE)
+
     def _finish(self, y: Tensor, x: Tensor) -> Tensor:
         """`y` [M, N] with the bias, in the shape and dtype that the float operation on `x` gives."""
         y = y.float() if x.dtype == torch.float32 else y.to(x.dtype)  # the first is a call of half the time
@@ -105,7 +120,7 @@ class Int4CPU(_Int4):
     @classmethod
     def unsupported(cls, module: QuantizedWeight) -> str | None:
         """See `Kernel.unsupported`."""
-        if _multiply_packed is None:
+        if _multiply_on_cpu is None:
             return "this torch has no 4 bit kernel for CPUs"
         return super().unsupported(module)
 
@@ -124,10 +139,13 @@ class Int4CPU(_Int4):
         return self._few(rows) if few else self._many(rows)
 
     def _few(self, rows: Tensor) -> Tensor:
-        return _multiply_packed(rows.bfloat16(), self.packed, self.group, self._scales_and_zeros())
+        return self._multiply_packed(rows.bfloat16(), self._scales_and_zeros())
+
+    def _multiply_packed(self, rows: Tensor, scales_and_zeros: Tensor) -> Tensor:
+        return _multiply_on_cpu(rows, self.packed, self.group, scales_and_zeros)
 
     def _scales_and_zeros(self) -> Tensor:
-        """bfloat16 [K / g, N, 2], made at every call: `w = (u - 8) * scale + zero` for u from 0 to 15.
+        """See `_multiply_packed`; made at every call.
 
         Held, it would cost as much memory as the scales, which it cannot replace: bfloat16 drops their lower half.
         A pair is one word, the scale's upper half below that of the zero: arithmetic of words is what torch
@@ -181,13 +199,6 @@ class Int4CPU(_Int4):
             return self._read_off()
         return _unpack_blocks(self.packed, *self.shape, self.block)
 
-    def _read_off(self) -> Tensor:
-        """The integers of a layout of which only the kernel knows the order: what it multiplies the identity with."""
-        (n, k) = self.shape
-        plain = torch.tensor([1.0, 0.0]).expand(k // self.group, n, 2).bfloat16().contiguous()
-        eye = torch.eye(k, dtype=torch.bfloat16)
-        return _multiply_packed(eye, self.packed, self.group, plain).t().to(torch.int32).add_(_MIDDLE)
-
 
 @KERNELS.register("int4_cuda")
 class Int4CUDA(_Int4):
@@ -196,7 +207,6 @@ class Int4CUDA(_Int4):
     name = "int4_cuda"
     arithmetic = "bfloat16 activations, scales, zero points and output"
     device, rows_multiple = "cuda", 8
-    holds_weight = False  # its order of nibbles is not undone here: the module keeps the packed weight
 
     def __init__(self, module: QuantizedWeight) -> None:
         super().__init__(module)
@@ -205,7 +215,8 @@ class Int4CUDA(_Int4):
         zero = torch.zeros_like(scale)
         if qparams.zero_point is not None:
             zero = scale * (_MIDDLE + self.dtype.qmin - qparams.zero_point)
-        # [K / g, N, 2]: w = (u - 8) * scale + zero, u from 0 to 15; launches cost too much to make it at every call
+        # held, since launches cost too much to make it at every call
+        self.known = _knows_tiles(module.weight_device, _tiles(self.shape[1]))
         self.scales_and_zeros = torch.stack([scale, zero], -1).transpose(0, 1).contiguous().bfloat16()
 
     @classmethod
@@ -219,12 +230,26 @@ class Int4CUDA(_Int4):
         return None if _tiles(columns) else f"{columns} columns are no multiple of {_CUDA_TILES[-1] * 16}"
 
     def _pack(self, unsigned: Tensor) -> Tensor:
-        pairs = unsigned[:, ::2].bitwise_left_shift(4).bitwise_or_(unsigned[:, 1::2]).to(torch.uint8)
-        return torch.ops.aten._convert_weight_to_int4pack(pairs.contiguous(), _tiles(self.shape[1]))
+        return _pack_tiles(unsigned)
+
+    def _unpack(self) -> Tensor:
+        return _unpack_tiles(self.packed).to(torch.int32) if self.known else self._read_off()
 
     def _multiply(self, rows: Tensor) -> Tensor:
-        multiply = torch.ops.aten._weight_int4pack_mm
-        return multiply(rows.to(torch.bfloat16), self.packed, self.group, self.scales_and_zeros)
+        if len(rows) > FEW_CUDA_ROWS and self.known:
+            return rows.bfloat16() @ self._dequantized().t()
+        return self._multiply_packed(rows.bfloat16(), self.scales_and_zeros)
+
+    def _dequantized(self) -> Tensor:
+        """The weight in bfloat16 [N, K]."""
+        weight = _unpack_tiles(self.packed).bfloat16().sub_(_MIDDLE)
+        grouped = weight.unflatten(1, (-1, self.group))
+        scale, zero = self.scales_and_zeros.transpose(0, 1).unsqueeze(3).unbind(2)  # [N, K / g, 1]
+        torch.addcmul(zero, grouped, scale, out=grouped)
+        return weight
+
+    def _multiply_packed(self, rows: Tensor, scales_and_zeros: Tensor) -> Tensor:
+        return torch.ops.aten._weight_int4pack_mm(rows, self.packed, self.group, scales_and_zeros)
 
 
 def _by_group(module: QuantizedWeight, name: str) -> Tensor:
@@ -244,6 +269,32 @@ def _upper_half(x: Tensor) -> Tensor:
 def _tiles(columns: int) -> int:
     """The largest number of inner tiles, of 16 columns each, that divides `columns`; 0 when none does."""
     return next((tiles for tiles in _CUDA_TILES if columns % (tiles * 16) == 0), 0)
+
+
+def _pack_tiles(unsigned: Tensor) -> Tensor:
+    """int32 [N / 8, K / 16 t, 32, t / 2] for t = `_tiles(K)`, the layout of torch's kernel for CUDA."""
+    pairs = unsigned[:, ::2].bitwise_left_shift(4).bitwise_or_(unsigned[:, 1::2]).to(torch.uint8)
+    return torch.ops.aten._convert_weight_to_int4pack(pairs.contiguous(), _tiles(unsigned.shape[1]))
+
+
+def _unpack_tiles(packed: Tensor) -> Tensor:
+    """uint8 [N, K] of `_pack_tiles`.
+
+    A word holds what one of 32 threads needs of two tiles of 16 columns: thread 4 r + c has row r and of each half of a
+    tile the columns 2 c and 2 c + 1. Bytes go by (odd column, tile), their nibbles by half.
+    """
+    n, k, _, words = packed.shape
+    pairs = packed.view(torch.uint8).view(n, k, 8, 4, words, 2, 2)  # row, c; odd, tile
+    nibbles = torch.stack([pairs & 15, pairs >> 4], -1)
+    return nibbles.permute(0, 2, 1, 4, 6, 7, 3, 5).reshape(n * 8, k * words * 32)
+
+
+@cache
+def _knows_tiles(device: torch.device, tiles: int) -> bool:
+    """Whether the layout is the one that `_unpack_tiles` knows; else only the kernel itself can read it."""
+    generator = torch.Generator().manual_seed(0)
+    unsigned = torch.randint(0, 16, (16, 32 * tiles), dtype=torch.int32, generator=generator).to(device)
+    return torch.equal(_unpack_tiles(_pack_tiles(unsigned)), unsigned)
 
 
 @cache

@@ -203,13 +203,14 @@ def _padded(shape: tuple[int, int]) -> int:
 
 @KERNELS.register("int8_weight")
 class Int8Weight(_Int8):
-    """int8 weights that are small rather than fast: `torch._weight_int8pack_mm` in a model that computes in bfloat16.
+    """int8 weights that are small rather than fast: `torch._weight_int8pack_mm` in a bfloat16 model on a CPU.
 
-    In other models bfloat16 would cost more than int8 weights do; there the weight becomes float32 part by part.
+    In other models on a CPU bfloat16 would cost more than int8 weights do; there the weight becomes float32 part by
+    part. On a GPU, where that kernel takes .3 ms for a single row and 200 ms for 2048, it becomes the model's dtype.
     """
 
     name = "int8_weight"
-    arithmetic = "that of the model's dtype, bfloat16 or else float32, with scales applied to the sums"
+    arithmetic = "that of the model's dtype, on a CPU bfloat16 or else float32 with scales applied to the sums"
     devices = ("cpu", "cuda")
 
     @classmethod
@@ -218,13 +219,16 @@ class Int8Weight(_Int8):
 
     def __init__(self, module: QuantizedWeight) -> None:
         super().__init__(module)
-        self.half = module.weight_dtype == torch.bfloat16
+        self.half = module.weight_dtype == torch.bfloat16 and not self.weight.is_cuda
         if self.half:
             self.scale = self.scale.bfloat16()
 
     def run(self, x: Tensor) -> Tensor:
         """See `Kernel.run`."""
         rows = x.reshape(-1, x.shape[-1])
+        if rows.is_cuda:
+            weight = self.weight.to(rows.dtype).mul_(self.scale[:, None])
+            return finished((rows @ weight.t()).float(), self.bias, x)
         if self.half:
             y = torch._weight_int8pack_mm(rows.to(torch.bfloat16), self.weight, self.scale)
             return finished(y.float(), self.bias, x)

@@ -1,0 +1,76 @@
+"""GPTQ's block in one launch against the loop over columns: on a GPU, else through Triton's interpreter."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from wrapq.algorithms import gptq as loop
+from wrapq.algorithms.gptq import gptq
+from wrapq.calibration.factor import factorize
+from wrapq.observers.base import observe_tensor
+from wrapq.quant.affine import round_to_grid
+from wrapq.quant.dtypes import DTYPES
+from wrapq.quant.spec import QuantSpec
+
+ON_GPU = torch.cuda.is_available()
+CASES = [(40, 70, "int4", None), (128, 33, "uint4", "int"), (17, 16, "uint2", "float"), (1, 5, "int8", None)]
+
+
+def check(size: int, width: int, name: str, zero_point: str | None, device: str) -> None:
+    """Each point is the nearest to its column, less the errors of those before it, in float64."""
+    from wrapq.algorithms.gpu.gptq import round_columns
+
+    torch.manual_seed(size)
+    dtype, lines, scale = DTYPES[name], torch.randn(size, width), torch.rand(size, width) * 0.2 + 0.1
+    zero = None if zero_point is None else torch.randint(0, dtype.qmax + 1, (size, width), dtype=torch.int32)
+    zero = zero + torch.rand(size, width) if zero_point == "float" else zero
+    upper = torch.triu(torch.randn(size, size) * 0.1)
+    upper.diagonal().uniform_(1, 2)
+    rounded, errors = lines.clone().to(device), torch.full((size, width), float("nan"), device=device)
+    given = [None if t is None else t.to(device) for t in (scale, zero, upper, 1 / upper.diagonal())]
+    round_columns(rounded, errors, *given, dtype)
+    left, rounded, errors = lines.double(), rounded.cpu(), errors.cpu()
+    for i in range(size):
+        points = None if zero is None else zero[i]
+        nearest = round_to_grid((left[i] / scale[i]).float(), points, dtype)
+        ties = ((left[i] / scale[i] + (0 if points is None else points)) % 1 - 0.5).abs() < 1e-4
+        assert torch.equal(rounded[i][~ties], nearest[~ties])
+        error = (left[i] - rounded[i].double() * scale[i]) / upper[i, i]
+        assert (error - errors[i]).abs().max() < 1e-4
+        left[i + 1 :] -= upper[i, i + 1 :, None] * error
+
+
+def test_a_block_in_one_launch() -> None:
+    if ON_GPU:
+        for case in CASES:
+            check(*case, "cuda")
+        return
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "tests.algorithms.test_gptq_gpu"]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+def test_a_weight_solved_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, columns = 96, 320
+    x = torch.randn(2000, columns, device="cuda") * torch.rand(columns, device="cuda")
+    x[:, 7] = 0
+    weight, factor = torch.randn(rows, columns, device="cuda"), factorize(x.t() @ x, 0.01, True)
+    for spec in ("int4:g32", "uint3:channel:asym", "int4:g32:asym:zero=float", "fp4_e2m1:g32"):
+        ranges = observe_tensor(weight, QuantSpec.parse(spec), "w")
+        (fast,) = gptq(weight, [ranges], factor)
+        assert torch.equal(gptq(weight, [ranges], factor)[0].codes, fast.codes), "the same bits each time"
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "_in_one_launch", lambda *_: None)
+            (slow,) = gptq(weight, [ranges], factor)
+        assert (fast.codes == slow.codes).float().mean() > 0.99  # a tie that falls the other way moves what follows
+        assert fast.lost.sum().item() == pytest.approx(slow.lost.sum().item(), rel=2e-3)
+
+
+if __name__ == "__main__":
+    for case in CASES:
+        check(*case, "cpu")

@@ -1,0 +1,1 @@
+"""Inner loops of algorithms as single launches on a GPU. Importing a module here needs Triton."""
