@@ -60,8 +60,9 @@ def test_batches_as_tensors_tuples_and_mappings(schedule: str):
         ({"round": {"algorithm": "gptq", "dmap": 1}}, r"gptq has no option 'dmap'\n    did you mean: damp"),
         ({"round": {"damp": 1}}, r"stack\.round\.algorithm: a stage needs algorithm"),
         ({"a": "rtn", "b": "gptq"}, r"stages a and b would decide the same points"),
+        ({"round": ["gptq"]}, r"stack\.round: \['gptq'\] is neither an algorithm's name nor a mapping"),
     ],
-    ids=["algorithm", "option", "no-algorithm", "twice"],
+    ids=["algorithm", "option", "no-algorithm", "twice", "a-list"],
 )
 def test_mistakes_in_the_stack(stack: dict, message: str):
     model = wrapq.prepare(nn.Sequential(nn.Linear(8, 4)), PTQConfig(activation=None))

@@ -96,6 +96,10 @@ def _check(stack: Mapping[str, str | Mapping[str, Any]], schedule: Schedule) -> 
     stages: dict[str, Stage] = {}
     problems: list[Problem] = []
     for name, said in stack.items():
+        if not isinstance(said, str | Mapping):
+            what = f"stack.{name}: {said!r} is neither an algorithm's name nor a mapping with its options"
+            problems.append(Problem("calibrate", what, remedy='write "gptq" or {"algorithm": "gptq", "damp": 0.05}'))
+            continue
         try:
             stages[name] = Stage.model_validate({"algorithm": said} if isinstance(said, str) else dict(said))
         except ValidationError as error:
