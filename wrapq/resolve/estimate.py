@@ -46,12 +46,12 @@ def estimate(
     itemsize = getattr(torch, recipe.model.dtype).itemsize
     float_bytes = itemsize * sum(p.numel() for p in model.parameters())
     float_bytes += sum(buffer.numel() * buffer.itemsize for buffer in model.buffers())
-    seen: set[int] = set()
+    seen, untied = set[int](), _untied_bytes(model, stages, itemsize)
     replaced = packed = shapes = integers = dequantized = weights = 0
     for module in modules:
         spec = next((p.quant_spec for p in module.points if p.role == "weight"), None)
         tensor = model.get_submodule(module.name)._parameters.get("weight")
-        if spec is None or tensor is None or module.weight_shape is None or id(tensor) in seen:
+        if spec is None or tensor is None or module.weight_shape is None or (id(tensor) in seen and not untied):
             continue
         seen.add(id(tensor))
         weights += tensor.numel()
@@ -66,11 +66,19 @@ def estimate(
     in_flight = tokens if recipe.calibration.schedule == "sequential" else min(tokens, _batch_tokens(recipe))
     return Estimate(
         float_bytes=float_bytes,
-        quantized_bytes=float_bytes - replaced + packed + shapes,
+        quantized_bytes=float_bytes + untied - replaced + packed + shapes,
         bits_per_weight=8 * packed / weights if weights else None,
         calibration_tokens=tokens,
         peak_bytes=float_bytes + integers + dequantized + in_flight * hidden * itemsize * _STREAM_COPIES,
     )
+
+
+def _untied_bytes(model: nn.Module, stages: Sequence[StagePlan], itemsize: int) -> int:
+    """What a stage that gives tied modules weights of their own adds to the model."""
+    if not any(stage.options.get("untie") for stage in stages):
+        return 0
+    named = model.named_parameters(remove_duplicate=False)
+    return itemsize * (sum(p.numel() for _, p in named) - sum(p.numel() for p in model.parameters()))
 
 
 def _added_elements(module: ModulePlan, stages: Sequence[StagePlan]) -> int:
