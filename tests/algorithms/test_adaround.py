@@ -33,7 +33,9 @@ def row_losses(weight, rounded, statistics):
     return ((difference @ statistics.sums["hessian"].double()) * difference).sum(1)
 
 
-@pytest.mark.parametrize("text", ["int4:g16:sym", "int3:channel:sym", "uint4:g32:asym", "int4:b4x16"])
+@pytest.mark.parametrize(
+    "text", ["int4:g16:sym", "int3:channel:sym", "uint4:g32:asym", "int4:b4x16", "int3:g16:signed"]
+)
 def test_no_row_is_worse_than_rounded_to_nearest_and_the_whole_is_much_better(text):
     spec, (weight, statistics) = QuantSpec.parse(text), problem(16, 32)
     made = AdaRound(AdaRound.Options(iterations=150))

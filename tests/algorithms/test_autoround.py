@@ -20,11 +20,16 @@ from wrapq.wrappers.quantizer import WeightQuantizer
 FAST = {"algorithm": "autoround", "iterations": 30}
 
 
-def literal(weight, v, alpha, beta, qmin, qmax, symmetric):
-    """Equations 3 to 6 for one row under one scale, in float64, every rounding straight through."""
+def literal(weight, v, alpha, beta, spec):
+    """Equations 3 to 6 for one row under one scale, in float64, every rounding straight through; signed scales are
+    those of `quant_tensor_sym` in the authors' package."""
+    qmin, qmax = spec.dtype.qmin, spec.dtype.qmax
     ste = lambda x: x + (x.round() - x).detach()  # noqa: E731
     high, low = weight.max() * alpha, weight.min() * beta
-    if symmetric:
+    if spec.signed_scale:
+        scale, zero = torch.maximum(low.abs(), high.abs()) / 2 ** (spec.dtype.bits - 1), 0.0
+        scale = -scale if high > -low else scale
+    elif spec.symmetric:
         scale, zero = torch.maximum(low.abs(), high.abs()) / ((qmax - qmin) / 2), 0.0
     else:
         scale = (high - low) / (qmax - qmin)
@@ -32,7 +37,7 @@ def literal(weight, v, alpha, beta, qmin, qmax, symmetric):
     return scale * (torch.clamp(ste(weight / scale + v) + zero, qmin, qmax) - zero)
 
 
-@pytest.mark.parametrize("text", ["int4:channel:sym", "uint4:channel:asym", "int2:g16:sym"])
+@pytest.mark.parametrize("text", ["int4:channel:sym", "uint4:channel:asym", "int2:g16:sym", "int2:g16:sym:signed"])
 def test_weights_and_gradients_are_those_of_the_paper(text):
     spec, generator = QuantSpec.parse(text), torch.Generator().manual_seed(0)
     weight, toward = (torch.randn(6, 32, generator=generator) for _ in range(2))
@@ -44,8 +49,7 @@ def test_weights_and_gradients_are_those_of_the_paper(text):
     leaves = [t.detach().double().requires_grad_() for t in (made.v, made.low, made.high)]
     v, low, high = (t.reshape(groups, -1) for t in leaves)
     rows = weight.double().reshape(groups, -1)
-    symmetric, (qmin, qmax) = spec.symmetric, (spec.dtype.qmin, spec.dtype.qmax)
-    expected = torch.stack([literal(rows[i], v[i], high[i], low[i], qmin, qmax, symmetric) for i in range(groups)])
+    expected = torch.stack([literal(rows[i], v[i], high[i], low[i], spec) for i in range(groups)])
     got = made.quantized()
     torch.testing.assert_close(got.double(), expected.reshape(6, 32), rtol=1e-5, atol=1e-5)
     theirs = torch.autograd.grad((expected.reshape(6, 32) * toward.double()).sum(), leaves, allow_unused=True)

@@ -48,7 +48,7 @@ BITS = {
     "W2 g64": ("int2:g64:sym", {"num_bits": 2, "strategy": "group", "group_size": 64}),
     "W2 channel": ("int2:channel:sym", {"num_bits": 2, "strategy": "channel"}),
 }
-OURS: dict[str, tuple[str, dict[str, Any], str]] = {  # algorithm, its options, the weight's observer
+OURS: dict[str, tuple[str, dict[str, Any], str]] = {  # algorithm, its options, the rest of the weight's spec
     "rtn": ("rtn", {}, "minmax"),
     "rtn-mse": ("rtn", {}, "mse"),
     "seqmse": ("seqmse", {}, "minmax"),
@@ -57,10 +57,12 @@ OURS: dict[str, tuple[str, dict[str, Any], str]] = {  # algorithm, its options, 
     "gptq-observer": ("gptq", {"damp": DAMP, "ranges": "observer"}, "minmax"),
     "gptq-mse": ("gptq", {"damp": DAMP, "ranges": "observer"}, "mse"),
     "gptq-hessian": ("gptq", {"damp": DAMP, "ranges": "hessian"}, "minmax"),
+    "gptq-signed": ("gptq", {"damp": DAMP}, "signed"),
     "hqq": ("hqq", {}, "minmax"),
     "adaround": ("adaround", {}, "mse"),
     "autoround": ("autoround", {}, "minmax"),
     "autoround-mse": ("autoround", {}, "mse"),
+    "autoround-signed": ("autoround", {}, "signed"),
     "awq": ("rtn", {}, "minmax"),
     "awq-replay": ("rtn", {}, "minmax"),
     "awq-seqmse": ("seqmse", {}, "minmax"),
@@ -133,8 +135,8 @@ class Judge:
 
 def round_weights(case: Case, bits: str, method: str, ids: Tensor) -> tuple[dict[str, Tensor], float]:
     """wrapq's rounded weights by name, and the seconds it took."""
-    algorithm, options, observer = OURS[method]
-    config = wrapq.PTQConfig(f"{BITS[bits][0]}:{observer}", None, FLOATS)
+    algorithm, options, rest = OURS[method]
+    config = wrapq.PTQConfig(f"{BITS[bits][0]}:{rest}", None, FLOATS)
     model = wrapq.prepare(case.load(), config)
     start = time.perf_counter()
     batches = [{"input_ids": part, "use_cache": False} for part in ids.split(BATCH)]

@@ -9,7 +9,15 @@ from wrapq.observers.base import OBSERVERS, Observer, make_observer, observe_ten
 from wrapq.quant.affine import scale_shape
 from wrapq.quant.spec import QuantSpec
 
-SPECS = ["int8:tensor", "uint8:tensor:asym", "int8:channel@-1", "uint4:channel@-1:asym", "int4:g8:sym", "int16:tensor"]
+SPECS = [
+    "int8:tensor",
+    "int4:g8:signed",
+    "uint8:tensor:asym",
+    "int8:channel@-1",
+    "uint4:channel@-1:asym",
+    "int4:g8:sym",
+    "int16:tensor",
+]
 
 
 def batches(count: int = 6, width: int = 24) -> list[Tensor]:

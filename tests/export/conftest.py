@@ -89,6 +89,7 @@ BFLOAT = "model.dtype=bfloat16"
 CASES = {
     "w4a16": Case(weights("int4:g128:sym"), "pack-quantized"),
     "w4a16_asym": Case(weights("int4:g128:asym"), "pack-quantized"),
+    "w4a16_signed": Case(weights("int4:g128:sym:signed"), "pack-quantized"),
     "w8a16": Case(weights("int8:channel:sym"), "pack-quantized"),
     "w8a8_dynamic": Case(layers("int8:channel:sym", "int8:token:sym:dyn"), "int-quantized"),
     "w8a8_static": Case(layers("int8:channel:sym", "int8:tensor:asym"), "int-quantized", error=TIES),
@@ -116,7 +117,7 @@ CASES = {
     "fp8": Case(layers("fp8_e4m3:tensor:sym", "fp8_e4m3:tensor:sym"), "float-quantized", error=TIES),
     "fp8_dynamic": Case(layers("fp8_e4m3:channel:sym", "fp8_e4m3:token:sym:dyn"), "float-quantized"),
 }
-SLOW = ("w8a16", "w8a8_dynamic", "w8a8_static", "kv8", "w4a8", "fp8_block", "mxfp4a16")
+SLOW = ("w4a16_signed", "w8a16", "w8a8_dynamic", "w8a8_static", "kv8", "w4a8", "fp8_block", "mxfp4a16")
 SLOW += ("mxfp4", "mxfp8", "nvfp4", "fp8", "fp8_dynamic")
 """Said by the others already, and each run takes seconds."""
 APART = "w4a16"

@@ -31,8 +31,10 @@ def specs(draw: st.DrawFn) -> QuantSpec:
     scale_dtype = draw(st.sampled_from([name for name in SCALE_BITS if symmetric or name != "e8m0"]))
     free = not symmetric and not dynamic and scale_dtype in ("float32", "bfloat16", "float16")
     global_scale = granularity == "group" and symmetric and scale_dtype == "fp8_e4m3" and draw(st.booleans())
+    signed = symmetric and not dynamic and dtype.kind == "int" and dtype.signed
     return QuantSpec(
         dtype=dtype,
+        signed_scale=signed and scale_dtype in ("float32", "bfloat16", "float16") and draw(st.booleans()),
         block_size=draw(st.tuples(st.integers(1, 512), st.integers(1, 512))) if granularity == "block" else None,
         scale_dtype=scale_dtype,
         zero_point=draw(st.sampled_from(["int", "float"])) if free else "int",

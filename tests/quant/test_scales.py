@@ -212,6 +212,35 @@ def test_what_makes_no_sense_is_refused():
         QParams(QuantSpec.parse("nvfp4"), torch.ones(2, 1))
 
 
+SIGNED = [f"int{bits}:{rest}:signed" for bits in (2, 3, 4, 8) for rest in ("g8", "channel", "tensor")]
+
+
+@given(x=matrices(), text=st.sampled_from(SIGNED))
+def test_signed_scales_spend_the_odd_level_on_the_longer_side(x: Tensor, text: str) -> None:
+    spec = QuantSpec.parse(text)
+    qparams = observe_tensor(x, spec, "w")
+    x = x.double()
+    groups = x.unflatten(1, (-1, 8)) if spec.granularity == "group" else x.unsqueeze(1)
+    groups = groups.reshape(1, 1, -1) if spec.granularity == "tensor" else groups
+    low, high = groups.amin(-1), groups.amax(-1)
+    # AutoRound's package, quant_tensor_sym, where nothing is learned yet
+    longest = torch.where(high > -low, -high, torch.maximum(high, -low))
+    scale = torch.where(longest == 0, 1.0, longest / -spec.dtype.qmin)
+    assert torch.allclose(qparams.scale.double().reshape(scale.shape), scale, rtol=1e-6)
+    wide = qparams.scale.double().reshape(*scale.shape, 1)
+    expected = (groups / wide).round().clamp(spec.dtype.qmin, spec.dtype.qmax) * wide
+    error = (qparams.fake_quantize(x.float()).double().reshape(groups.shape) - expected).abs()
+    ties = ((groups / wide) % 1 - 0.5).abs() < 1e-5
+    assert (error[~ties] <= 1e-4 * wide.abs().expand_as(error)[~ties]).all()
+    assert ((expected - groups).abs() <= 1.001 * wide.abs()).all()
+
+
+@pytest.mark.parametrize("text", ["uint4:g8:sym", "int4:g8:asym", "int4:token:dyn", "fp8_e4m3:tensor", "mxint8"])
+def test_scales_that_cannot_be_signed(text: str) -> None:
+    with pytest.raises(SpecError, match=r"signed_scale \(signed\) is for static, symmetric, signed integers"):
+        QuantSpec.parse(f"{text}:signed")
+
+
 @pytest.mark.parametrize("text", ["mxfp8", "mxfp8_e5m2", "mxfp6", "mxfp6_e3m2", "mxfp4"])
 def test_microscaling_is_torchaos(text: str):
     mx = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor")

@@ -9,7 +9,7 @@ CASES = {
   - override rules.linear.weight.weight_bit=4: rules.linear.weight.weight_bit: unknown key 'weight_bit'
     did you mean: dtype
     the keys of a spec are: dtype, granularity, axis, group_size, block_size, symmetric, dynamic, local, scale_dtype, \
-zero_point, global_scale, observer""",
+zero_point, signed_scale, global_scale, observer""",
     ),
     "scheme": (
         ["recipe=w4a16_rtn", "scheme=w4a17"],

@@ -33,7 +33,7 @@ ACTIVATIONS = (
     "uint8:tensor:asym",
     "int6:token:dyn",
 )
-WEIGHTS4 = ("int4:g32", "int4:g128", "int4:g256:asym", "uint4:g64:asym", "uint4:g32:sym")
+WEIGHTS4 = ("int4:g32", "int4:g32:signed", "int4:g128", "int4:g256:asym", "uint4:g64:asym", "uint4:g32:sym")
 CASES = [(kernel, "int8:channel", activation) for kernel in INT8 for activation in ACTIVATIONS]
 CASES += [(kernel, "int8:tensor", "int8:token:dyn") for kernel in INT8]
 CASES += [("int8_weight", "int8:channel", None)]

@@ -87,7 +87,9 @@ class Perturbed:
         """W~ [N, K], with gradients for `v`, `low` and `high` straight through every rounding."""
         dtype, (low, high), exact = self.spec.dtype, self.ends(), self.qparams()
         if self.spec.symmetric:
-            scale = torch.maximum(low.abs(), high.abs()) / ((dtype.qmax - dtype.qmin) / 2)
+            bound = torch.maximum(low.abs(), high.abs())
+            signed = self.spec.signed_scale
+            scale = bound * exact.scale.sign() / -dtype.qmin if signed else bound / ((dtype.qmax - dtype.qmin) / 2)
         else:
             scale = (high - low) / (dtype.qmax - dtype.qmin)
         scale = _becomes(scale, exact.scale)

@@ -147,7 +147,7 @@ def histogram_error(
     r = round_to_grid(u.clone(), zero_point, dtype)
     d = u - r
     integral = d.sign() * d.abs().pow(norm + 1) / (norm + 1) + r * (2 * 0.5 ** (norm + 1) / (norm + 1))
-    return (counts * (integral.diff() / u.diff())).sum(-1) * scale.squeeze(-1) ** norm
+    return (counts * (integral.diff() / u.diff())).sum(-1) * scale.squeeze(-1).abs() ** norm
 
 
 def _sampled_error(counts: Tensor, width: Tensor, scale: Tensor, dtype: DType, norm: float) -> Tensor:
@@ -157,7 +157,7 @@ def _sampled_error(counts: Tensor, width: Tensor, scale: Tensor, dtype: DType, n
         u = torch.lerp(edge[:-1], edge[1:], (i + 0.5) / _SAMPLES) * (width / scale)
         error = (round_to_grid(u.clone(), None, dtype) - u).abs_().pow_(norm)
         total += (counts * error).sum(-1)
-    return total / _SAMPLES * scale.squeeze(-1) ** norm
+    return total / _SAMPLES * scale.squeeze(-1).abs() ** norm
 
 
 def _search(
@@ -195,7 +195,7 @@ def _sum_errors(
         error.copy_(steps)
         error.sub_(round_to_grid(steps, zero_point, dtype)).abs_()
         total += (error.square_() if norm == 2 else error.pow_(norm)).sum(-1)
-    return total * scale.squeeze(-1) ** norm
+    return total * scale.squeeze(-1).abs() ** norm
 
 
 def _candidates(

@@ -53,6 +53,7 @@ _PARTS = (
     _Part("asym", "asym", "symmetric", lambda m: False),
     _Part("scale=DTYPE", r"scale=([^:]*)", "scale_dtype", lambda m: m[1]),
     _Part("zero=KIND", r"zero=([^:]*)", "zero_point", lambda m: m[1]),
+    _Part("signed", "signed", "signed_scale", lambda m: True),
     _Part("global", "global", "global_scale", lambda m: True),
     _Part("local", "local", "local", lambda m: True),
     _Part("dyn", "dyn", "dynamic", lambda m: True),

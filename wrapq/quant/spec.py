@@ -36,6 +36,8 @@ class QuantSpec:
         scale_dtype: what scales are rounded to; `e8m0` makes them powers of two, as MX formats have them.
         zero_point: `int`, which puts zero on the grid; or `float`, not rounded, in the dtype of the scale, as HQQ and
             tinygemm have it, which lets an asymmetric range end where the numbers do.
+        signed_scale: scales may be negative: a symmetric range is divided so that its longer side ends at the level
+            that a signed grid has more below zero than above, as AutoRound's package does.
         global_scale: group scales are relative to one more float32 scale of the tensor, so that fp8_e4m3 holds them.
         observer: which observer chooses the range of a static spec.
         observer_options: its options, as sorted pairs.
@@ -57,6 +59,7 @@ class QuantSpec:
     scale_dtype: ScaleDType = "float32"
     global_scale: bool = False
     zero_point: ZeroPoint = "int"
+    signed_scale: bool = False
 
     def __post_init__(self) -> None:
         if self.granularity not in GRANULARITIES:
@@ -91,12 +94,20 @@ class QuantSpec:
             raise SpecError(f"unknown scale_dtype {self.scale_dtype!r}; one of: {', '.join(SCALE_BITS)}")
         if self.scale_dtype == "e8m0" and not self.symmetric:
             raise SpecError("scale_dtype e8m0 is for symmetric specs: MX formats have no zero point")
+        if self.signed_scale and not self._may_be_signed():
+            raise SpecError(
+                "signed_scale (signed) is for static, symmetric, signed integers with scales of a float dtype"
+            )
         if self.global_scale and (self.granularity != "group" or self.scale_dtype != "fp8_e4m3" or not self.symmetric):
             raise SpecError("global_scale is for symmetric groups with scale_dtype fp8_e4m3, as nvfp4 has them")
         if self.local and (self.dynamic or not self.global_scale):
             raise SpecError(
                 "local keeps a global scale and makes the group scales dynamic: it needs global_scale: true"
             )
+
+    def _may_be_signed(self) -> bool:
+        integers = self.dtype.kind == "int" and self.dtype.signed and self.symmetric
+        return integers and not self.dynamic and self.scale_dtype in _FLOAT_DTYPES
 
     def _check_zero_point(self) -> None:
         if self.zero_point not in get_args(ZeroPoint):
@@ -108,8 +119,8 @@ class QuantSpec:
             raise SpecError("zero_point float (zero=float) is for asymmetric integers: add symmetric: false (asym)")
         if self.dynamic:
             raise SpecError("zero_point float (zero=float) is for static specs of weights, not dynamic ones")
-        if self.scale_dtype not in _ZERO_DTYPES:
-            known = ", ".join(_ZERO_DTYPES)
+        if self.scale_dtype not in _FLOAT_DTYPES:
+            known = ", ".join(_FLOAT_DTYPES)
             raise SpecError(f"a float zero point is stored as the scale is, in {known}, not {self.scale_dtype}")
 
     @classmethod
@@ -149,7 +160,7 @@ class QuantSpec:
             out["scale_dtype"] = self.scale_dtype
         if self.zero_point != "int":
             out["zero_point"] = self.zero_point
-        out |= {key: True for key in ("global_scale", "local") if getattr(self, key)}
+        out |= {key: True for key in ("signed_scale", "global_scale", "local") if getattr(self, key)}
         if not self.dynamic:
             out["observer"] = {"name": self.observer, **dict(self.observer_options)}
         return out
@@ -165,7 +176,7 @@ class QuantSpec:
             parts.append(f"scale={self.scale_dtype}")
         if self.zero_point != "int":
             parts.append(f"zero={self.zero_point}")
-        words = {"global": self.global_scale, "local": self.local, "dyn": self.dynamic}
+        words = {"signed": self.signed_scale, "global": self.global_scale, "local": self.local, "dyn": self.dynamic}
         parts += [word for word, said in words.items() if said]
         options = ",".join(f"{key}={_print_option(value)}" for key, value in self.observer_options)
         if self.observer != DEFAULT_OBSERVER or options:
@@ -174,7 +185,7 @@ class QuantSpec:
 
 
 FIELDS: tuple[str, ...] = tuple(f.name for f in fields(QuantSpec) if f.name != "observer_options")
-_ZERO_DTYPES = ("float32", "bfloat16", "float16")
+_FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 _WHOLE = "to change a scheme's granularity replace the whole spec, e.g. int8:channel:sym"
 
 

@@ -68,6 +68,8 @@ class SpecFields(BaseModel):
     """What scales are rounded to; e8m0 makes them powers of two, as the MX formats have them."""
     zero_point: ZeroPoint | None = None
     """For asymmetric weights: int, which puts zero on the grid, or float, not rounded, in the dtype of the scale."""
+    signed_scale: bool | None = None
+    """Whether a symmetric integer's scales may be negative, so that the longer side of a range has one level more."""
     global_scale: bool | None = None
     """Whether group scales of fp8_e4m3 are relative to one float32 scale of the tensor, as nvfp4 has it."""
     observer: Annotated[str | ObserverChoice | ObserverComparison | None, WrapValidator(_observer)] = None

@@ -130,6 +130,7 @@ class Int4CPU(_Int4):
         self.block = block if block is not None and self.shape[0] % block == 0 else None
         self.scale = _by_group(module, "weight_scale")
         self.symmetric = module.qparams("weight").zero_point is None
+        self.signed = module.specs["weight"].signed_scale
         self.zero_point = None if self.symmetric else _by_group(module, "weight_zero_point")
         # where the processor multiplies bfloat16 the kernel is the faster one for any number of rows
         self.most_rows = None if self.block is None or fast_half(module.weight_device) else FEW_ROWS
@@ -152,6 +153,8 @@ class Int4CPU(_Int4):
         vectorizes, while it writes every second bfloat16 one by one.
         """
         words = _upper_half(self.scale)
+        if self.signed:
+            words.bitwise_and_(0xFFFF)
         if self.zero_point is not None:
             shift = self.zero_point.view(torch.int8).neg()
             if middle := _MIDDLE + self.dtype.qmin:
