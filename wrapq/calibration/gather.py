@@ -74,8 +74,9 @@ class Gatherer:
         ]
         every: list[Stop] = list(gates)
         try:
+            paused = self.offload.paused if self.offload else nullcontext
             with self.offload or nullcontext():
-                run_lockstep(mine, lambda: False, partial(self._choose, every))
+                run_lockstep(mine, lambda: False, partial(self._choose, every), paused)
         finally:
             for hook in hooks:
                 hook.remove()

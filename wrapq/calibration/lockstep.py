@@ -9,6 +9,7 @@ which all that lies before it is already quantized, in one forward in all and wi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 from greenlet import GreenletExit, getcurrent, greenlet
@@ -33,11 +34,12 @@ def run_lockstep(
     forwards: Sequence[Callable[[], object]],
     done: Callable[[], bool],
     choose: Callable[[Iterable[Stop]], Stop | None] = first,
+    deciding: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> None:
     """Run all `forwards` to their end, or until `done()` says that nothing is left to decide.
 
     What the forwards return is dropped. An exception in any of them, or in `decide`, ends all and is raised. `choose`
-    says which of the stops at which somebody waits is decided next; None ends all.
+    says which of the stops at which somebody waits is decided next; None ends all. `deciding` is entered meanwhile.
     """
     parent = getcurrent()
     lets = [greenlet(_discard(forward), parent) for forward in forwards]
@@ -56,7 +58,8 @@ def run_lockstep(
                 advance(let)
             if (stop := choose(waiting.values())) is None:
                 break
-            stop.decide()
+            with deciding():
+                stop.decide()
             ready = [let for let, at in waiting.items() if at is stop]
     finally:
         for let in lets:

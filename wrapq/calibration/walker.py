@@ -150,9 +150,10 @@ class Walker(Decider):
                 if any(self.is_blockwise(q) for q in self._of_group(i))
             ]
             hooks = self._hook(layers, gates, border.index if border else 0)
+            paused = self.offload.paused if self.offload else nullcontext
             with skipping(layers, border), self.offload or nullcontext():
                 try:
-                    run_lockstep(self._forwards(batches), self.all_decided, self._choose)
+                    run_lockstep(self._forwards(batches), self.all_decided, self._choose, paused)
                 finally:
                     for hook in hooks:
                         hook.remove()
