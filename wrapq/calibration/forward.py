@@ -38,6 +38,9 @@ class Walk(Protocol):
     def stop(self, point: Quantizer) -> Stop:
         """Where forwards wait until the point is decided."""
 
+    def decide_at_once(self, weight: WeightQuantizer) -> bool:
+        """Decide a weight of which everything is known; False where that has to wait."""
+
 
 class Run:
     """One run of the model, as a stream (`wrapq.wrappers.quantizer.Stream`)."""
@@ -134,7 +137,11 @@ class Forward(Run):
             with made_for_all():
                 statistics.add(rows, self.twin.rows(weight, rows) if self.twin else None)
         self._last = raw, form, statistics
-        if self.wait is not None:
+        if self.wait is None:
+            return
+        # all batches brought their part before the other weight was decided: waiting would only hold what they made since
+        complete = statistics is known and statistics.complete and self.twin is None  # a twin has to stay ahead
+        if not (complete and self.walk.decide_at_once(weight)):
             self.wait(self.walk.stop(weight))
 
     def _shared(self, raw: Tensor, form: str, needs: frozenset[str]) -> InputStatistics | None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from wrapq.calibration.algorithm import RangeSetter, Rounding
 from wrapq.calibration.blocks import Blocks, find_blocks
 from wrapq.calibration.blockwise import BlockStop, check_blockwise, visit_model
-from wrapq.calibration.border import Border, skipping
+from wrapq.calibration.border import Border, made_for_all, skipping
 from wrapq.calibration.decider import Decider, release
 from wrapq.calibration.forward import Batch, FloatTwin, Forward
 from wrapq.calibration.lockstep import Stop, first, run_lockstep, wait_at
@@ -111,6 +111,14 @@ class Walker(Decider):
     def stop(self, point: Quantizer) -> Stop:
         """See `Walk.stop`."""
         return self._points[point]
+
+    def decide_at_once(self, weight: WeightQuantizer) -> bool:
+        """See `Walk.decide_at_once`; several processes have to agree first."""
+        if self.processes.count > 1:
+            return False
+        with made_for_all(), self.offload.paused() if self.offload else nullcontext():
+            self.decide(weight)
+        return True
 
     def _order_points(self) -> None:
         seen_blocks = False
