@@ -21,16 +21,13 @@ FAST = {"algorithm": "autoround", "iterations": 30}
 
 
 def literal(weight, v, alpha, beta, spec):
-    """Equations 3 to 6 for one row under one scale, in float64, every rounding straight through; signed scales are
-    those of `quant_tensor_sym` in the authors' package."""
+    """Equations 3 to 6 for one row under one scale, in float64, every rounding straight through."""
     qmin, qmax = spec.dtype.qmin, spec.dtype.qmax
     ste = lambda x: x + (x.round() - x).detach()  # noqa: E731
     high, low = weight.max() * alpha, weight.min() * beta
-    if spec.signed_scale:
-        scale, zero = torch.maximum(low.abs(), high.abs()) / 2 ** (spec.dtype.bits - 1), 0.0
-        scale = -scale if high > -low else scale
-    elif spec.symmetric:
+    if spec.symmetric:
         scale, zero = torch.maximum(low.abs(), high.abs()) / ((qmax - qmin) / 2), 0.0
+        scale = -scale if spec.signed_scale and high > -low else scale
     else:
         scale = (high - low) / (qmax - qmin)
         zero = ste(-low / scale) + qmin

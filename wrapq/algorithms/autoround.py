@@ -72,7 +72,9 @@ class Perturbed:
         checked_qparams(low, high, spec, where)
         self._range = (low, high) if spec.symmetric else (low.clamp(max=0), high.clamp(min=0))
         self.v = torch.zeros_like(weight)
-        self.low, self.high = torch.ones_like(low), torch.ones_like(high)
+        # signed scales start where the longer side ends at the lowest level, as they do in the authors' package
+        start = spec.dtype.half_range / -spec.dtype.qmin if spec.signed_scale else 1.0
+        self.low, self.high = torch.full_like(low, start), torch.full_like(high, start)
 
     def ends(self) -> tuple[Tensor, Tensor]:
         """The range."""
@@ -87,9 +89,7 @@ class Perturbed:
         """W~ [N, K], with gradients for `v`, `low` and `high` straight through every rounding."""
         dtype, (low, high), exact = self.spec.dtype, self.ends(), self.qparams()
         if self.spec.symmetric:
-            bound = torch.maximum(low.abs(), high.abs())
-            signed = self.spec.signed_scale
-            scale = bound * exact.scale.sign() / -dtype.qmin if signed else bound / ((dtype.qmax - dtype.qmin) / 2)
+            scale = exact.scale.sign() * torch.maximum(low.abs(), high.abs()) / dtype.half_range
         else:
             scale = (high - low) / (dtype.qmax - dtype.qmin)
         scale = _becomes(scale, exact.scale)

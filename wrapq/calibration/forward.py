@@ -139,7 +139,7 @@ class Forward(Run):
         self._last = raw, form, statistics
         if self.wait is None:
             return
-        # all batches brought their part before the other weight was decided: waiting would only hold what they made since
+        # all batches brought their part before that weight was decided: waiting would only hold what they made since
         complete = statistics is known and statistics.complete and self.twin is None  # a twin has to stay ahead
         if not (complete and self.walk.decide_at_once(weight)):
             self.wait(self.walk.stop(weight))

@@ -162,11 +162,11 @@ def range_to_qparams(
 
     A symmetric range is widened to [-a, a] and divided into `qmax - qmin` steps, as compressed-tensors does (7.5 steps
     to a side for int4): no element in it is off by more than half a step; on a float's or codebook's grid `a` is the
-    largest number. With signed scales it has `-qmin` steps to a side, and the scale is negative where `high` is the
-    longer one: the longer side's end is then on the grid, and the other's, if it is as long, off by a step. An
-    asymmetric one is widened to hold zero, which is then on the grid; with a float zero point it is divided as it is,
-    unless it lies more than `FARTHEST` of its steps from zero, which makes the steps larger. A range of zero width has
-    scale 1; no scale is smaller than the least normal float32, nor so large that a dequantized number overflows.
+    largest number. With signed scales the scale is negative where `high` is the longer side, which has the lowest level
+    of the grid then. An asymmetric one is widened to hold zero, which is then on the grid; with a float zero point it
+    is divided as it is, unless it lies more than `FARTHEST` of its steps from zero, which makes the steps larger. A
+    range of zero width has scale 1; no scale is smaller than the least normal float32, nor so large that a dequantized
+    number overflows.
 
     A scale is then rounded to the spec's `scale_dtype`, to nearest; one too small for it is its least positive
     number. An e8m0 scale is `2 ** (floor(log2(a)) - emax)`, emax being the exponent of the grid's largest number (OCP
@@ -179,14 +179,12 @@ def range_to_qparams(
         bound = torch.maximum(low.abs(), high.abs())
         if spec.scale_dtype == "e8m0":
             return _power_of_two_scale(bound, dtype), _zero_point_for(bound, dtype)
-        if spec.signed_scale:
-            steps = -dtype.qmin
-            scale = round_scale(_usable(bound / steps, bound, LARGEST / steps), spec)
-            return torch.where(high > -low, -scale, scale), None
         levels = dtype.largest_code - dtype.least_code if dtype.kind == "int" else 2 * dtype.largest
         scale = _usable(bound / dtype.half_range, bound, LARGEST * 2 / (levels + 1))
         scale = scale if global_scale is None else torch.where(bound == 0, 1.0, bound / dtype.half_range * global_scale)
-        return round_scale(scale, spec), _zero_point_for(scale, dtype)
+        scale = round_scale(scale, spec)
+        scale = torch.where(high > -low, -scale, scale) if spec.signed_scale else scale
+        return scale, _zero_point_for(scale, dtype)
     steps = dtype.qmax - dtype.qmin
     if spec.zero_point == "int":
         low, high = low.clamp(max=0), high.clamp(min=0)

@@ -36,8 +36,8 @@ class QuantSpec:
         scale_dtype: what scales are rounded to; `e8m0` makes them powers of two, as MX formats have them.
         zero_point: `int`, which puts zero on the grid; or `float`, not rounded, in the dtype of the scale, as HQQ and
             tinygemm have it, which lets an asymmetric range end where the numbers do.
-        signed_scale: scales may be negative: a symmetric range is divided so that its longer side ends at the level
-            that a signed grid has more below zero than above, as AutoRound's package does.
+        signed_scale: scales may be negative, so that the level that a signed grid has more below zero than above lies
+            on the longer side of each range, as AutoRound's package has it.
         global_scale: group scales are relative to one more float32 scale of the tensor, so that fp8_e4m3 holds them.
         observer: which observer chooses the range of a static spec.
         observer_options: its options, as sorted pairs.
