@@ -29,6 +29,7 @@ def check(size: int, width: int, name: str, zero_point: str | None, device: str)
     zero = zero + torch.rand(size, width) if zero_point == "float" else zero
     upper = torch.triu(torch.randn(size, size) * 0.1)
     upper.diagonal().uniform_(1, 2)
+    upper = upper.t().contiguous().t() if size > 1 else upper  # in memory as a factor that was flipped lies
     rounded, errors = lines.clone().to(device), torch.full((size, width), float("nan"), device=device)
     given = [None if t is None else t.to(device) for t in (scale, zero, upper, 1 / upper.diagonal())]
     round_columns(rounded, errors, *given, dtype)
@@ -59,16 +60,21 @@ def test_a_weight_solved_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, columns = 96, 320
     x = torch.randn(2000, columns, device="cuda") * torch.rand(columns, device="cuda")
     x[:, 7] = 0
-    weight, factor = torch.randn(rows, columns, device="cuda"), factorize(x.t() @ x, 0.01, True)
-    for spec in ("int4:g32", "uint3:channel:asym", "int4:g32:asym:zero=float", "fp4_e2m1:g32"):
+    weight, hessian = torch.randn(rows, columns, device="cuda"), x.t() @ x
+    factor = factorize(hessian, 0.01, True)
+    for spec in ("int4:g32", "int3:g32:signed", "uint3:channel:asym", "int4:g32:asym:zero=float", "fp4_e2m1:g32"):
         ranges = observe_tensor(weight, QuantSpec.parse(spec), "w")
         (fast,) = gptq(weight, [ranges], factor)
         assert torch.equal(gptq(weight, [ranges], factor)[0].codes, fast.codes), "the same bits each time"
         with monkeypatch.context() as patch:
             patch.setattr(loop, "_in_one_launch", lambda *_: None)
             (slow,) = gptq(weight, [ranges], factor)
-        assert (fast.codes == slow.codes).float().mean() > 0.99  # a tie that falls the other way moves what follows
-        assert fast.lost.sum().item() == pytest.approx(slow.lost.sum().item(), rel=2e-3)
+        lost = []
+        for codes in (fast.codes, slow.codes, ranges.quantize(weight)):
+            error = weight - ranges.dequantize(codes, torch.float32)
+            lost.append(((error @ hessian) * error).sum().item())
+        # a tie that falls the other way moves what follows, but loses no more; rounding to nearest loses much more
+        assert lost[0] == pytest.approx(lost[1], rel=0.02) and lost[0] < 0.8 * lost[2]
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ SMALL = (
     "evaluation.tokens=512",
     "tracking=none",
     "runtime.kernels=reference",
+    "runtime.device=cpu",
 )
 GROUPS = "rules.linear.weight=int4:g32:sym"
 FLOAT_ZEROS = "rules.linear.weight='uint4:g32:asym:zero=float'"

@@ -210,7 +210,7 @@ class Int8Weight(_Int8):
     """
 
     name = "int8_weight"
-    arithmetic = "that of the model's dtype, on a CPU bfloat16 or else float32 with scales applied to the sums"
+    arithmetic = "that of the model's dtype, on a CPU bfloat16 or else float32, with scales applied to the sums"
     devices = ("cpu", "cuda")
 
     @classmethod
@@ -227,12 +227,17 @@ class Int8Weight(_Int8):
         """See `Kernel.run`."""
         rows = x.reshape(-1, x.shape[-1])
         if rows.is_cuda:
-            weight = self.weight.to(rows.dtype).mul_(self.scale[:, None])
-            return finished((rows @ weight.t()).float(), self.bias, x)
+            return finished(self._on_gpu(rows), self.bias, x)
         if self.half:
             y = torch._weight_int8pack_mm(rows.to(torch.bfloat16), self.weight, self.scale)
             return finished(y.float(), self.bias, x)
         return finished(self._multiply(rows.float()), self.bias, x)
+
+    def _on_gpu(self, rows: Tensor) -> Tensor:
+        weight = self.weight.to(rows.dtype)
+        if rows.dtype == torch.float16:  # whose sums of whole integers would overflow
+            return (rows @ weight.mul_(self.scale[:, None]).t()).float()
+        return (rows @ weight.t()).float().mul_(self.scale)
 
     def _multiply(self, rows: Tensor) -> Tensor:
         count, columns = self.weight.shape

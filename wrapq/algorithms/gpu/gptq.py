@@ -36,10 +36,9 @@ def round_columns(
         errors,
         scale,
         scale if zero is None else zero,
-        upper,
+        upper.contiguous(),  # a factor that was flipped is not
         inverse,
         width,
-        upper.stride(0),
         float(dtype.qmin),
         float(dtype.qmax),
         size=size,
@@ -59,7 +58,6 @@ def _round_columns(
     upper: tl.tensor,
     inverse: tl.tensor,
     width: tl.tensor,
-    upper_stride: tl.tensor,
     low: tl.tensor,
     high: tl.tensor,
     size: tl.constexpr,
@@ -85,5 +83,5 @@ def _round_columns(
         error = (column - point * scale) * tl.load(inverse + i)
         tl.store(lines + i * width + outputs, point, mask=real)
         tl.store(errors + i * width + outputs, error, mask=real)
-        weights = tl.load(upper + i * upper_stride + columns, mask=(columns > i) & (columns < size), other=0.0)
+        weights = tl.load(upper + i * size + columns, mask=(columns > i) & (columns < size), other=0.0)
         left -= weights[:, None] * error[None, :]
