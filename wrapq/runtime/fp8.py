@@ -98,19 +98,15 @@ class FP8Block(_FP8):
             return reason
         if cast("QuantSpec", activation).group_size != _BLOCK:
             return f"input {activation}: not in groups of {_BLOCK}"
-        if cls._in_torch(module) or find_spec("torchao"):
+        if _multiplies_blocks(module.weight_device, *module.matrix_shape) or find_spec("torchao"):
             return None
         return "torch has no product of such blocks here, and torchao is not installed"
 
-    @staticmethod
-    def _in_torch(module: QuantizedWeight) -> bool:
-        rows, columns = module.matrix_shape
-        return not rows % _BLOCK and not columns % (4 * _BLOCK) and _multiplies_blocks(module.weight_device)
-
     def __init__(self, module: QuantizedWeight) -> None:
         super().__init__(module)
-        self.scale = module.qparams("weight").scale.detach()
-        self.multiply = _scaled_blocks if self._in_torch(module) else _torchao_blocks
+        in_torch = _multiplies_blocks(self.weight.device, *self.weight.shape)
+        scale = module.qparams("weight").scale.detach()
+        self.multiply, self.scale = (_scaled_blocks, _aligned(scale)) if in_torch else (_torchao_blocks, scale)
 
     def run(self, x: Tensor) -> Tensor:
         """See `Kernel.run`."""
@@ -119,7 +115,7 @@ class FP8Block(_FP8):
 
 
 def _scaled_blocks(q: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
-    """The product of `q` [M, K] with scales [M, K / 128] and `weight` [N, K] with scales [N / 128, K / 128].
+    """The product of `q` [M, K] with scales [M, K / 128] and `weight` [N, K] with `_aligned` scales [N / 128, K / 128].
 
     cuBLAS refuses some small M, and wants the scales of `q` column by column.
     """
@@ -135,12 +131,27 @@ def _torchao_blocks(q: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tens
     return blockwise_fp8_gemm(q, scale.contiguous(), weight, weight_scale, _BLOCK)
 
 
+def _aligned(scale: Tensor) -> Tensor:
+    """`scale` [R, G] in memory where each row begins at a multiple of four, which cuBLAS asks for."""
+    groups = scale.shape[1]
+    return pad(scale, (0, -groups % 4))[:, :groups]
+
+
 @cache
-def _multiplies_blocks(device: torch.device) -> bool:
-    """Whether torch multiplies scaled blocks on `device`: which architectures and versions do is not to be asked."""
-    zeros = torch.zeros(_BLOCK, 4 * _BLOCK, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
-    scales = torch.ones(_BLOCK, 4, device=device)
+def _multiplies_blocks(device: torch.device, rows: int, columns: int) -> bool:
+    """Whether torch multiplies scaled blocks by a weight [rows, columns] on `device`, and rightly: which architectures,
+    versions and shapes it does is not to be asked."""
+    generator = torch.Generator(device).manual_seed(0)
+    operands, dequantized = [], []
+    for shape, block in (((_BLOCK, columns), (1, _BLOCK)), ((rows, columns), (_BLOCK, _BLOCK))):
+        codes = torch.randint(-8, 9, shape, generator=generator, device=device).float()
+        sides = [-(-size // side) for size, side in zip(shape, block, strict=True)]
+        scale = 1 + torch.rand(sides, generator=generator, device=device)
+        operands += [codes.to(torch.float8_e4m3fn), scale if block[0] == 1 else _aligned(scale)]
+        wide = scale.repeat_interleave(block[0], 0)[: shape[0]].repeat_interleave(block[1], 1)[:, : shape[1]]
+        dequantized.append(codes * wide)
     try:
-        return _scaled_blocks(zeros, scales, zeros, scales[:1]).isfinite().all().item() is True
+        error = _scaled_blocks(*operands) - dequantized[0] @ dequantized[1].t()
     except (RuntimeError, ValueError):
         return False
+    return bool(error.abs().max() < 0.01 * columns)  # products are up to 256, their sums' size some sqrt(K)
