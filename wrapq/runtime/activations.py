@@ -55,12 +55,8 @@ class ActivationQuantizer:
             self.scale = qparams.scale.detach()
             zero = 0 if qparams.zero_point is None else int(qparams.zero_point)
             self.zero = zero - shift
-        self.key = (
-            self.dtype,
-            self.granularity,
-            self.group,
-            None if qparams is None else (float(qparams.scale), self.zero),
-        )
+        fixed = None if qparams is None else (float(qparams.scale), self.zero)
+        self.key = (self.dtype, self.granularity, self.group, fixed)
 
     @classmethod
     def of(cls, module: QuantizedWeight) -> ActivationQuantizer | None:
