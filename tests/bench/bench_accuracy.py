@@ -3,8 +3,9 @@
     python -m tests.bench.bench_accuracy [--models demo,PATH] [--seeds 3] [--methods gptq,llmc-gptq] [--rows FILE]
         [--bits "W2 g64,W3 g64"]
 
-For each model, bits and method: KL(float || quantized) in nats, mean over the predicted tokens, the perplexity, and the
-seconds of the quantization alone; mean and standard deviation over seeds, each of which draws other calibration text.
+For each model, bits and method: KL(float || quantized) in nats, mean over the predicted tokens, the perplexity, the
+seconds of the quantization alone, and the error of a decoder layer by itself; mean and standard deviation over seeds,
+each of which draws other calibration text.
 Weights only; embeddings, norms and lm_head stay float. 128 x 256 calibration tokens, 16,384 tokens to evaluate on, from
 other text. Damping is 0.01 for both. Every method gives dense float32 weights, and all of them are judged by the same
 forwards. The peer runs in its own environment (`tests.peers.environment`). Rows are appended to FILE as they come, and
@@ -21,7 +22,8 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,6 +122,34 @@ class Judge:
         self.model = case.load()
         self.float = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.reference = [self.model(input_ids=ids, use_cache=False).logits for ids in self.ids]
+        self.inputs: list[Tensor] = []
+        self.outputs: list[Tensor] = []
+        with self._hooked(lambda i, hidden: self.inputs.append(hidden), lambda i, out: self.outputs.append(out)):
+            self.model(input_ids=self.ids[0], use_cache=False)
+
+    @contextmanager
+    def _hooked(self, enter: Callable[[int, Tensor], Any], leave: Callable[[int, Tensor], Any]) -> Iterator[None]:
+        """`enter` sees what comes into each decoder layer and may give it something else; `leave` what comes out."""
+        hooks = []
+        for i, layer in enumerate(self.model.model.layers):
+            replaced = lambda _, args, i=i: None if (x := enter(i, args[0])) is None else (x, *args[1:])  # noqa: E731
+            hooks.append(layer.register_forward_pre_hook(replaced))
+            hooks.append(layer.register_forward_hook(lambda _, args, out, i=i: leave(i, out)))
+        yield
+        for hook in hooks:
+            hook.remove()
+
+    def layer_error(self) -> float:
+        """The squared error of a decoder layer's output, relative to the output, on the float model's input; the mean
+        over the layers."""
+        errors = []
+
+        def compare(i: int, out: Tensor) -> None:
+            errors.append(((out - self.outputs[i]).square().sum() / self.outputs[i].square().sum()).item())
+
+        with self._hooked(lambda i, _: self.inputs[i], compare):
+            self.model(input_ids=self.ids[0], use_cache=False)
+        return statistics.mean(errors)
 
     def judge(self, weights: dict[str, Tensor]) -> dict[str, float]:
         """The quality with `weights` in place of the float ones; raises `KeyError` where one is none of the model's."""
@@ -130,7 +160,7 @@ class Judge:
         for ids, reference in zip(self.ids, self.reference, strict=True):
             meter.update(reference, self.model(input_ids=ids, use_cache=False).logits, ids)
         found = meter.result()
-        return {"kl": found["kl"], "perplexity": found["perplexity"]}
+        return {"kl": found["kl"], "perplexity": found["perplexity"], "layer": self.layer_error()}
 
 
 def round_weights(case: Case, bits: str, method: str, ids: Tensor) -> tuple[dict[str, Tensor], float]:
@@ -188,8 +218,8 @@ def measure(
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: for each model and bits the methods with mean and standard deviation over the seeds."""
     lines = [
-        "| model | bits | method | n | KL | sd | perplexity | sd | seconds |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| model | bits | method | n | KL | sd | perplexity | sd | seconds | layer error |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     keys = dict.fromkeys((row["model"], row["bits"], row["method"]) for row in rows if "kl" in row)
     order = [FLOAT, *BITS], [FLOAT, *OURS, *PEER]
@@ -199,7 +229,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         spread = [statistics.stdev(values) if len(found) > 1 else 0.0 for values in (kl, perplexity)]
         lines.append(
             f"| {' | '.join(key)} | {len(found)} | {statistics.mean(kl):.5f} | {spread[0]:.5f} "
-            f"| {statistics.mean(perplexity):.3f} | {spread[1]:.3f} | {statistics.mean(seconds):.1f} |"
+            f"| {statistics.mean(perplexity):.3f} | {spread[1]:.3f} | {statistics.mean(seconds):.1f} "
+            f"| {statistics.mean(row.get('layer', float('nan')) for row in found):.3g} |"
         )
     return "\n".join(lines)
 
