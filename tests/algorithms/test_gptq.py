@@ -20,7 +20,7 @@ from wrapq.quant.qparams import QParams
 from wrapq.quant.spec import QuantSpec
 
 SPECS = ["int4:g16:sym", "int4:channel:sym", "uint4:g32:asym", "int3:channel:sym", "int8:tensor:sym", "uint2:g16:asym"]
-SPECS += ["int2:g16:sym:signed", "uint4:g16:asym:zero=float", "int3:channel:asym:zero=float:scale=bfloat16"]
+SPECS += ["int2:g16:sym:signed:mse", "uint4:g16:asym:zero=float", "int3:channel:asym:zero=float:scale=bfloat16"]
 OTHER_SPECS = [
     *("mxfp4", "nvfp4", "nf4:g16", "fp4_e2m1:channel", "mxfp6", "mxfp8_e5m2", "fp8_e4m3:channel", "mxint8"),
     *("int4:b8x16", "uint4:b7x24:asym", "fp8_e4m3:b16x16", "fp4_e2m1:b10x20", "int4:channel@1"),

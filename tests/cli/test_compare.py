@@ -77,7 +77,7 @@ def test_recipes_differ_by_module_stage_and_setting(cli: Cli) -> None:
     assert (result.exit_code, result.stderr) == (1, "")
     said = json.loads(result.stdout)
     assert {(p["point"], p["before"], p["after"]) for p in said["points"]} == {
-        ("weight", "int4:g128:sym", "int8:channel:sym")
+        ("weight", "int4:g128:sym:signed", "int8:channel:sym")
     }
     assert {p["module"].split(".")[2] for p in said["points"]} == {"3"} and len(said["points"]) == 7
     assert [(c["what"], c["before"], c["after"]) for c in said["stages"]] == [("round.damp", "0.01", "0.05")]

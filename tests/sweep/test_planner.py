@@ -19,7 +19,7 @@ def test_a_job_for_every_combination() -> None:
     assert [job.number for job in made] == [1, 2, 3, 4]
     assert made[3].title == "recipe=w4a16_gptq rules.linear.weight.group_size=64"
     assert {job.plan.recipe.name for job in made} == {"w4a16_rtn", "w4a16_gptq"}
-    assert "int4:g64:sym" in {point.spec for module in made[3].plan.modules for point in module.points}
+    assert "int4:g64:sym:signed" in {point.spec for module in made[3].plan.modules for point in module.points}
     assert len({job.key for job in made}) == 4
 
 

@@ -8,12 +8,15 @@ filled again, the same objects, before the forward goes on.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -63,12 +66,13 @@ class Offload(TorchDispatchMode):
     @contextmanager
     def paused(self) -> Iterator[None]:
         """While nothing is computed for a batch: the mode costs each call of torch several microseconds, and rounding a
-        weight makes thousands."""
+        weight makes thousands. What was freed goes back to the system afterwards."""
         self.__exit__(None, None, None)
         try:
             yield
         finally:
             self.__enter__()
+            _trim()
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -123,6 +127,19 @@ class Offload(TorchDispatchMode):
                 away.append(_Away(tensor, piece, (tensor.shape, tensor.stride(), int(tensor.storage_offset()))))
                 tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         return away
+
+
+def _trim() -> None:
+    """Give back what glibc keeps of freed memory, between tensors that live on: up to as much again as those."""
+    if (trim := _malloc_trim()) is not None:
+        trim(0)
+
+
+@cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    if sys.platform != "linux":
+        return None
+    return cast("Callable[[int], int] | None", getattr(ctypes.CDLL(None), "malloc_trim", None))  # musl has none
 
 
 def shared_tensors(walk: Any) -> Iterator[Tensor]:
