@@ -18,10 +18,9 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import wrapq
-from tests.bench.bench_runtime import FLOAT, sqnr
+from tests.bench.bench_runtime import FLOAT, llama, sqnr
 from wrapq.algorithms import gptq as algorithm
 from wrapq.calibration.factor import factorize
 from wrapq.observers.base import observe_tensor
@@ -96,19 +95,10 @@ def linear() -> nn.Linear:
     return nn.Linear(4096, 11008, bias=False, device="cuda", dtype=torch.bfloat16).requires_grad_(False)
 
 
-def llama() -> nn.Module:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_hidden_layers=4,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=4096,
-        max_position_embeddings=4096,
-    )
+def large() -> nn.Module:
+    sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 4}
     with torch.device("cuda"):
-        return LlamaForCausalLM(config).to(torch.bfloat16).eval().requires_grad_(False)
+        return llama(**sizes, num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=4096).bfloat16()
 
 
 def show_models() -> None:
@@ -125,9 +115,9 @@ def show_models() -> None:
         print(f"{name:28}{times}{resident_bytes(model) / 1e6:10.0f}{sqnr(logits, y):10.2f}")
 
     print(f"{'':28}" + "".join(f"{title:>10}" for title in ("ms, 2048", "128", "decode", "MB", "dB")))
-    show("bfloat16", llama())
+    show("bfloat16", large())
     for scheme, points in SCHEMES.items():
-        model = wrapq.prepare(llama(), wrapq.PTQConfig(points["weight"], None, {**FLOAT, "*_proj": points}))
+        model = wrapq.prepare(large(), wrapq.PTQConfig(points["weight"], None, {**FLOAT, "*_proj": points}))
         model(ids[:, :64])
         model = wrapq.convert(model)
         show(f"{scheme} reference", model)

@@ -52,17 +52,20 @@ class Row:
         return self.float_prefill / self.prefill, self.float_decode / self.decode
 
 
-def llama() -> nn.Module:
+SIZES = {
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "vocab_size": 4096,
+}
+
+
+def llama(**changes: int) -> nn.Module:
+    """A random-init Llama of `SIZES`, but for `changes`."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=1024,
-        intermediate_size=2816,
-        num_hidden_layers=6,
-        num_attention_heads=16,
-        num_key_value_heads=4,
-        vocab_size=4096,
-    )
-    return LlamaForCausalLM(config).eval().requires_grad_(False)
+    return LlamaForCausalLM(LlamaConfig(**{**SIZES, **changes})).eval().requires_grad_(False)
 
 
 def prepare(points: dict[str, str], ids: Tensor) -> nn.Module:
