@@ -210,7 +210,7 @@ class Int8Weight(_Int8):
     """
 
     name = "int8_weight"
-    arithmetic = "that of the model's dtype, on a CPU bfloat16 or else float32, with scales applied to the sums"
+    arithmetic = "that of the model's dtype (a CPU's bfloat16 or else float32), the sums scaled; float16: the weights"
     devices = ("cpu", "cuda")
 
     @classmethod
