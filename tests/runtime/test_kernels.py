@@ -171,9 +171,10 @@ def test_four_bits_come_back_from_any_layout(rows: int, monkeypatch: pytest.Monk
     assert torch.equal(KERNELS.get("int4_cpu")(module).codes(), codes)
 
 
-def test_the_layout_for_cuda_is_read_back() -> None:
+@pytest.mark.parametrize("tiles", [8, 4, 2])
+def test_the_layout_for_cuda_is_read_back(tiles: int) -> None:
     """Against torch's kernel that writes it (int4mm.cu, matrix_to_m16n8k16_Bint4_layout), transcribed."""
-    n, k, tiles = 16, 128, 4
+    n, k = 16, 32 * tiles
     unsigned = torch.randint(0, 16, (n, k), dtype=torch.int32)
     packed = torch.zeros(n // 8, k // (tiles * 16), 32, tiles // 2, dtype=torch.int64)
     for row_tile, column_tile, thread, word in itertools.product(*map(range, packed.shape)):

@@ -233,7 +233,7 @@ class Int4CUDA(_Int4):
         return None if _tiles(columns) else f"{columns} columns are no multiple of {_CUDA_TILES[-1] * 16}"
 
     def _pack(self, unsigned: Tensor) -> Tensor:
-        return _pack_tiles(unsigned)
+        return _pack_tiles(unsigned, _tiles(self.shape[1]))
 
     def _unpack(self) -> Tensor:
         return _unpack_tiles(self.packed).to(torch.int32) if self.known else self._read_off()
@@ -274,10 +274,10 @@ def _tiles(columns: int) -> int:
     return next((tiles for tiles in _CUDA_TILES if columns % (tiles * 16) == 0), 0)
 
 
-def _pack_tiles(unsigned: Tensor) -> Tensor:
-    """int32 [N / 8, K / 16 t, 32, t / 2] for t = `_tiles(K)`, the layout of torch's kernel for CUDA."""
+def _pack_tiles(unsigned: Tensor, tiles: int) -> Tensor:
+    """int32 [N / 8, K / 16 t, 32, t / 2] for t `tiles`, the layout of torch's kernel for CUDA."""
     pairs = unsigned[:, ::2].bitwise_left_shift(4).bitwise_or_(unsigned[:, 1::2]).to(torch.uint8)
-    return torch.ops.aten._convert_weight_to_int4pack(pairs.contiguous(), _tiles(unsigned.shape[1]))
+    return torch.ops.aten._convert_weight_to_int4pack(pairs.contiguous(), tiles)
 
 
 def _unpack_tiles(packed: Tensor) -> Tensor:
@@ -297,7 +297,7 @@ def _knows_tiles(device: torch.device, tiles: int) -> bool:
     """Whether the layout is the one that `_unpack_tiles` knows; else only the kernel itself can read it."""
     generator = torch.Generator().manual_seed(0)
     unsigned = torch.randint(0, 16, (16, 32 * tiles), dtype=torch.int32, generator=generator).to(device)
-    return torch.equal(_unpack_tiles(_pack_tiles(unsigned)), unsigned)
+    return torch.equal(_unpack_tiles(_pack_tiles(unsigned, tiles)), unsigned)
 
 
 @cache
