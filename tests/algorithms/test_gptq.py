@@ -209,11 +209,14 @@ def test_seqmse_takes_the_best_of_its_candidates(text):
 
 def test_output_error_is_the_trace_form():
     difference, (_, hessian) = torch.randn(6, 64), problem()
-    whole = output_error(difference, hessian.sums["hessian"], QuantSpec.parse("int4:tensor:sym"))
-    rows = output_error(difference, hessian.sums["hessian"], QuantSpec.parse("int4:channel:sym"))
-    trace = torch.trace(difference.double() @ hessian.sums["hessian"].double() @ difference.double().t())
-    torch.testing.assert_close(whole.double(), trace.reshape(1), rtol=1e-4, atol=0)
-    torch.testing.assert_close(rows.sum().double(), trace, rtol=1e-4, atol=0)
+    matrix, groups = hessian.sums["hessian"], difference.unflatten(1, (-1, 16)).transpose(0, 1)
+    rows = output_error(matrix, QuantSpec.parse("int4:channel:sym"))(difference[None])[0]
+    within = output_error(matrix, QuantSpec.parse("int4:g16:sym"))(groups)
+    for i, row in enumerate(difference.double()):
+        torch.testing.assert_close(rows[i].double(), row @ matrix.double() @ row, rtol=1e-4, atol=0)
+        for g, part in enumerate(row.split(16)):
+            block = matrix[16 * g : 16 * g + 16, 16 * g : 16 * g + 16].double()
+            torch.testing.assert_close(within[g, i].double(), part @ block @ part, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("act_order", [False, True], ids=["in-order", "act-order"])

@@ -15,17 +15,17 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.nn.functional import pad
 
-from wrapq.algorithms.seqmse import search_ranges, tile, unread_observer
+from wrapq.algorithms.seqmse import best_ranges, output_error, search_ranges, tile, unread_observer, weight_error
 from wrapq.calibration.algorithm import ALGORITHMS, Rounded, Rounder
 from wrapq.calibration.factor import Factor
 from wrapq.calibration.statistics import InputStatistics
 from wrapq.observers.base import observe_tensor
-from wrapq.observers.mse import search_range
-from wrapq.quant.affine import quantize_elements, range_to_qparams, round_to_grid
+from wrapq.quant.affine import quantize_elements, round_to_grid, storage_dtype
 from wrapq.quant.dtypes import DType
 from wrapq.quant.qparams import QParams
 from wrapq.quant.spec import DEFAULT_OBSERVER, QuantSpec
 
+_NEAR = 32  # columns within a block whose errors are taken off one by one
 CANDIDATES, SMALLEST = 5, 0.8
 """The ranges that are tried: clipping more suits rounding to nearest, while here the open columns bear the error."""
 
@@ -88,10 +88,8 @@ class GPTQ(Rounder):
         if self.options.ranges == "observer":
             return [observe_tensor(weight, spec, where)]
         observed = [] if spec.observer == DEFAULT_OBSERVER else [observe_tensor(weight, spec, where)]
-        by_output = search_ranges(weight, spec, hessian, where, CANDIDATES, SMALLEST)
-        low, high = search_range(weight, spec, grid=round((CANDIDATES - 1) / (1 - SMALLEST)), max_shrink=1 - SMALLEST)
-        scale, zero_point = range_to_qparams(low, high, spec, by_output.global_scale)
-        return [*observed, by_output, QParams(spec, scale, zero_point, global_scale=by_output.global_scale)]
+        measures = [output_error(hessian, spec), weight_error]
+        return [*observed, *best_ranges(weight, spec, where, measures, CANDIDATES, SMALLEST)]
 
 
 class Solved(NamedTuple):
@@ -107,52 +105,56 @@ def gptq(weight: Tensor, ranges: Sequence[QParams], factor: Factor, block_size: 
 
     Columns that no data reached are rounded to nearest. The work is done on the transposed weight, whose rows are the
     columns that the algorithm goes through, so that each step reads memory in order; several ranges stand side by side,
-    as if the weight had so many times its rows, which are independent of each other. What is lost comes for free:
-    `d H d^T` is the sum of the squares of `(w - q) / U_ii`.
+    as if the weight had so many times its rows, which are independent of each other. Its steps are written with the
+    rows of U divided by its diagonal, so that errors are plain ones. What is lost comes for free: `d H d^T` is the sum
+    of the squares of `(w - q) / U_ii`.
     """
     (rows, columns), spec = weight.shape, ranges[0].spec
     order = torch.arange(columns, device=weight.device) if factor.order is None else factor.order
-    scale = torch.cat([per_column(r.effective_scale, rows, columns, spec)[order] for r in ranges], 1)
-    zeros = [per_column(r.zero_point, rows, columns, spec)[order] for r in ranges if r.zero_point is not None]
-    zero = torch.cat(zeros, 1) if zeros else None
+    scale, run = by_run([r.effective_scale for r in ranges], rows, columns, spec)
+    zeros = [r.zero_point for r in ranges if r.zero_point is not None]
+    zero = by_run(zeros, rows, columns, spec)[0].float() if zeros else None
     # [K, N x ranges]: the open columns, then in their place grid points
     steps = weight.float().t()[order].repeat(1, len(ranges))
-    upper, inverse, reached = factor.upper, 1 / factor.upper.diagonal(), (~factor.dead).float()
+    diagonal = factor.upper.diagonal()
+    upper, weights = factor.upper / diagonal[:, None], torch.where(factor.dead, 0, diagonal.square().reciprocal())
     errors, lost = steps.new_empty(min(block_size, columns), steps.shape[1]), steps.new_zeros(steps.shape[1])
-    round_block = _in_one_launch(steps.device, spec.dtype) or _round_columns
+    codes = torch.empty_like(steps, dtype=storage_dtype(spec.dtype))
+    round_block, one = _in_one_launch(steps.device, spec.dtype) or _round_columns, steps.new_ones(1)
     for start in range(0, columns, block_size):
         stop = min(start + block_size, columns)
-        part, block = slice(start, stop), errors[: stop - start]
-        points = None if zero is None else zero[part]
-        round_block(steps[part], block, scale[part], points, upper[part, part], inverse[part], spec.dtype)
-        lost += (block.square() * reached[part, None]).sum(0)
+        part, block, runs = slice(start, stop), errors[: stop - start], run[order[start:stop]]
+        points = None if zero is None else zero[runs]
+        round_block(steps[part], block, scale[runs], points, upper[part, part], spec.dtype)
+        codes[order[part]] = quantize_elements(steps[part], one, points, spec.dtype)
+        lost += weights[part] @ block.square()
         if stop < columns:
             steps[stop:].addmm_(upper[part, stop:].t(), block, alpha=-1)
-    codes = quantize_elements(steps, torch.ones(1, device=weight.device), zero, spec.dtype)
-    result = torch.empty_like(codes)
-    result[order] = codes
-    parts = zip(result.split(rows, 1), lost.split(rows), strict=True)
+    parts = zip(codes.split(rows, 1), lost.split(rows), strict=True)
     return [Solved(part.t().contiguous(), its) for part, its in parts]
 
 
-_RoundColumns = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor, DType], None]
+_RoundColumns = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor, DType], None]
 
 
 def _round_columns(
-    lines: Tensor, errors: Tensor, scale: Tensor, zero: Tensor | None, upper: Tensor, inverse: Tensor, dtype: DType
+    lines: Tensor, errors: Tensor, scale: Tensor, zero: Tensor | None, upper: Tensor, dtype: DType
 ) -> None:
     """See `wrapq.algorithms.gpu.gptq.round_columns`; for any grid on any device."""
     # views are made once for all: a column takes microseconds
-    open_columns, scales, step = lines.unbind(), scale.unbind(), inverse.tolist()
-    zeros = [None] * len(lines) if zero is None else zero.unbind()
-    done, weights = errors.t(), upper.t().contiguous()
-    for i, line in enumerate(open_columns):
-        column = torch.addmv(line, done[:, :i], weights[i, :i], alpha=-1)
-        chosen = round_to_grid(torch.div(column, scales[i], out=line), zeros[i], dtype)
-        if chosen is not line:
-            line.copy_(chosen)
-        column.addcmul_(line, scales[i], value=-1)
-        torch.mul(column, step[i], out=errors[i])  # (w - q) / U_ii
+    rows, its, scales, weights = lines.unbind(), errors.unbind(), scale.unbind(), upper.t().contiguous()
+    zeros, done = [None] * len(lines) if zero is None else zero.unbind(), errors.t()
+    for start in range(0, len(lines), _NEAR):  # what lies further back is taken off many columns at once
+        stop = min(start + _NEAR, len(lines))
+        if start:
+            lines[start:stop].addmm_(weights[start:stop, :start], errors[:start], alpha=-1)
+        for i in range(start, stop):
+            column = torch.addmv(rows[i], done[:, start:i], weights[i, start:i], alpha=-1)
+            line = torch.div(column, scales[i], out=rows[i])
+            chosen = round_to_grid(line, zeros[i], dtype)
+            if chosen is not line:
+                line.copy_(chosen)
+            torch.addcmul(column, line, scales[i], value=-1, out=its[i])
 
 
 def _in_one_launch(device: torch.device, dtype: DType) -> _RoundColumns | None:
@@ -208,6 +210,16 @@ def input_correction(weight: Tensor, cross: Tensor, factor: Factor) -> Tensor:
     result = torch.empty_like(solved)
     result[:, order] = solved
     return result
+
+
+def by_run(values: Sequence[Tensor], rows: int, columns: int, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Scales or zero points of a weight [N, K], of one or more ranges, side by side for each run of columns that share
+    them [R, N x ranges], and the run of each column, int64 [K]."""
+    tall, wide = tile((rows, columns), spec)
+    spread = [(v.repeat_interleave(tall, 0)[:rows] if spec.granularity == "block" else v) for v in values]
+    runs = -(-columns // wide)
+    lines = torch.cat([v.reshape(-1, v.shape[-1]).expand(rows, runs).t() for v in spread], 1)
+    return lines, torch.arange(columns, device=lines.device) // wide
 
 
 def per_column(value: Tensor, rows: int, columns: int, spec: QuantSpec) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from wrapq.calibration.graph import Feed, Graph, Reader
+from wrapq.calibration.statistics import quadratic
 from wrapq.calibration.surgery import Surgeon
 from wrapq.observers.base import observe_tensor
 from wrapq.quant.spec import QuantSpec
@@ -56,4 +57,4 @@ def scaled_error(weight: Tensor, factors: Tensor, spec: QuantSpec, hessian: Tens
     to nearest after its columns were scaled by `factors` [K], summed over the rows of its input."""
     scaled = weight * factors
     difference = observe_tensor(scaled, spec, where).fake_quantize(scaled) / factors - weight
-    return float(((difference @ hessian.to(difference)) * difference).sum())
+    return float(quadratic(difference, hessian.to(difference)).sum())

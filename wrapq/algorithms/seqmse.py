@@ -7,7 +7,7 @@ as in AIMET: the whole range of the weights, shrunk step by step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,12 +15,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from wrapq.calibration.algorithm import ALGORITHMS, Rounded, Rounder
-from wrapq.calibration.statistics import InputStatistics
+from wrapq.calibration.statistics import InputStatistics, quadratic
 from wrapq.observers.base import checked_qparams
 from wrapq.observers.mse import MX_FACTORS
-from wrapq.quant.affine import range_to_qparams, reduce_range, scale_shape
+from wrapq.quant.affine import range_to_qparams, reduce_range
 from wrapq.quant.qparams import QParams
 from wrapq.quant.spec import DEFAULT_OBSERVER, QuantSpec
+
+_PIECE = 1 << 18  # elements that are searched at once on a CPU: what stays in a core's cache
 
 
 class SeqMSEOptions(BaseModel):
@@ -66,11 +68,22 @@ def search_ranges(
     weight: Tensor, spec: QuantSpec, hessian: Tensor, where: str, candidates: int = 20, smallest: float = 0.4
 ) -> QParams:
     """For each scale of `weight` [N, K] the range, among `candidates`, with the least output error under `hessian`
-    [K, K].
+    [K, K]; see `best_ranges`."""
+    return best_ranges(weight, spec, where, [output_error(hessian, spec)], candidates, smallest)[0]
 
-    Each scale is judged by what its own elements add to the error, by their block of the Hessian. Scales that are
-    powers of two are tried at twice the range, the whole, a half and a quarter, whatever `candidates` and `smallest`. A
-    global scale is that of the whole range.
+
+Measure = Callable[[Tensor], Tensor]
+"""An error for each row of each run of columns that share scales, [G, N], of differences [G, N, g]."""
+
+
+def best_ranges(
+    weight: Tensor, spec: QuantSpec, where: str, measures: Sequence[Measure], candidates: int, smallest: float
+) -> list[QParams]:
+    """For each scale of `weight` [N, K] the range, among `candidates`, with the least error by each of `measures`.
+
+    Each scale is judged by what its own elements add to the error. Scales that are powers of two are tried at twice the
+    range, the whole, a half and a quarter, whatever `candidates` and `smallest`. A global scale is that of the whole
+    range.
 
     Raises:
         CalibrationError: NaN or infinity in the weight.
@@ -78,35 +91,55 @@ def search_ranges(
     """
     weight = weight.float()
     low, high = reduce_range(weight, spec)
-    best = checked_qparams(low, high, spec, where)
-    least = output_error(best.fake_quantize(weight) - weight, hessian, spec)
-    chosen = torch.ones_like(low)
-    shrunk = MX_FACTORS if spec.scale_dtype == "e8m0" else torch.linspace(1, smallest, candidates)[1:].tolist()
-    for factor in shrunk:
-        tried = _scaled(low, high, factor, best)
-        error = output_error(tried.fake_quantize(weight) - weight, hessian, spec)
-        better = error < least
-        least, chosen = torch.where(better, error, least), torch.where(better, factor, chosen)
-    return _scaled(low, high, chosen, best)
+    whole = checked_qparams(low, high, spec, where)
+    factors = MX_FACTORS if spec.scale_dtype == "e8m0" else torch.linspace(1, smallest, candidates).tolist()
+    by_row = weight.device.type == "cpu" and tile(weight.shape, spec)[0] == 1
+    rows = max(1, _PIECE // weight.shape[1]) if by_row else len(weight)
+    ends = zip(low.split(rows), high.split(rows), strict=True) if by_row else [(low, high)]
+    pieces = zip(weight.split(rows), ends, strict=True)
+    found = [_search(part, *its, whole, measures, factors) for part, its in pieces]
+    return [_scaled(low, high, torch.cat(factor), whole) for factor in zip(*found, strict=True)]
+
+
+def _search(
+    weight: Tensor, low: Tensor, high: Tensor, whole: QParams, measures: Sequence[Measure], factors: Sequence[float]
+) -> list[Tensor]:
+    """For each of `measures` the best of `factors` for each range, the first of equals."""
+    tall, wide = tile(weight.shape, whole.spec)
+    least, chosen = [torch.full_like(low, torch.inf) for _ in measures], [torch.ones_like(low) for _ in measures]
+    for factor in factors:
+        difference = _scaled(low, high, factor, whole).fake_quantize(weight).sub_(weight)
+        parts = pad(difference, (0, -weight.shape[1] % wide)).unflatten(1, (-1, wide)).transpose(0, 1)  # [G, N, g]
+        for i, measure in enumerate(measures):
+            errors = measure(parts)
+            errors = pad(errors, (0, -errors.shape[1] % tall)).unflatten(1, (-1, tall)).sum(-1).t().reshape(low.shape)
+            better = errors < least[i]
+            chosen[i].masked_fill_(better, factor)
+            torch.minimum(least[i], errors, out=least[i])
+    return chosen
+
+
+def output_error(hessian: Tensor, spec: QuantSpec) -> Measure:
+    """`d H d^T` of each difference d, by its columns' block of `hessian` [K, K]."""
+    columns = len(hessian)
+    wide = tile((1, columns), spec)[1]
+    if wide >= columns:
+        return lambda parts: quadratic(parts[0], hessian)[None]
+    missing = -columns % wide
+    blocks = pad(hessian, (0, missing, 0, missing)).unflatten(0, (-1, wide)).unflatten(2, (-1, wide))
+    blocks = blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()  # [G, g, g]
+    return lambda parts: (parts @ blocks).mul_(parts).sum(-1)
+
+
+def weight_error(parts: Tensor) -> Tensor:
+    """The squares of the differences."""
+    return parts.square().sum(-1)
 
 
 def _scaled(low: Tensor, high: Tensor, factor: Tensor | float, whole: QParams) -> QParams:
     """The parameters of ranges multiplied with `factor`, relative to the global scale of the `whole` ones."""
     scale, zero_point = range_to_qparams(low * factor, high * factor, whole.spec, whole.global_scale)
     return QParams(whole.spec, scale, zero_point, global_scale=whole.global_scale)
-
-
-def output_error(difference: Tensor, hessian: Tensor, spec: QuantSpec) -> Tensor:
-    """`d H d^T` of each scale's part of `difference` [N, K], shaped like the scale."""
-    shape = scale_shape(difference.shape, spec)
-    tall, wide = tile(difference.shape, spec)
-    missing = -difference.shape[1] % wide
-    parts = pad(difference, (0, missing)).unflatten(1, (-1, wide)).transpose(0, 1)  # [G, N, g]
-    blocks = pad(hessian, (0, missing, 0, missing)).unflatten(0, (-1, wide)).unflatten(2, (-1, wide))
-    blocks = blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # [G, g, g]
-    rows = ((parts @ blocks) * parts).sum(-1)  # [G, N]
-    tiles = pad(rows, (0, -rows.shape[1] % tall)).unflatten(1, (-1, tall)).sum(-1)
-    return tiles.t().reshape(shape)
 
 
 def tile(shape: Sequence[int], spec: QuantSpec) -> tuple[int, int]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from wrapq.calibration.algorithm import Rounded
-from wrapq.calibration.statistics import InputStatistics
+from wrapq.calibration.statistics import InputStatistics, quadratic
 
 SQNR_CEILING = 200.0  # dB; stands for "equal"
 
@@ -23,7 +23,6 @@ def rounding_report(weight: Tensor, rounded: Rounded, statistics: InputStatistic
     report = {"weight_sqnr_db": float(sqnr)}
     if statistics is not None and "hessian" in statistics.sums:
         matrix = statistics.sums["hessian"].float()
-        both = torch.cat([difference, weight])
-        lost, there = ((both @ matrix) * both).unflatten(0, (2, -1)).sum((1, 2))
+        lost, there = (quadratic(rows, matrix).sum() for rows in (difference, weight))
         report |= {"output_error": float(lost / there) if there else 0.0, "rows": float(statistics.rows)}
     return report | dict(rounded.report)

@@ -9,40 +9,37 @@ from torch import Tensor
 from wrapq.quant.dtypes import DType
 
 _OUTPUTS, _WARPS = 16, 1
-_NO_ZERO, _INTEGER_ZERO, _FLOAT_ZERO = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _ROUND = tl.constexpr(1.5 * 2**23)
 """Added and taken away, it rounds a float32 below 2^22 to the nearest integer, ties to even."""
 _BOUND = tl.constexpr(2.0**21)
 
 
 def round_columns(
-    lines: Tensor, errors: Tensor, scale: Tensor, zero: Tensor | None, upper: Tensor, inverse: Tensor, dtype: DType
+    lines: Tensor, errors: Tensor, scale: Tensor, zero: Tensor | None, upper: Tensor, dtype: DType
 ) -> None:
     """Round B columns of a weight one after the other, each column's error taken from those after it.
 
     Args:
         lines: float32 [B, N], the columns; grid points (in steps, without the zero point) afterwards.
-        errors: float32 [B, N], where `(w - q) / U_ii` is written.
+        errors: float32 [B, N], where `w - q` is written.
         scale: float32 [B, N].
-        zero: [B, N], int32 or float32, or None.
-        upper: float32 [B, B], the block of the upper Cholesky factor U of the inverse Hessian on the diagonal.
-        inverse: float32 [B], `1 / U_ii`.
+        zero: float32 [B, N], or None.
+        upper: float32 [B, B], `U_ij / U_ii` for the block on the diagonal of the upper Cholesky factor U of the inverse
+            Hessian.
         dtype: an integer grid.
     """
     size, width = lines.shape
-    kind = _NO_ZERO if zero is None else _FLOAT_ZERO if zero.is_floating_point() else _INTEGER_ZERO
     _round_columns[(triton.cdiv(width, _OUTPUTS),)](
         lines,
         errors,
         scale,
         scale if zero is None else zero,
         upper.contiguous(),  # a factor that was flipped is not
-        inverse,
         width,
         float(dtype.qmin),
         float(dtype.qmax),
         size=size,
-        kind=kind.value,
+        shifted=zero is not None,
         padded=triton.next_power_of_2(size),
         count=_OUTPUTS,
         num_warps=_WARPS,
@@ -56,12 +53,11 @@ def _round_columns(
     scales: tl.tensor,
     zeros: tl.tensor,
     upper: tl.tensor,
-    inverse: tl.tensor,
     width: tl.tensor,
     low: tl.tensor,
     high: tl.tensor,
     size: tl.constexpr,
-    kind: tl.constexpr,
+    shifted: tl.constexpr,
     padded: tl.constexpr,
     count: tl.constexpr,
 ) -> None:
@@ -74,13 +70,9 @@ def _round_columns(
         column = tl.sum(tl.where(columns[:, None] == i, left, 0.0), 0)
         scale = tl.load(scales + i * width + outputs, mask=real, other=1.0)
         steps = tl.minimum(tl.maximum(tl.div_rn(column, scale), -_BOUND), _BOUND)
-        if kind == _NO_ZERO:
-            point = tl.minimum(tl.maximum(steps + _ROUND - _ROUND, low), high)
-        else:
-            zero = tl.load(zeros + i * width + outputs, mask=real, other=0.0).to(tl.float32)
-            rounded = (steps + zero) + _ROUND - _ROUND if kind == _FLOAT_ZERO else (steps + _ROUND - _ROUND) + zero
-            point = tl.minimum(tl.maximum(rounded, low), high) - zero
-        error = (column - point * scale) * tl.load(inverse + i)
+        zero = tl.load(zeros + i * width + outputs, mask=real, other=0.0) if shifted else 0.0
+        point = tl.minimum(tl.maximum((steps + zero) + _ROUND - _ROUND, low), high) - zero
+        error = column - point * scale
         tl.store(lines + i * width + outputs, point, mask=real)
         tl.store(errors + i * width + outputs, error, mask=real)
         weights = tl.load(upper + i * size + columns, mask=(columns > i) & (columns < size), other=0.0)
