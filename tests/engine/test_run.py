@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from mlflow import MlflowClient
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoTokenizer
 
@@ -23,6 +24,7 @@ from tests.models import random_model
 from wrapq.engine.checkpoint import tensors_digest
 from wrapq.engine.measure import forward_logits
 from wrapq.engine.run import RunResult
+from wrapq.errors import WrapqError
 from wrapq.recipe.compose import compose
 from wrapq.resolve.plan import Plan
 from wrapq.runtime.module import QuantizedModule
@@ -214,6 +216,26 @@ def test_padded_samples_run_too(tmp_path: Path) -> None:
     assert result.notes == (
         f"calibration: text:{tmp_path / 'lines.txt'} gives 3 samples of 256 tokens, 8 were asked for",
     )
+
+
+def test_a_model_without_a_tokenizer_runs_on_token_ids(tmp_path: Path) -> None:
+    model = random_model("llama", tmp_path / "model", vocab_size=3000)  # more than the shipped tokenizer has
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+    ids = torch.arange(2900, 3000).repeat(3)[:256].reshape(4, 64)
+    files = {part: tmp_path / f"{part}.safetensors" for part in ("calibration", "evaluation")}
+    given = [f"model.path={model}", *(f"{part}=tokens" for part in files)]
+    given += [f"{part}.path={path}" for part, path in files.items()] + [f"{part}.seq_len=64" for part in files]
+    for offset, path in enumerate(files.values()):
+        save_file({"ids": ids - offset}, path)
+    result = run_small("w8a8_static", tmp_path / "out", *given)
+    assert any("no tokenizer" in note for note in result.notes)
+    assert wrapq.load(result.folder) and not list(result.folder.glob("tokenizer*"))
+    save_file({"ids": ids + 1}, files["evaluation"])
+    with pytest.raises(WrapqError, match=r"3000 is outside the vocabulary \(0 to 2999\)"):
+        run_small("w8a8_static", tmp_path / "out", *given)
+    with pytest.raises(WrapqError, match="cannot read the tokenizer"):
+        run_small("w8a8_static", tmp_path / "out", f"model.path={model}")
 
 
 def test_calibrating_on_what_is_measured_is_noted(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import yaml
 from wrapq.engine.checkpoint import MANIFEST
 from wrapq.engine.folder import STATUS_FILE
 from wrapq.engine.lock import code_digest, device_class, environment
-from wrapq.engine.samples import calibration_samples, evaluation_samples
+from wrapq.engine.samples import calibration_samples, evaluation_samples, read_tokenizer
 from wrapq.resolve.model import ModelSource
 from wrapq.resolve.plan import Plan
 
@@ -62,9 +62,9 @@ def _finished(outputs: Path, plan: Plan) -> Iterator[tuple[Path, dict[str, str]]
 def _input_digests(plan: Plan, trust_remote_code: bool) -> dict[str, str]:
     """The digests of model and data as they are now."""
     source = ModelSource(plan.recipe.model, trust_remote_code)
-    tokenizer = source.tokenizer()
-    digests = {"model": source.digest(), "evaluation": evaluation_samples(plan, tokenizer)[1].digest}
-    if (calibration := calibration_samples(plan, tokenizer)) is not None:
+    given = read_tokenizer(plan, source), source.vocab_size
+    digests = {"model": source.digest(), "evaluation": evaluation_samples(plan, *given)[1].digest}
+    if (calibration := calibration_samples(plan, *given)) is not None:
         digests["calibration"] = calibration[1].digest
     return digests
 

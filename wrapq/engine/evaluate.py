@@ -29,7 +29,7 @@ def evaluate(recipe: Recipe, settings: Settings, progress: Progress) -> tuple[di
     device, config = use_machine(settings, recipe.seed), recipe.evaluation
     data = make_source(config.source, config.options)
     windows = max(1, config.tokens // config.seq_len)
-    samples = build_samples(data, source.tokenizer(), windows, config.seq_len, seed=None)
+    samples = build_samples(data, source.tokenizer(), windows, config.seq_len, seed=None, vocab_size=source.vocab_size)
     finished = (Path(source.path) / MANIFEST).is_file()
     with progress.task("Loading the model"):
         model = load(source.path, device) if finished else source.load(device)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +22,7 @@ from wrapq.engine.measure import Quality, measure_stages
 from wrapq.engine.progress import Progress
 from wrapq.engine.record import RunResult, close_record, open_record, record_data, record_failure, tell_problems
 from wrapq.engine.resume import find_unfinished
-from wrapq.engine.samples import calibration_samples, evaluation_samples
+from wrapq.engine.samples import calibration_samples, evaluation_samples, read_tokenizer
 from wrapq.engine.schedules import compare_schedules
 from wrapq.engine.transform import transform
 from wrapq.errors import ModelError
@@ -104,7 +103,7 @@ def _folder(plan: Plan, settings: Settings, resume: bool, processes: Processes) 
 def _assist(run: Run) -> None:
     """The part of a process that only walks its share of the calibration data."""
     source = ModelSource(run.plan.recipe.model, run.settings.runtime.trust_remote_code)
-    calibration, evaluation = _read_data(run, source.tokenizer())
+    calibration, evaluation = _read_data(run, source)
     _calibrate(run, source, calibration)
     compare_schedules(run, source, calibration, evaluation, None)
 
@@ -114,7 +113,7 @@ def _execute(run: Run) -> RunResult:
     source = ModelSource(run.plan.recipe.model, run.settings.runtime.trust_remote_code)
     open_record(run)
     with run.step("data", "Reading data"):
-        calibration, evaluation = _read_data(run, source.tokenizer())
+        calibration, evaluation = _read_data(run, source)
         run.tracker.ready()  # opened beside the reading; a store that refuses the run must not cost a calibration
         tell_problems(run)
     model, walker = _calibrate(run, source, calibration)
@@ -140,13 +139,15 @@ def _calibrate(run: Run, source: ModelSource, calibration: Samples | None) -> tu
     return model, calibrate(run, model, calibration, weights)
 
 
-def _read_data(run: Run, tokenizer: Any) -> tuple[Samples | None, Samples]:
+def _read_data(run: Run, model: ModelSource) -> tuple[Samples | None, Samples]:
     """Calibration samples, None where no stage looks at data, and evaluation samples."""
-    calibration = None
-    if (found := calibration_samples(run.plan, tokenizer)) is not None:
+    calibration, given = None, (read_tokenizer(run.plan, model), model.vocab_size)
+    if given[0] is None:
+        run.note("the model has no tokenizer that can be read: none is saved with it")
+    if (found := calibration_samples(run.plan, *given)) is not None:
         calibration = found[1]
         record_data(run, "calibration", *found)
-    source, evaluation = evaluation_samples(run.plan, tokenizer)
+    source, evaluation = evaluation_samples(run.plan, *given)
     record_data(run, "evaluation", source, evaluation)
     if calibration is not None and calibration.digest == evaluation.digest:
         run.note("calibration and evaluation read the same tokens: the quality measured is too good")

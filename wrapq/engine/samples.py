@@ -5,22 +5,43 @@ from __future__ import annotations
 from typing import Any
 
 from wrapq.calibration.data import Samples, build_samples
-from wrapq.calibration.sources.base import Source, make_source
+from wrapq.calibration.sources.base import Source, TokenSource, make_source
+from wrapq.errors import ModelError
+from wrapq.resolve.model import ModelSource
 from wrapq.resolve.plan import Plan
 
 
-def calibration_samples(plan: Plan, tokenizer: Any) -> tuple[Source, Samples] | None:
-    """The calibration data; None where no stage looks at any."""
+def read_tokenizer(plan: Plan, model: ModelSource) -> Any:
+    """The model's tokenizer; None where it has none and all data is token ids already.
+
+    Raises:
+        ModelError: it cannot be read, and text needs it or the recipe names it.
+    """
+    recipe = plan.recipe
+    try:
+        return model.tokenizer()
+    except ModelError:
+        sources = [make_source(recipe.evaluation.source, recipe.evaluation.options)]
+        if plan.needs_calibration:
+            sources.append(make_source(recipe.calibration.source, recipe.calibration.options))
+        if recipe.model.tokenizer or not all(isinstance(source, TokenSource) for source in sources):
+            raise
+        return None
+
+
+def calibration_samples(plan: Plan, tokenizer: Any, vocab_size: int | None) -> tuple[Source, Samples] | None:
+    """The calibration data for a model of so many token ids; None where no stage looks at any."""
     if not plan.needs_calibration:
         return None
     config = plan.recipe.calibration
     source = make_source(config.source, config.options)
-    return source, build_samples(source, tokenizer, config.samples, config.seq_len, config.seed, config.pack)
+    size, seed = config.samples, config.seed
+    return source, build_samples(source, tokenizer, size, config.seq_len, seed, config.pack, vocab_size)
 
 
-def evaluation_samples(plan: Plan, tokenizer: Any) -> tuple[Source, Samples]:
+def evaluation_samples(plan: Plan, tokenizer: Any, vocab_size: int | None) -> tuple[Source, Samples]:
     """The data on which quality is measured."""
     config = plan.recipe.evaluation
     source = make_source(config.source, config.options)
     windows = max(1, config.tokens // config.seq_len)
-    return source, build_samples(source, tokenizer, windows, config.seq_len, seed=None)
+    return source, build_samples(source, tokenizer, windows, config.seq_len, seed=None, vocab_size=vocab_size)

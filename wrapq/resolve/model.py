@@ -142,6 +142,11 @@ class ModelSource:
             if name in weights:
                 buffer.copy_(weights[name])
 
+    @property
+    def vocab_size(self) -> int | None:
+        """How many token ids the model has, where its configuration says so."""
+        return getattr(self.hf_config.get_text_config(), "vocab_size", None)
+
     def tokenizer(self) -> Any:
         """The model's tokenizer, or the one the recipe names."""
         from transformers import AutoTokenizer
