@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from wrapq.calibration.batch_norm import affine, is_identity, make_identity
+from wrapq.calibration.edits import Edits
 from wrapq.calibration.forward import Batch
 from wrapq.calibration.graph import Feed, Graph, Reader, Stream
 from wrapq.calibration.norms import norm_gain, norm_offset
@@ -22,8 +22,8 @@ from wrapq.wrappers.model import Specs, add_rotation
 _KEPT = 1e-9
 
 
-class Surgeon:
-    """Changes the weights of a float model, and can undo all that it changed.
+class Surgeon(Edits):
+    """Changes the weights of a float model so that its function stays.
 
     Args:
         model: not wrapped.
@@ -33,31 +33,13 @@ class Surgeon:
     Attributes:
         batches: calibration data, for transforms that run the model themselves.
         transports: for each module whose input changed, how, in order.
-        notes: what a reader of the run should know, such as weights that are no longer tied.
     """
 
     def __init__(self, model: nn.Module, graph: Graph, specs: Specs | None = None) -> None:
-        self.model, self.graph, self.specs = model, graph, specs or {}
+        super().__init__(model)
+        self.graph, self.specs = graph, specs or {}
         self.batches: Sequence[Batch] = ()
         self.transports: dict[str, list[Transport]] = {}
-        self.notes: list[str] = []
-        self._before: dict[tuple[str, str], tuple[nn.Parameter | None, Tensor | None]] = {}
-        self._undo: list[Callable[[], object]] = []
-
-    def commit(self) -> None:
-        """Keep what was changed; only what comes after can be undone."""
-        self._before.clear()
-        self._undo.clear()
-
-    def restore(self) -> None:
-        """Put every weight back, to the bit, as it was at the last `commit`."""
-        for (name, parameter), (tensor, values) in self._before.items():
-            if tensor is not None and values is not None:
-                tensor.data.copy_(values)
-            self._module(name)._parameters[parameter] = tensor
-        for undo in reversed(self._undo):
-            undo()
-        self.commit()
 
     def columns(self, reader: Reader) -> Tensor:
         """The weight of a reader as rows that meet its input's channels [R, K], also a convolution's or expert's."""
@@ -239,24 +221,6 @@ class Surgeon:
         device = next(self.model.parameters()).device
         self._undo.append(add_rotation(self._module(name), rotation.to(device)))
 
-    @torch.no_grad()
-    def untie(self, name: str) -> None:
-        """Give the module `name` parameters of its own; the model's configuration says so from now on."""
-        module = self._module(name)
-        for parameter, shared in module._parameters.items():
-            if shared is None or not (others := self._others(name, parameter)):
-                continue
-            self._before.setdefault((name, parameter), (shared, None))
-            module._parameters[parameter] = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
-            self.notes.append(f"{name}.{parameter} is no longer tied to {', '.join(others)}, and is stored beside it")
-            config: Any = getattr(self.model, "config", None)
-            if getattr(config, "tie_word_embeddings", False):
-                config.tie_word_embeddings = False
-                self._undo.append(partial(setattr, config, "tie_word_embeddings", True))
-
-    def _module(self, name: str) -> nn.Module:
-        return self.model.get_submodule(name)
-
     def _matrix(self, name: str, parameter: str, axis: int) -> Tensor:
         tensor = self._module(name)._parameters[parameter]
         if tensor is None:
@@ -267,35 +231,6 @@ class Surgeon:
     def _free(self, name: str) -> None:
         if ONLINE in self._module(name)._modules:
             raise ModelError(f"{name} turns what comes to it already")
-
-    def _others(self, name: str, parameter: str) -> list[str]:
-        """The modules that have the very same parameter."""
-        tensor = self._module(name)._parameters[parameter]
-        return [
-            other for other, module in self.model.named_modules()
-            if other != name and any(own is tensor for own in module._parameters.values())
-        ]  # fmt: skip
-
-    def _edit(self, name: str, parameter: str) -> Tensor:
-        """The data of a parameter, about to be changed in place."""
-        tensor = self._module(name)._parameters[parameter]
-        if tensor is None:
-            raise ModelError(f"{name} has no {parameter}")
-        if others := self._others(name, parameter):
-            raise ModelError(f"{name}.{parameter} is tied to {', '.join(others)}, so it cannot be changed alone")
-        if (name, parameter) not in self._before:  # what was untied or added here is dropped as a whole
-            self._before[name, parameter] = tensor, tensor.detach().clone()
-        return tensor.data
-
-    def _multiply(self, name: str, parameter: str, axis: int, factors: Tensor) -> None:
-        shape = [1] * self._module(name).get_parameter(parameter).dim()
-        shape[axis] = -1
-        self._multiply_by(name, parameter, factors.reshape(shape))
-
-    def _multiply_by(self, name: str, parameter: str, factors: Tensor) -> None:
-        data = self._edit(name, parameter)
-        wide = torch.promote_types(data.dtype, torch.float32)
-        data.copy_(data.to(wide) * factors.to(data.device, wide))
 
     def _rotate_writer(self, name: str, leaf: Leaf, blocks: Tensor, matrix: Tensor) -> None:
         slot = leaf.writes
@@ -348,15 +283,6 @@ class Surgeon:
         data = self._bias(reader.module, slot)
         data.copy_(data.double() + added)
         self.transports.setdefault(reader.module, []).append(Shifted())
-
-    def _bias(self, name: str, slot: Slot) -> Tensor:
-        """The data of a bias, about to be changed in place; of zeros where there was none."""
-        module, bias = self._module(name), str(slot.bias)
-        if module._parameters.get(bias) is None:
-            self._before.setdefault((name, bias), (None, None))
-            weight = module.get_parameter(slot.parameter)
-            module._parameters[bias] = nn.Parameter(weight.new_zeros(weight.shape[slot.rows]), requires_grad=False)
-        return self._edit(name, bias)
 
     def _check(self, feed: Feed, factors: Tensor) -> None:
         if factors.shape != feed.channels.shape:
