@@ -44,8 +44,8 @@ class Mobile(nn.Module):
         for norm in (module for module in self.modules() if isinstance(module, nn.BatchNorm2d)):
             norm.weight.data.copy_((torch.randn(norm.num_features, generator=generator) * 1.5).exp())
             norm.bias.data.normal_(generator=generator)
-            norm.running_mean.normal_(generator=generator)  # type: ignore[union-attr]
-            norm.running_var.copy_(torch.rand(norm.num_features, generator=generator) + 0.1)  # type: ignore[union-attr]
+            norm.running_mean.normal_(generator=generator)
+            norm.running_var.copy_(torch.rand(norm.num_features, generator=generator) + 0.1)
         self.eval().requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ def test_equalizing_evens_the_ranges_and_keeps_the_function() -> None:
     CLE().apply(surgeon, "stem.0", {})
     assert relative(model(x), expected) < 1e-5
     for first, second in (("stem", "depthwise"), ("depthwise", "pointwise"), ("strided", "widen")):
-        made, read = (model.get_submodule(f"{name}.0").weight.abs() for name in (first, second))  # type: ignore[operator]
+        made, read = (model.get_submodule(f"{name}.0").weight.abs() for name in (first, second))
         of_reader = read.amax((1, 2, 3)) if second == "depthwise" else read.amax((0, 2, 3))
         assert (made.amax((1, 2, 3)) / of_reader).log().abs().amax() < 0.05
     assert channel_error(model) < 0.3 * channel_error(folded)
