@@ -169,6 +169,18 @@ def test_batch_norms_that_others_compete_with_are_left() -> None:
     assert find_graph(model.train(), [x]).batch_norms == {}
 
 
+@pytest.mark.parametrize("kind", [Mobile, Branching])
+def test_scaling_every_feed_keeps_the_function(kind: type[nn.Module]) -> None:
+    model, x = kind().requires_grad_(False), torch.randn(2, 3, 24, 24)
+    expected, graph = model(x), find_graph(model, [x])
+    surgeon, scaled = Surgeon(model, graph), []
+    for feed in (feed for feed in graph.feeds if not feed.open):
+        surgeon.scale(feed, torch.where(feed.channels, torch.rand(len(feed.channels)) + 0.5, 1.0))
+        scaled.append(feed.producer)
+    assert len(scaled) == 6 if kind is Mobile else scaled == ["entry", "late", "third"]
+    assert relative(model(x), expected) < 1e-5
+
+
 def test_a_batch_norm_behind_a_linear_and_in_half_precision() -> None:
     model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3)).eval().requires_grad_(False)
     model[1].running_var.uniform_(0.2, 3)
