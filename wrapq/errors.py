@@ -43,6 +43,7 @@ class Problem:
 
 
 _SHOWN = 50  # of all the mistakes of one kind
+ALIKE = 0.5  # from what likeness on a name may have been meant
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,15 @@ class OutputError(WrapqError):
 def nearest(name: str, names: Iterable[str], count: int = 3) -> tuple[str, ...]:
     """The valid names most like `name`, best first; the first few of all when none is alike."""
     names = tuple(dict.fromkeys(names))
-    lowered = {n.lower(): n for n in names}
-    close = difflib.get_close_matches(name.lower(), lowered, n=count, cutoff=0.5)
-    return tuple(lowered[c] for c in close) or names[: max(count, 8)]
+    scored = [(likeness(name, other), other) for other in names]
+    close = sorted((s for s in scored if s[0][0] >= ALIKE), reverse=True)
+    return tuple(other for _, other in close[:count]) or names[: max(count, 8)]
+
+
+def likeness(name: str, other: str) -> tuple[float, float]:
+    """How much two names are alike, from 0 to 1: at most, and as a whole. The first counts only as many words of
+    `other` as `name` has, where that is more: `w4a61` is `w4a16_gptq` with an end missing rather than `w8a16`."""
+    name, other = name.lower(), other.lower()
+    start = "_".join(other.split("_")[: name.count("_") + 1])
+    whole, begun = (difflib.SequenceMatcher(None, text, name).ratio() for text in (other, start))
+    return max(whole, begun), whole

@@ -15,13 +15,13 @@ zero_point, signed_scale, global_scale, observer""",
         ["recipe=w4a16_rtn", "scheme=w4a17"],
         """1 mistake in the recipe:
   - override scheme=w4a17: unknown scheme 'w4a17'
-    did you mean: w4a16, w4a8, w4a4""",
+    did you mean: w4a16, w4a16_asym, w4a8""",
     ),
     "scheme of a rule": (
         ["recipe=w4a16_rtn", "scheme@rules.linear=w4a17"],
         """1 mistake in the recipe:
   - override scheme@rules.linear=w4a17: unknown scheme 'w4a17'
-    did you mean: w4a16, w4a8, w4a4""",
+    did you mean: w4a16, w4a16_asym, w4a8""",
     ),
     "scheme of several rules": (
         ["recipe=demo", "scheme=w4a16"],
@@ -41,6 +41,12 @@ zero_point, signed_scale, global_scale, observer""",
         """1 mistake in the recipe:
   - override recipe=w8a8_statc: unknown recipe 'w8a8_statc'
     did you mean: w8a8_static, w8a8_smoothquant, w8a8_dynamic""",
+    ),
+    "beginning of recipes": (
+        ["recipe=w4a61"],
+        """1 mistake in the recipe:
+  - override recipe=w4a61: unknown recipe 'w4a61'
+    did you mean: w4a16_rtn, w4a16_awq, w4a16_gptq""",
     ),
     "recipe file": (
         ["recipe=./nowhere.yaml"],
@@ -169,5 +175,5 @@ def test_unknown_scheme_in_a_file(write_recipe, refusal):
         refusal(chosen)
         == """1 mistake in the recipe:
   - mine.yaml:3: unknown scheme 'w4a17'
-    did you mean: w4a16, w4a8, w4a4"""
+    did you mean: w4a16, w4a16_asym, w4a8"""
     )

@@ -6,7 +6,11 @@ from collections.abc import Callable
 
 import pytest
 
+from tests.conftest import build_model
 from tests.resolve.conftest import BOTH, MakePlan, spec_of
+from wrapq.recipe.schema import Match, Rule
+from wrapq.resolve.resolve import resolve_specs
+from wrapq.resolve.rules import Sources
 
 LINEAR = "linear: {match: {type: Linear}, weight: int4:g128:sym, input: int8:tensor:asym}\n"
 DOWN = "model.layers.0.mlp.down_proj"
@@ -94,6 +98,28 @@ def test_blocks_that_a_match_means(match: str, blocks: list[int], make_plan: Mak
 )
 def test_modules_that_a_match_means(match: str, count: int, make_plan: MakePlan) -> None:
     assert len(make_plan(f"some: {{match: {{{match}}}, weight: int8:tensor}}").modules) == count
+
+
+GATES = {f"model.layers.{layer}.mlp.shared_expert_gate" for layer in range(2)}
+
+
+def planned(match: Match) -> tuple[set[str], dict[str, str]]:
+    """What a rule quantizes in a mixture with a shared expert, and why the rest is left."""
+    rules = {"some": Rule(match=match, weight="int8:channel")}
+    modules, untouched = resolve_specs(rules, build_model("qwen2_moe").to("meta"), Sources({}))
+    return {m.name for m in modules}, {row.name: row.reason for row in untouched}
+
+
+def test_the_gate_of_a_shared_expert_is_left_as_routers_are_and_the_plan_says_so() -> None:
+    quantized, left = planned(Match(type="Linear"))
+    assert "model.layers.0.mlp.shared_expert.gate_proj" in quantized and not quantized & GATES
+    assert {left[name] for name in GATES} == {"no rule; one output: type Gate"}
+    assert left["model.layers.0.mlp.gate"] == "no wrapper"
+
+
+@pytest.mark.parametrize("match", [Match(type="Gate"), Match(name="*.shared_expert_gate")])
+def test_who_means_gates_says_gates(match: Match) -> None:
+    assert planned(match)[0] == GATES
 
 
 def test_a_regular_expression_fits_whole_names_only(refusal: Callable[..., str]) -> None:

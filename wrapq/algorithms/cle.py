@@ -2,7 +2,8 @@
 
 Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", arXiv:1906.04721, equation 11:
 for a channel whose largest weights are `r1` where it is made and `r2` where it is read, `s = sqrt(r1 / r2)`, by which
-the first is divided and the second multiplied. Where feeds follow each other it is repeated until nothing moves.
+the first is divided and the second multiplied. Where feeds follow each other it is repeated until nothing moves. Batch
+norms between are folded first, as in the paper; what a ReLU6 clips is left, for the paper puts a ReLU in its place.
 
 Section 4.1.3, absorbing high biases: a constant that a channel always exceeds passes the ReLU and moves into the next
 bias. The paper takes three deviations below the mean that a batch norm tells; here it is the least value in the data.
@@ -39,8 +40,8 @@ class CLEOptions(BaseModel):
 
 @ALGORITHMS.register("cle")
 class CLE(Transform):
-    """Equalizes linears and convolutions that follow each other with a ReLU, attention, a product or nothing between;
-    a target is the first of a chain."""
+    """Equalizes linears and convolutions that follow each other with a batch norm, a ReLU, attention, a product or
+    nothing between; a target is the first of a chain."""
 
     Options = CLEOptions
     options: CLEOptions
@@ -66,6 +67,8 @@ class CLE(Transform):
     def apply(self, surgeon: Surgeon, target: str, statistics: Mapping[str, InputStatistics]) -> Mapping[str, float]:
         """See `Transform.apply`."""
         chain = [f for f in _chain(surgeon.graph, target) if _unfit(f, surgeon.graph, surgeon.specs) is None]
+        for feed in chain:
+            surgeon.fold_batch_norm(feed.norm)
         passes, largest = 0, 1.0
         absorbed = sum(absorb(surgeon, feed, statistics) for feed in chain) if self.options.absorb else 0
         for _ in range(self.options.iterations):

@@ -1,4 +1,4 @@
-"""Folding the weights and biases of norms into what reads them."""
+"""Folding the weights and biases of norms into what reads them, and batch norms into what they read."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ class FoldOptions(BaseModel):
 class FoldNorms(Transform):
     """`W (g * n(x) + b) + c = (W diag(g)) n(x) + (W b + c)`: the norm is left with weight 1 and no bias.
 
-    Norms whose output somebody else sees too, such as the residual stream of a post-norm encoder, are left alone.
+    Norms whose output somebody else sees too, such as the residual stream of a post-norm encoder, are left alone. A
+    batch norm does the same to every input, so that it becomes a part of the linear or convolution before it.
     """
 
     Options = FoldOptions
@@ -36,8 +37,15 @@ class FoldNorms(Transform):
     def find(self, graph: Graph, specs: Specs) -> Found:
         """See `Transform.find`."""
         norms = [feed for feed in graph.feeds if feed.leaf.kind == "norm"]
-        left = {feed.producer: reason for feed in norms if (reason := self._unfit(feed, graph)) is not None}
-        return Found(tuple(feed.producer for feed in norms if feed.producer not in left), left)
+        fit = {feed.producer: self._unfit(feed, graph) for feed in norms}
+        fit |= {name: self._unfit_batch_norm(name, graph) for name in graph.batch_norms}
+        left = {name: reason for name, reason in fit.items() if reason is not None}
+        return Found(tuple(name for name in fit if name not in left), left)
+
+    def inputs(self, graph: Graph, target: str) -> tuple[str, ...]:
+        """See `Transform.inputs`."""
+        before = graph.batch_norms.get(target)
+        return super().inputs(graph, target) if before is None else (before,)
 
     def misplaced(self, graph: Graph, targets: Sequence[str], before: Sequence[Placed]) -> str | None:
         """See `Transform.misplaced`."""
@@ -48,6 +56,11 @@ class FoldNorms(Transform):
 
     def apply(self, surgeon: Surgeon, target: str, statistics: Mapping[str, InputStatistics]) -> Mapping[str, float]:
         """See `Transform.apply`."""
+        if (before := surgeon.graph.batch_norms.get(target)) is not None:
+            surgeon.untie(target)
+            surgeon.untie(before)
+            surgeon.fold_batch_norm(target)
+            return {"readers": 0.0}
         feed = surgeon.graph.by_producer[target]
         for name in (feed.producer, *(reader.module for reader in feed.readers)):
             surgeon.untie(name)
@@ -59,7 +72,17 @@ class FoldNorms(Transform):
             return f"its output is also seen by {', '.join(feed.seen_by)}"
         if feed.path:
             return f"between it and what reads it there is more than the norm: {', '.join(sorted(feed.path))}"
-        for name in (feed.producer, *(reader.module for reader in feed.readers)):
+        if feed.leaf.centered and (pads := [reader.module for reader in feed.readers if reader.leaf.pads]):
+            return f"{pads[0]} pads with zeros, which its bias would have to be added to as well"
+        return self._tied((feed.producer, *(reader.module for reader in feed.readers)), graph)
+
+    def _unfit_batch_norm(self, name: str, graph: Graph) -> str | None:
+        if (before := graph.batch_norms[name]) is None:
+            return "it follows no linear or convolution that it alone reads"
+        return self._tied((name, before), graph)
+
+    def _tied(self, names: Sequence[str], graph: Graph) -> str | None:
+        for name in names:
             if name in graph.tied and not self.options.untie:
                 return f"{name} is tied to {', '.join(graph.tied[name])} (untie: true folds it and stores both)"
         return None

@@ -159,14 +159,18 @@ class Rotate(Transform):
         if stream.seen_by:
             return f"this stream is also seen by {', '.join(stream.seen_by)}"
         for name, leaf in zip(stream.writers, stream.leaves, strict=True):
-            if leaf.kind == "norm":
+            if leaf.kind in ("norm", "batch_norm"):
                 return f"the norm {name} writes into this stream, whose channels it scales"
+            if leaf.writes is not None and leaf.writes.groups > 1:
+                return f"{name} writes into this stream in groups"
         if stream.readers or not stream.norms:
             return f"{', '.join(stream.readers) or 'nobody'} reads this stream, with no norm between"
         for norm in stream.norms:
             feed = graph.by_producer.get(norm)
             if feed is None or not feed.closed or feed.path:
                 return f"not all who see the norm {norm} of this stream can be rotated"
+            if any(reader.leaf.reads is not None and reader.leaf.reads.groups > 1 for reader in feed.readers):
+                return f"what the norm {norm} gives is read in groups"
             if not all(torch.equal(reader.columns, torch.arange(stream.width)) for reader in feed.readers):
                 return f"a part of what the norm {norm} gives is read"
         if self.options.block and stream.width % self.options.block:

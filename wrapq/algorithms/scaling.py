@@ -21,7 +21,7 @@ def unscalable(feed: Feed, graph: Graph) -> str | None:
         return f"its output is also seen by {', '.join(feed.seen_by)}"
     if feed.leaf.writes is None:
         return "it has no weight of its own"
-    for name in (feed.producer, *(reader.module for reader in feed.readers)):
+    for name in filter(None, (feed.producer, feed.norm, *(reader.module for reader in feed.readers))):
         if name in graph.tied:
             return f"{name} is tied to {', '.join(graph.tied[name])}"
     return None

@@ -142,6 +142,6 @@ def _rows(module: nn.Module, x: Tensor) -> Tensor:
 
 def _width(module: nn.Module) -> int:
     leaf = find_leaf(module)
-    if leaf is None or leaf.reads is None or leaf.reads.columns is None:
+    if leaf is None or leaf.reads is None:
         return 0
-    return int(module._parameters[leaf.reads.parameter].shape[leaf.reads.columns])  # type: ignore[union-attr]
+    return leaf.reads.width(module.get_parameter(leaf.reads.parameter))

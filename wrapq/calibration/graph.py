@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -54,6 +54,7 @@ class Feed:
         seen_by: who sees the other channels, as far as linears read them too.
         heads: int64 [H, D], the channels of each head whose tokens attention mixes with weights of its own; None
             where there is no attention, or more than one size of head.
+        norm: the batch norm that they pass first, which can be folded into the producer.
     """
 
     producer: str
@@ -63,6 +64,7 @@ class Feed:
     path: frozenset[str]
     seen_by: tuple[str, ...]
     heads: Tensor | None = None
+    norm: str | None = None
 
     @property
     def closed(self) -> bool:
@@ -112,6 +114,7 @@ class Graph:
         tied: for each module of whose parameters one is another's too, the others.
         linears: the channels that each linear reads.
         heads: the channels of a head, for each attention whose scores are ours to compute.
+        batch_norms: for each the linear or convolution before it that nobody else reads; None where there is none.
     """
 
     feeds: tuple[Feed, ...]
@@ -119,6 +122,7 @@ class Graph:
     tied: Mapping[str, tuple[str, ...]]
     linears: Mapping[str, int] = field(default_factory=dict)
     heads: Mapping[str, int] = field(default_factory=dict)
+    batch_norms: Mapping[str, str | None] = field(default_factory=dict)
 
     @cached_property
     def by_producer(self) -> dict[str, Feed]:
@@ -156,7 +160,8 @@ def find_graph(model: nn.Module, inputs: Mapping[str, Any] | Sequence[Any] | Non
             inputs["use_cache"] = False
     found = trace(model, inputs)
     linears, heads = _widths(model, "Linear", "input"), _widths(model, "Attention", "key")
-    return Graph(_feeds(found), _streams(found), _tied(model), linears, heads)
+    norms = _batch_norms(found)
+    return Graph(_feeds(found, norms), _streams(found), _tied(model), linears, heads, norms)
 
 
 def _widths(model: nn.Module, kind: str, point: str) -> dict[str, int]:
@@ -166,11 +171,33 @@ def _widths(model: nn.Module, kind: str, point: str) -> dict[str, int]:
     return {name: width for name, width in widths.items() if width is not None}
 
 
-def _feeds(found: Trace) -> tuple[Feed, ...]:
+def _feeds(found: Trace, norms: Mapping[str, str | None]) -> tuple[Feed, ...]:
     seen = _seen_by(found)
     reads = found.reads.values()
-    feeds = (_feed(source, reads, seen, found.heads) for source in found.sources.values() if source.leaf is not None)
-    return tuple(feed for feed in feeds if feed is not None)
+    feeds = [_feed(source, reads, seen, found.heads) for source in found.sources.values() if source.leaf is not None]
+    return tuple(_behind_norm(feed, norms, found) for feed in feeds if feed is not None)
+
+
+def _behind_norm(feed: Feed, norms: Mapping[str, str | None], found: Trace) -> Feed:
+    """`feed` as that of the module whose part the batch norm that makes it can be; others as they are."""
+    before = norms.get(feed.producer)
+    leaf = None if before is None else found.sources[before].leaf
+    return feed if before is None or leaf is None else replace(feed, producer=before, leaf=leaf, norm=feed.producer)
+
+
+def _batch_norms(found: Trace) -> dict[str, str | None]:
+    """See `Graph.batch_norms`."""
+    seen = _seen_by(found) + [(read.ids, read.name) for read in found.reads.values() if read.leaf.reads is not None]
+    norms: dict[str, str | None] = {}
+    for name in (s.name for s in found.sources.values() if s.leaf is not None and s.leaf.kind == "batch_norm"):
+        norms[name], read = None, found.reads.get(name)
+        if read is None or read.path:
+            continue
+        for source in found.sources.values():
+            fits = source.leaf is not None and source.leaf.kind in ("linear", "conv") and _is_all(read.ids, source)
+            if fits and not any(bool((_within(ids, source) >= 0).any()) for ids, who in seen if who != name):
+                norms[name] = source.name
+    return norms
 
 
 def _seen_by(found: Trace) -> list[tuple[Tensor, str]]:

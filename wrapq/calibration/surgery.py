@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from wrapq.calibration.batch_norm import affine, is_identity, make_identity
+from wrapq.calibration.edits import Edits
 from wrapq.calibration.forward import Batch
 from wrapq.calibration.graph import Feed, Graph, Reader, Stream
 from wrapq.calibration.norms import norm_gain, norm_offset
@@ -21,8 +22,8 @@ from wrapq.wrappers.model import Specs, add_rotation
 _KEPT = 1e-9
 
 
-class Surgeon:
-    """Changes the weights of a float model, and can undo all that it changed.
+class Surgeon(Edits):
+    """Changes the weights of a float model so that its function stays.
 
     Args:
         model: not wrapped.
@@ -32,36 +33,18 @@ class Surgeon:
     Attributes:
         batches: calibration data, for transforms that run the model themselves.
         transports: for each module whose input changed, how, in order.
-        notes: what a reader of the run should know, such as weights that are no longer tied.
     """
 
     def __init__(self, model: nn.Module, graph: Graph, specs: Specs | None = None) -> None:
-        self.model, self.graph, self.specs = model, graph, specs or {}
+        super().__init__(model)
+        self.graph, self.specs = graph, specs or {}
         self.batches: Sequence[Batch] = ()
         self.transports: dict[str, list[Transport]] = {}
-        self.notes: list[str] = []
-        self._before: dict[tuple[str, str], tuple[nn.Parameter | None, Tensor | None]] = {}
-        self._undo: list[Callable[[], object]] = []
-
-    def commit(self) -> None:
-        """Keep what was changed; only what comes after can be undone."""
-        self._before.clear()
-        self._undo.clear()
-
-    def restore(self) -> None:
-        """Put every weight back, to the bit, as it was at the last `commit`."""
-        for (name, parameter), (tensor, values) in self._before.items():
-            if tensor is not None and values is not None:
-                tensor.data.copy_(values)
-            self._module(name)._parameters[parameter] = tensor
-        for undo in reversed(self._undo):
-            undo()
-        self.commit()
 
     def columns(self, reader: Reader) -> Tensor:
         """The weight of a reader as rows that meet its input's channels [R, K], also a convolution's or expert's."""
         slot = _reads(reader)
-        return self._matrix(reader.module, slot.parameter, int(slot.columns or 0))
+        return slot.by_column(self._module(reader.module).get_parameter(slot.parameter).detach().float())
 
     def rows(self, feed: Feed) -> Tensor:
         """The weight that makes a feed's channels, one column for each [R, N]."""
@@ -71,7 +54,8 @@ class Surgeon:
 
     @torch.no_grad()
     def scale(self, feed: Feed, factors: Tensor) -> None:
-        """Divide what `feed` carries by `factors` [N] and multiply the columns of its readers by them.
+        """Divide what `feed` carries by `factors` [N] and multiply the columns of its readers by them. A batch norm
+        that it passes first is folded.
 
         Raises:
             ModelError: a factor is zero, not finite, of a channel that others see, or, where a ReLU lies between,
@@ -80,6 +64,7 @@ class Surgeon:
         self._check(feed, factors)
         if feed.leaf.writes is None:
             raise ModelError(f"{feed.producer} has no weight of its own that could be scaled")
+        self.fold_batch_norm(feed.norm)
         if feed.leaf.kind == "norm":
             self._scale_norm(feed, 1 / factors)
         else:
@@ -118,6 +103,30 @@ class Surgeon:
         self._edit(feed.producer, "weight")[feed.channels] = 1 - norm_offset(norm, feed.producer)
 
     @torch.no_grad()
+    def fold_batch_norm(self, name: str | None) -> None:
+        """Make a batch norm a part of the linear or convolution before it, which gets a bias if it has none; nothing
+        is left to do for the norm itself. None does nothing.
+
+        Raises:
+            ModelError: others see what it reads; or a weight is tied to another's.
+        """
+        if name is None or is_identity(self._module(name)):
+            return
+        if (before := self.graph.batch_norms.get(name)) is None:
+            raise ModelError(f"{name} follows no linear or convolution that it alone reads")
+        norm, module = self._module(name), self._module(before)
+        leaf = find_leaf(module)
+        if leaf is None or leaf.writes is None or leaf.writes.bias is None:
+            raise ModelError(f"{before} ({type(module).__name__}) cannot take the bias of {name}")
+        gain, shift = affine(norm)
+        self._multiply(before, leaf.writes.parameter, leaf.writes.rows, gain)
+        bias = self._bias(before, leaf.writes)
+        bias.copy_(bias.double() * gain + shift)
+        for parameter in norm._parameters:
+            self._edit(name, parameter)
+        self._undo.append(make_identity(norm))
+
+    @torch.no_grad()
     def absorb(self, feed: Feed, amounts: Tensor) -> None:
         """Take `amounts` [N], 0 or more, from the bias that makes a feed's channels, and add what its readers make of
         them to theirs. Behind a ReLU it keeps the function where no channel was less than its amount.
@@ -127,6 +136,7 @@ class Surgeon:
         """
         if (reason := self.unshiftable(feed)) is not None:
             raise ModelError(f"{feed.name}: {reason}")
+        self.fold_batch_norm(feed.norm)
         bias = self._edit(feed.producer, str(feed.leaf.writes and feed.leaf.writes.bias))
         bias.sub_(amounts.to(bias))
         for reader in feed.readers:
@@ -140,8 +150,7 @@ class Surgeon:
         if slot is None or slot.bias is None or self._module(feed.producer)._parameters.get(slot.bias) is None:
             return f"{feed.producer} has no bias"
         for reader in feed.readers:
-            padding: Any = getattr(self._module(reader.module), "padding", ())
-            if padding != "valid" and any(padding):
+            if reader.leaf.pads:
                 return f"{reader.module} pads with zeros, which a constant would have to be taken from as well"
             if reader.leaf.kind not in ("linear", "conv"):
                 return f"{reader.module} cannot take a bias"
@@ -212,24 +221,6 @@ class Surgeon:
         device = next(self.model.parameters()).device
         self._undo.append(add_rotation(self._module(name), rotation.to(device)))
 
-    @torch.no_grad()
-    def untie(self, name: str) -> None:
-        """Give the module `name` parameters of its own; the model's configuration says so from now on."""
-        module = self._module(name)
-        for parameter, shared in module._parameters.items():
-            if shared is None or not (others := self._others(name, parameter)):
-                continue
-            self._before.setdefault((name, parameter), (shared, None))
-            module._parameters[parameter] = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
-            self.notes.append(f"{name}.{parameter} is no longer tied to {', '.join(others)}, and is stored beside it")
-            config: Any = getattr(self.model, "config", None)
-            if getattr(config, "tie_word_embeddings", False):
-                config.tie_word_embeddings = False
-                self._undo.append(partial(setattr, config, "tie_word_embeddings", True))
-
-    def _module(self, name: str) -> nn.Module:
-        return self.model.get_submodule(name)
-
     def _matrix(self, name: str, parameter: str, axis: int) -> Tensor:
         tensor = self._module(name)._parameters[parameter]
         if tensor is None:
@@ -241,35 +232,9 @@ class Surgeon:
         if ONLINE in self._module(name)._modules:
             raise ModelError(f"{name} turns what comes to it already")
 
-    def _others(self, name: str, parameter: str) -> list[str]:
-        """The modules that have the very same parameter."""
-        tensor = self._module(name)._parameters[parameter]
-        return [
-            other for other, module in self.model.named_modules()
-            if other != name and any(own is tensor for own in module._parameters.values())
-        ]  # fmt: skip
-
-    def _edit(self, name: str, parameter: str) -> Tensor:
-        """The data of a parameter, about to be changed in place."""
-        tensor = self._module(name)._parameters[parameter]
-        if tensor is None:
-            raise ModelError(f"{name} has no {parameter}")
-        if others := self._others(name, parameter):
-            raise ModelError(f"{name}.{parameter} is tied to {', '.join(others)}, so it cannot be changed alone")
-        if (name, parameter) not in self._before:  # what was untied or added here is dropped as a whole
-            self._before[name, parameter] = tensor, tensor.detach().clone()
-        return tensor.data
-
-    def _multiply(self, name: str, parameter: str, axis: int, factors: Tensor) -> None:
-        data = self._edit(name, parameter)
-        shape = [1] * data.dim()
-        shape[axis] = -1
-        wide = torch.promote_types(data.dtype, torch.float32)
-        data.copy_(data.to(wide) * factors.to(data.device, wide).reshape(shape))
-
     def _rotate_writer(self, name: str, leaf: Leaf, blocks: Tensor, matrix: Tensor) -> None:
         slot = leaf.writes
-        if slot is None or leaf.kind == "norm":
+        if slot is None or leaf.kind in ("norm", "batch_norm") or slot.groups > 1:
             raise ModelError(f"{name} has no rows that could be rotated")
         turn(self._edit(name, slot.parameter), slot.rows, blocks, matrix)
         if slot.bias and self._module(name)._parameters.get(slot.bias) is not None:
@@ -277,6 +242,8 @@ class Surgeon:
 
     def _rotate_reader(self, reader: Reader, blocks: Tensor, matrix: Tensor) -> None:
         slot = _reads(reader)
+        if slot.groups > 1:
+            raise ModelError(f"{reader.module} reads its channels in groups, between which nothing can be turned")
         turn(self._edit(reader.module, slot.parameter), int(slot.columns or 0), blocks, matrix)
         self.transports.setdefault(reader.module, []).append(Rotated(matrix, blocks))
 
@@ -289,7 +256,8 @@ class Surgeon:
     def _scale_reader(self, reader: Reader, factors: Tensor) -> None:
         slot = _reads(reader)
         spread = reader.spread(factors.cpu())
-        self._multiply(reader.module, slot.parameter, int(slot.columns or 0), spread)
+        weight = self._module(reader.module).get_parameter(slot.parameter)
+        self._multiply_by(reader.module, slot.parameter, slot.along_columns(spread, weight))
         self.transports.setdefault(reader.module, []).append(Scaled(spread))
 
     def _scale_norm(self, feed: Feed, factors: Tensor) -> None:
@@ -305,16 +273,14 @@ class Surgeon:
         slot, module = _reads(reader), self._module(reader.module)
         if reader.leaf.kind not in ("linear", "conv") or slot.bias is None:
             raise ModelError(f"{reader.module} ({type(module).__name__}) cannot take the bias of the norm before it")
-        weight = module._parameters[slot.parameter]
+        weight = module.get_parameter(slot.parameter)
         owned = (reader.columns >= 0).to(moved.device)
         constant = torch.where(owned, moved[reader.columns.clamp(min=0).to(moved.device)], 0).double()
-        matrix = weight.double().movedim(int(slot.columns or 0), 1)  # type: ignore[union-attr]
-        added = matrix.flatten(2).sum(2) @ constant if matrix.dim() > 2 else matrix @ constant
-        if module._parameters.get(slot.bias) is None:
-            self._before.setdefault((reader.module, slot.bias), (None, None))
-            new = torch.zeros(len(added), dtype=weight.dtype, device=added.device)  # type: ignore[union-attr]
-            module._parameters[slot.bias] = nn.Parameter(new, requires_grad=False)
-        data = self._edit(reader.module, slot.bias)
+        if reader.leaf.kind == "conv":
+            added = (weight.double() * slot.along_columns(constant, weight)).flatten(1).sum(1)
+        else:
+            added = weight.double().movedim(int(slot.columns or 0), 1) @ constant
+        data = self._bias(reader.module, slot)
         data.copy_(data.double() + added)
         self.transports.setdefault(reader.module, []).append(Shifted())
 

@@ -181,7 +181,8 @@ class Follower(TorchDispatchMode):
         if leaf.kind == "norm":
             ids = _known(mark.ids)
         else:
-            channels = None if leaf.reads is None else _channels(mark.ids, leaf.channel_axis)
+            known = leaf.reads is not None or leaf.kind == "batch_norm"
+            channels = _channels(mark.ids, leaf.channel_axis) if known else None
             if channels is None:
                 self.escape(args[0], f"{name} ({type(module).__name__})")
                 return
@@ -270,6 +271,11 @@ class Follower(TorchDispatchMode):
         self._mark(out, Mark(mark.ids, mark.path | {"positive"}))
         return True
 
+    def _clipped(self, args: Any, out: Tensor) -> bool:
+        """No factor passes a limit, as that of a ReLU6; followed further, so that who reads the channels is told."""
+        self.escape(args[0], "a function that clips at a constant, as ReLU6 does")
+        return self._same(args, out)
+
     def _pooled(self, args: Any, out: Any) -> bool:
         first = tree_leaves(out)[0]
         mark = self._marks[id(args[0])]
@@ -328,6 +334,7 @@ _RULES: dict[frozenset[str], Any] = {
     frozenset({"div", "div_"}): Follower._divided,
     frozenset({"neg", "native_dropout", "dropout"}): Follower._same,
     _POSITIVE: Follower._positive,
+    frozenset({"hardtanh", "hardtanh_"}): Follower._clipped,
     _POOLS: Follower._pooled,
     _MEANS: Follower._averaged,
     frozenset({"add", "add_"}): Follower._added,

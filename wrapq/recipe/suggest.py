@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from difflib import SequenceMatcher
 
-from wrapq.errors import Problem, nearest
-
-_ALIKE = 0.5
+from wrapq.errors import ALIKE, Problem, likeness, nearest
 
 
 def unknown(where: str, kind: str, name: str, names: Iterable[str], remedy: str = "") -> Problem:
@@ -22,8 +19,4 @@ def unknown(where: str, kind: str, name: str, names: Iterable[str], remedy: str 
 def alike(name: str, names: Iterable[str]) -> tuple[str, ...]:
     """The names so much like `name` that they may have been meant, best first."""
     names = tuple(names)
-    return tuple(n for n in nearest(name, names) if names and _ratio(name, n) >= _ALIKE)
-
-
-def _ratio(name: str, other: str) -> float:
-    return SequenceMatcher(None, other.lower(), name.lower()).ratio()
+    return tuple(n for n in nearest(name, names) if likeness(name, n)[0] >= ALIKE)

@@ -19,7 +19,7 @@ from wrapq.resolve.exporter import EXPORTERS, NONE, make_exporter
 from wrapq.resolve.model import ModelSource
 from wrapq.resolve.plan import ModelFacts, ModulePlan, Plan, PointPlan, Untouched
 from wrapq.resolve.rules import Drafted, Sources, draft_points
-from wrapq.resolve.selectors import Site, find_sites
+from wrapq.resolve.selectors import GATE, Site, find_sites
 from wrapq.resolve.stages import StackEntry, check_stack, option_problems, plan_stages
 from wrapq.resolve.transforms import Transforms
 from wrapq.wrappers.experts import apart
@@ -178,8 +178,10 @@ def _untouched(sites: Sequence[Site], drafted: Drafted, quantized: set[str]) -> 
             continue
         if site.wrapper is None:
             reason = "no wrapper"
+        elif site.name in drafted.left:
+            reason = f"rule {drafted.left[site.name]}"
         else:
-            reason = f"rule {drafted.left[site.name]}" if site.name in drafted.left else "no rule"
+            reason = f"no rule; one output: type {GATE}" if site.is_gate else "no rule"
         rows.append(Untouched(name=site.name, type=type(site.module).__name__, parameters=own, reason=reason))
     return rows
 

@@ -15,6 +15,9 @@ from wrapq.recipe.schema import Match
 from wrapq.wrappers.base import Point, Wrapper
 from wrapq.wrappers.registry import WRAPPERS
 
+GATE, _LINEAR = "Gate", "Linear"
+"""Kinds of modules that a rule's `type` may name."""
+
 
 @dataclass(frozen=True)
 class Site:
@@ -40,9 +43,18 @@ class Site:
 
     @property
     def types(self) -> frozenset[str]:
-        """The names by which a rule's `type` may mean it: its class and that one's bases, its wrapper's kind."""
+        """The names by which a rule's `type` may mean it: its class and that one's bases, its wrapper's kind; of a gate
+        `Gate` in place of `Linear`."""
         bases = {base.__name__ for base in type(self.module).__mro__ if base not in (nn.Module, object)}
-        return frozenset(bases | ({self.wrapper.kind} if self.wrapper else set()))
+        names = bases | ({self.wrapper.kind} if self.wrapper else set())
+        return frozenset(names - {_LINEAR} | {GATE} if self.is_gate else names)
+
+    @property
+    def is_gate(self) -> bool:
+        """Whether it is a linear that gives one number for each token, as the gate of a shared expert and heads that
+        score do. It weighs all that a token gets and has few weights, so that it is left where routers are."""
+        wrapper = self.wrapper
+        return wrapper is not None and wrapper.kind == _LINEAR and wrapper.width(self.module, "output") == 1
 
 
 def find_sites(model: nn.Module, blocks: Blocks) -> list[Site]:
