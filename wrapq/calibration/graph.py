@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from wrapq.calibration.mixtures import Mixtures
 from wrapq.calibration.slots import Leaf
 from wrapq.calibration.trace import Source, Trace, trace
 from wrapq.wrappers.registry import WRAPPERS
@@ -156,7 +157,42 @@ def find_graph(model: nn.Module, inputs: Mapping[str, Any] | Sequence[Any] | Non
             inputs["use_cache"] = False
     found = trace(model, inputs)
     linears, heads = _widths(model, "Linear", "input"), _widths(model, "Attention", "key")
-    return Graph(_feeds(found), _streams(found), _tied(model), linears, heads)
+    mixtures = Mixtures(model)
+    feeds = tuple(each for feed in _feeds(found) for each in _of_all_experts(feed, mixtures))
+    streams = tuple(_with_all_experts(stream, mixtures) for stream in _streams(found))
+    return Graph(feeds, streams, _tied(model), linears, heads)
+
+
+def _of_all_experts(feed: Feed, mixtures: Mixtures) -> Iterator[Feed]:
+    """`feed` with all experts among its readers, or, where the first one of a layer makes it, one for each of them."""
+    layer = mixtures.layer(feed.producer)
+    if layer is None:
+        names = ((reader, name) for reader in feed.readers for name in mixtures.names(reader.module))
+        yield replace(feed, readers=tuple(replace(reader, module=name) for reader, name in names))
+        return
+    if any(mixtures.layer(reader.module) != layer for reader in feed.readers):  # what they read is no expert's alone
+        readers = tuple(replace(reader, columns=torch.full_like(reader.columns, -1)) for reader in feed.readers)
+        seen_by = (*feed.seen_by, "the sum of all experts")
+        feed = replace(feed, channels=torch.zeros_like(feed.channels), readers=readers, seen_by=seen_by)
+    for index, producer in enumerate(mixtures.names(feed.producer)):
+        readers = tuple(
+            replace(reader, module=mixtures.names(reader.module)[index])
+            if mixtures.layer(reader.module) == layer
+            else reader
+            for reader in feed.readers
+        )
+        yield replace(feed, producer=producer, readers=readers)
+
+
+def _with_all_experts(stream: Stream, mixtures: Mixtures) -> Stream:
+    writers = [(name, leaf) for first, leaf in zip(stream.writers, stream.leaves, strict=True)
+               for name in mixtures.names(first)]  # fmt: skip
+    return replace(
+        stream,
+        writers=tuple(name for name, _ in writers),
+        leaves=tuple(leaf for _, leaf in writers),
+        readers=tuple(name for first in stream.readers for name in mixtures.names(first)),
+    )
 
 
 def _widths(model: nn.Module, kind: str, point: str) -> dict[str, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from wrapq.calibration.slots import Leaf, Slot, find_leaf
 from wrapq.calibration.transport import Rotated, Scaled, Shifted, Transport, Turned, turn
 from wrapq.errors import ModelError
 from wrapq.runtime.rotation import ONLINE, OnlineRotation
+from wrapq.wrappers.experts import Expert
 from wrapq.wrappers.model import Specs, add_rotation
 
 _KEPT = 1e-9
@@ -143,7 +144,7 @@ class Surgeon:
             padding: Any = getattr(self._module(reader.module), "padding", ())
             if padding != "valid" and any(padding):
                 return f"{reader.module} pads with zeros, which a constant would have to be taken from as well"
-            if reader.leaf.kind not in ("linear", "conv"):
+            if not self._takes_bias(reader):
                 return f"{reader.module} cannot take a bias"
         return None
 
@@ -244,10 +245,17 @@ class Surgeon:
     def _others(self, name: str, parameter: str) -> list[str]:
         """The modules that have the very same parameter."""
         tensor = self._module(name)._parameters[parameter]
-        return [
-            other for other, module in self.model.named_modules()
-            if other != name and any(own is tensor for own in module._parameters.values())
-        ]  # fmt: skip
+        owners = [other for other in self._owners.get(id(tensor), ()) if other != name]
+        return [other for other in owners if any(own is tensor for own in self._module(other)._parameters.values())]
+
+    @cached_property
+    def _owners(self) -> dict[int, dict[str, None]]:
+        """Which modules had each parameter at first; those that come later are of one module alone."""
+        owners: dict[int, dict[str, None]] = {}
+        for name, module in self.model.named_modules():
+            for tensor in module._parameters.values():
+                owners.setdefault(id(tensor), {})[name] = None
+        return owners
 
     def _edit(self, name: str, parameter: str) -> Tensor:
         """The data of a parameter, about to be changed in place."""
@@ -303,7 +311,7 @@ class Surgeon:
     def _add_bias(self, reader: Reader, moved: Tensor) -> None:
         """Add what the constant `moved` [N] in its input gives to the output of a linear."""
         slot, module = _reads(reader), self._module(reader.module)
-        if reader.leaf.kind not in ("linear", "conv") or slot.bias is None:
+        if slot.bias is None or not self._takes_bias(reader):
             raise ModelError(f"{reader.module} ({type(module).__name__}) cannot take the bias of the norm before it")
         weight = module._parameters[slot.parameter]
         owned = (reader.columns >= 0).to(moved.device)
@@ -317,6 +325,15 @@ class Surgeon:
         data = self._edit(reader.module, slot.bias)
         data.copy_(data.double() + added)
         self.transports.setdefault(reader.module, []).append(Shifted())
+
+    def _takes_bias(self, reader: Reader) -> bool:
+        """Whether something can be added to the output of `reader`: to an expert's only where all have a bias anyway,
+        as neither the module of transformers nor those who read what is saved know of any other."""
+        slot, module = reader.leaf.reads, self._module(reader.module)
+        if reader.leaf.kind not in ("linear", "conv") or slot is None or slot.bias is None:
+            return False
+        expert = isinstance(self._module(reader.module.rpartition(".")[0]), Expert)
+        return not expert or module._parameters.get(slot.bias) is not None
 
     def _check(self, feed: Feed, factors: Tensor) -> None:
         if factors.shape != feed.channels.shape:

@@ -15,6 +15,7 @@ from wrapq.calibration.surgery import Surgeon
 from wrapq.engine.transform import Figures, checked, walk
 from wrapq.errors import CalibrationError, ModelError, PlanError, Problem
 from wrapq.resolve.transforms import Transforms
+from wrapq.wrappers.experts import take_apart
 from wrapq.wrappers.model import Specs, iter_wrapped, unwrap_model, wrap_model
 
 _EXAMPLE_TOKENS = 4
@@ -41,6 +42,7 @@ def transform_prepared(
         raise PlanError([Problem("calibrate", "transforms change modules that follow each other; this model is one")])
     figures: dict[str, Figures] = {}
     with _float(model, specs):
+        take_apart(model, specs)
         plan = Transforms(model, specs, example(batches[0]))
         targets = _find(plan, transforms)
         surgeon = Surgeon(model, plan.graph, specs)
