@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from wrapq.runtime.module import shadow
+from wrapq.runtime.rotation import ONLINE
 from wrapq.wrappers.quantizer import PADDING
 
 _FIRST = ("gate_up_proj", "up_proj")
@@ -70,6 +71,11 @@ class Experts(nn.ModuleList):
         self.train(fused.training)
         self.__dict__["fused"] = fused  # no child: its tensors are not the model's meanwhile
 
+    @property
+    def turns(self) -> bool:
+        """Whether a linear of an expert turns its input at each forward."""
+        return any(ONLINE in linear._modules for expert in self for linear in expert.children())
+
     @torch.no_grad()
     def write_back(self) -> None:
         """Give transformers' module what was changed in the copies."""
@@ -106,9 +112,10 @@ def take_apart(model: nn.Module, names: Iterable[str] | None = None) -> nn.Modul
 
 
 def put_together(model: nn.Module) -> nn.Module:
-    """Undo `take_apart`: the modules of transformers come back, with the weights that the experts have by now."""
+    """Undo `take_apart`: the modules of transformers come back, with the weights that the experts have by now. Experts
+    that turn what comes to them at each forward, which those modules do not, stay as they are."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, Experts) and "fused" in module.__dict__:
+        if isinstance(module, Experts) and "fused" in module.__dict__ and not module.turns:
             module.write_back()
             model.set_submodule(name, cast(nn.Module, module.fused))
     return model
