@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from wrapq.calibration.mixtures import Mixtures
 from wrapq.calibration.slots import Leaf
-from wrapq.calibration.trace import Source, Trace, trace
+from wrapq.calibration.trace import Read, Source, Trace, trace
 from wrapq.wrappers.registry import WRAPPERS
 
 _EXAMPLE_TOKENS = 4
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -203,10 +204,22 @@ def _widths(model: nn.Module, kind: str, point: str) -> dict[str, int]:
 
 
 def _feeds(found: Trace) -> tuple[Feed, ...]:
-    seen = _seen_by(found)
-    reads = found.reads.values()
-    feeds = (_feed(source, reads, seen, found.heads) for source in found.sources.values() if source.leaf is not None)
+    reads = _by_source(found, ((read.ids, read) for read in found.reads.values() if read.leaf.reads is not None))
+    seen = _by_source(found, ((ids, (ids, who)) for ids, who in _seen_by(found)))
+    heads = _by_source(found, ((ids, ids) for ids in found.heads))
+    feeds = (
+        _feed(s, reads.get(name, ()), seen.get(name, ()), heads.get(name, ())) for name, s in found.sources.items()
+    )
     return tuple(feed for feed in feeds if feed is not None)
+
+
+def _by_source(found: Trace, met: Iterable[tuple[Tensor, T]]) -> dict[str, list[T]]:
+    """For each source that has any of the channels with which something is given, what is given with them."""
+    grouped: dict[str, list[T]] = {}
+    for ids, what in met:
+        for name in found.made_by(ids):
+            grouped.setdefault(name, []).append(what)
+    return grouped
 
 
 def _seen_by(found: Trace) -> list[tuple[Tensor, str]]:
@@ -217,9 +230,10 @@ def _seen_by(found: Trace) -> list[tuple[Tensor, str]]:
     return seen + [(read.ids, read.name) for read in found.reads.values() if read.leaf.reads is None]
 
 
-def _feed(source: Source, reads: Any, seen: Sequence[tuple[Tensor, str]], heads: Sequence[Tensor]) -> Feed | None:
-    meeting = [(read, _within(read.ids, source)) for read in reads if read.leaf.reads is not None]
-    meeting = [(read, columns) for read, columns in meeting if bool((columns >= 0).any())]
+def _feed(
+    source: Source, reads: Sequence[Read], seen: Sequence[tuple[Tensor, str]], heads: Sequence[Tensor]
+) -> Feed | None:
+    meeting = [(read, _within(read.ids, source)) for read in reads]
     if not meeting or source.leaf is None:
         return None
     channels = torch.zeros(source.width, dtype=torch.bool)
@@ -262,15 +276,11 @@ def _within(ids: Tensor, source: Source) -> Tensor:
 def _streams(found: Trace) -> tuple[Stream, ...]:
     groups: list[list[str]] = []
     for total in found.sums:
-        names = [total.source.name, *_parts(found, total.left), *_parts(found, total.right)]
+        names = [total.source.name, *found.made_by(total.left), *found.made_by(total.right)]
         touching = [group for group in groups if set(group) & set(names)]
         merged = list(dict.fromkeys([name for group in touching for name in group] + names))
         groups = [group for group in groups if group not in touching] + [merged]
     return tuple(stream for group in groups if (stream := _stream(found, group)) is not None)
-
-
-def _parts(found: Trace, ids: Tensor) -> list[str]:
-    return [s.name for s in found.sources.values() if bool((_within(ids, s) >= 0).any())]
 
 
 def _stream(found: Trace, group: Sequence[str]) -> Stream | None:
@@ -280,13 +290,12 @@ def _stream(found: Trace, group: Sequence[str]) -> Stream | None:
     for total in found.sums:
         if total.source.name in group:
             sides = (total.left, total.right)
-            parts = [found.sources[part] for ids in sides for part in _parts(found, ids)]
+            parts = [found.sources[part] for ids in sides for part in found.made_by(ids)]
             if len(parts) != len(sides) or not all(map(_is_all, sides, parts)):
                 return None  # channels of one tensor added to others of it, as in rotary embeddings
             why |= dict.fromkeys(total.path - {"gain"})
-    ids = torch.cat([source.ids for source in sources])
-    why |= dict.fromkeys(who for seen, who in found.escapes if bool(torch.isin(seen, ids).any()))
-    reads = [read for read in found.reads.values() if bool(torch.isin(read.ids, ids).any())]
+    why |= dict.fromkeys(who for ids, who in found.escapes if set(group) & set(found.made_by(ids)))
+    reads = [read for read in found.reads.values() if set(group) & set(found.made_by(read.ids))]
     writers = {source.name: source.leaf for source in sources if source.leaf is not None}
     return Stream(
         width,

@@ -107,6 +107,13 @@ class Trace:
     heads: list[Tensor] = field(default_factory=list)
     count: int = 0
 
+    def made_by(self, ids: Tensor) -> list[str]:
+        """The names of the sources whose channels are among `ids`, in the order in which they ran."""
+        bases = torch.tensor([source.base for source in self.sources.values()])
+        places = torch.bucketize(ids[ids != _NOBODY], bases, right=True) - 1
+        names = list(self.sources)
+        return [names[place] for place in places.unique().tolist()]
+
 
 @torch.no_grad()
 def trace(model: nn.Module, inputs: Mapping[str, Any] | Sequence[Any]) -> Trace:
