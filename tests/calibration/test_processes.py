@@ -44,6 +44,7 @@ def test_two_processes_scale_experts_as_one_does(walks: tuple[dict, dict, dict])
 @pytest.mark.parametrize("schedule", ["sequential", "parallel"])
 def test_two_processes_decide_what_one_does(schedule: str, walks: tuple[dict, dict, dict]):
     one, first, second = (walk[schedule] for walk in walks)
+    assert first["experts"] == second["experts"] and first["rows"] == second["rows"] == one["rows"]
     assert first["llama"] == second["llama"] and first["mixture"] == second["mixture"]
     assert first["text"] == second["text"] == "said by 0"
     assert set(first["statistics"]) == set(one["statistics"])

@@ -37,10 +37,14 @@ def walk(processes: Processes, schedule: str) -> dict[str, object]:
     mixed = gptq_walker(mixture, rounder)
     mixed.processes = processes
     mixed.run(expert_batches((0,), (0, 1), (2,)), schedule)  # expert 1 is reached in one process only
+    few = [Batch({"input_ids": ids}) for ids in torch.arange(3, 12).reshape(3, 1, 3)]
+    experts = gptq_walker(prepare(build_model("mixtral"), PTQConfig("int8:channel:sym", None)), rounder)
+    experts.processes = processes
+    experts.run(few, schedule)  # some of them, whose first two weights share an input, are reached in one process only
     scaled = take_apart(build_model("mixtral"))
     graph = find_graph(scaled)
     surgeon = Surgeon(scaled, graph, smooth_specs(graph, "int4:g16:sym", None))
-    awq, few = AWQ(), [Batch({"input_ids": ids}) for ids in torch.arange(3, 12).reshape(3, 1, 3)]
+    awq = AWQ()
     walked = walk_transform(surgeon, awq, awq.find(graph, surgeon.specs).targets, few, processes)
     statistics = {name: tensor.tolist() for name, tensor in walker.statistics.items()}
     return {
@@ -49,6 +53,8 @@ def walk(processes: Processes, schedule: str) -> dict[str, object]:
         "statistics": statistics,
         "scaled": {target: dict(figures) for target, figures in walked.items()},
         "unreached": surgeon.notes,
+        "experts": decided(experts.model),
+        "rows": {where: report.get("rows") for where, report in experts.reports.items()},
         "reports": walker.reports,
         "text": processes.said_by_first(f"said by {processes.rank}"),
     }

@@ -98,16 +98,12 @@ class Gatherer:
 
     def _finish(self, index: int) -> None:
         """Hand out what was gathered of a group, summed over all processes."""
-        names, gathered = self._groups.pop(index), dict[str, InputStatistics]()
-        seen = [self._gathered.pop(name, None) for name in names]
-        for place, (name, own) in enumerate(zip(names, seen, strict=True)):
-            # where no token came by, a process cannot tell which modules share an input: it is told, to reduce as often
-            shared = self.processes.least(len(names) if own is None else seen.index(own))
-            gathered[name] = gathered[names[shared]] if shared < place else own or InputStatistics(self.needs[name])
+        gathered = {
+            name: self._gathered.pop(name, InputStatistics(self.needs[name])) for name in self._groups.pop(index)
+        }
         for name, statistic in gathered.items():
-            if not statistic.complete:
-                self.processes.reduce(statistic, _width(self.model.get_submodule(name)))
-                statistic.complete = True
+            self.processes.reduce(statistic, _width(self.model.get_submodule(name)))
+            statistic.complete = True
         self.done(gathered)
 
     def _meet(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
