@@ -162,7 +162,7 @@ def test_an_expert_without_tokens_counts_for_nothing_and_is_named(name: str, tok
     assert not torch.equal(expert.up_proj.weight, before["up_proj.weight"])  # for the norm that it reads is scaled
     torch.testing.assert_close(expert(x * model.get_submodule(NORM).weight), expected, rtol=1e-4, atol=1e-4)
     (note,) = surgeon.notes
-    assert f"counts no error of {EXPERTS}.0.gate_proj and 5 more: no calibration token came there" in note
+    assert f"saw no input of {EXPERTS}.0.gate_proj and 5 more: no calibration token came there" in note
     assert f"it leaves {EXPERTS}.0.up_proj and 1 more alone" in note
 
 

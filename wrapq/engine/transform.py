@@ -178,5 +178,5 @@ def _missing(algorithm: Transform, unreached: Sequence[str], left: Sequence[str]
         return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
 
     if unreached:
-        note = f"{type(algorithm).__name__} counts no error of {some(unreached)}: no calibration token came there"
+        note = f"{type(algorithm).__name__} saw no input of {some(unreached)}: no calibration token came there"
         yield f"{note}; it leaves {some(left)} alone" if left else note

@@ -23,10 +23,10 @@ _EXAMPLE_TOKENS = 4
 
 def transform_prepared(
     model: nn.Module, transforms: Mapping[str, Transform], batches: Sequence[Batch]
-) -> dict[str, Figures]:
+) -> tuple[dict[str, Figures], list[str]]:
     """Run `transforms`, by the names of their stages and in order, on a prepared model in place.
 
-    Returns what each reports, by stage and target.
+    Returns what each reports, by stage and target, and what else is to be said, see `Surgeon.notes`.
 
     Raises:
         PlanError: one has nothing to do or cannot run where it stands; before anything is changed.
@@ -49,7 +49,7 @@ def transform_prepared(
         for name, transform in transforms.items():
             with checked(surgeon, batches[0], name, transform.band):
                 figures[name] = walk(surgeon, transform, targets[name], batches, Processes())
-    return figures
+    return figures, surgeon.notes
 
 
 def example(batch: Batch) -> dict[str, Any]:
