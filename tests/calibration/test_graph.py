@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tests.conftest import build_model
 from wrapq.calibration.graph import Feed, Graph, find_graph
 from wrapq.errors import ModelError
+from wrapq.wrappers.experts import take_apart
 
 LAYER = "model.layers.0."
 FUSED = {"qkv": "self_attn.qkv_proj", "gate_up": "mlp.gate_up_proj"}
@@ -73,6 +74,31 @@ def test_norms_of_an_encoder_write_the_residual_stream() -> None:
 def test_experts_and_their_router_read_one_norm() -> None:
     feeds = graph_of("mixtral").by_producer
     assert readers(feeds[LAYER + "post_attention_layernorm"]) == ["gate", "experts"]
+
+
+def test_experts_that_are_modules_are_all_like_the_first() -> None:
+    graph, fused = find_graph(take_apart(weightless("mixtral"))), graph_of("mixtral")
+    experts = [f"{LAYER}mlp.experts.{index}" for index in range(4)]
+    norm = graph.by_producer[LAYER + "post_attention_layernorm"]
+    first = [f"{expert}.{name}_proj" for name in ("gate", "up") for expert in experts]
+    assert [reader.module for reader in norm.readers] == [f"{LAYER}mlp.gate", *first] and norm.closed
+    for expert in experts:
+        feed = graph.by_producer[f"{expert}.up_proj"]
+        assert [reader.module for reader in feed.readers] == [f"{expert}.down_proj"]
+        assert feed.closed and feed.path == {"product"}
+    assert not any(f"{expert}.{name}_proj" in graph.by_producer for expert in experts for name in ("gate", "down"))
+    (stream,), (same,) = graph.streams, fused.streams
+    assert [name for name in stream.writers if LAYER in name][1:] == [f"{expert}.down_proj" for expert in experts]
+    assert (stream.norms, stream.readers, stream.seen_by) == (same.norms, (), ())
+
+
+def test_what_reads_the_sum_of_all_experts_reads_none_alone() -> None:
+    graph = find_graph(take_apart(weightless("nemotron_h", moe_latent_size=32)))
+    last = "model.layers.1.mixer.experts.3.down_proj"
+    assert readers(graph.by_producer[last]) == ["fc2_latent_proj"]
+    assert graph.by_producer[last].open and graph.by_producer[last].seen_by == ("the sum of all experts",)
+    latent = graph.by_producer["model.layers.1.mixer.fc1_latent_proj"]
+    assert readers(latent) == ["up_proj"] * 4 and latent.closed
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "phi3", "mixtral"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from wrapq.calibration.norms import norm_offset
 from wrapq.calibration.surgery import Surgeon
 from wrapq.calibration.transport import Rotated, Scaled, Shifted, carry_hessian, carry_magnitude
 from wrapq.errors import ModelError
+from wrapq.wrappers.experts import take_apart
 
 EVERY = ("llama", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "gpt2", "opt", "bert", "mixtral", "qwen2_moe")
 
@@ -28,6 +31,17 @@ def scale_all(surgeon: Surgeon, graph: Graph) -> int:
             surgeon.untie(name)
         surgeon.scale(feed, torch.where(feed.channels, torch.rand(len(feed.channels)) + 0.5, 1.0))
     return len(feeds)
+
+
+def test_a_bias_cannot_move_into_experts_that_have_none() -> None:
+    model = take_apart(build_model("mixtral"))
+    norm = "model.layers.0.post_attention_layernorm"
+    surgeon = Surgeon(model, find_graph(model))
+    model.get_submodule(norm).bias = nn.Parameter(torch.ones(64))
+    feed = surgeon.graph.by_producer[norm]
+    experts = replace(feed, readers=tuple(reader for reader in feed.readers if ".experts." in reader.module))
+    with pytest.raises(ModelError, match=r"experts\.0\.gate_proj \(Linear\) cannot take the bias"):
+        surgeon.fold(experts)
 
 
 @pytest.mark.parametrize("family", EVERY)

@@ -8,12 +8,19 @@ from pathlib import Path
 
 import torch
 
+from tests.algorithms.transforming import smooth_specs
 from tests.calibration.conftest import as_batches, decided, gptq_walker
 from tests.calibration.test_walker import Mixture, expert_batches
 from tests.conftest import build_model
 from wrapq import PTQConfig, prepare
+from wrapq.algorithms.awq import AWQ
 from wrapq.algorithms.gptq import GPTQ, GPTQOptions
+from wrapq.calibration.forward import Batch
+from wrapq.calibration.graph import find_graph
 from wrapq.calibration.processes import Processes
+from wrapq.calibration.surgery import Surgeon
+from wrapq.engine.transform import walk as walk_transform
+from wrapq.wrappers.experts import take_apart
 
 
 def walk(processes: Processes, schedule: str) -> dict[str, object]:
@@ -30,11 +37,24 @@ def walk(processes: Processes, schedule: str) -> dict[str, object]:
     mixed = gptq_walker(mixture, rounder)
     mixed.processes = processes
     mixed.run(expert_batches((0,), (0, 1), (2,)), schedule)  # expert 1 is reached in one process only
+    few = [Batch({"input_ids": ids}) for ids in torch.arange(3, 12).reshape(3, 1, 3)]
+    experts = gptq_walker(prepare(build_model("mixtral"), PTQConfig("int8:channel:sym", None)), rounder)
+    experts.processes = processes
+    experts.run(few, schedule)  # some of them, whose first two weights share an input, are reached in one process only
+    scaled = take_apart(build_model("mixtral"))
+    graph = find_graph(scaled)
+    surgeon = Surgeon(scaled, graph, smooth_specs(graph, "int4:g16:sym", None))
+    awq = AWQ()
+    walked = walk_transform(surgeon, awq, awq.find(graph, surgeon.specs).targets, few, processes)
     statistics = {name: tensor.tolist() for name, tensor in walker.statistics.items()}
     return {
         "llama": decided(llama),
         "mixture": decided(mixture),
         "statistics": statistics,
+        "scaled": {target: dict(figures) for target, figures in walked.items()},
+        "unreached": surgeon.notes,
+        "experts": decided(experts.model),
+        "rows": {where: report.get("rows") for where, report in experts.reports.items()},
         "reports": walker.reports,
         "text": processes.said_by_first(f"said by {processes.rank}"),
     }

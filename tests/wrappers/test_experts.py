@@ -16,6 +16,9 @@ from tests.conftest import build_model
 from tests.models import DEMO
 from wrapq import PTQConfig
 from wrapq.errors import PlanError
+from wrapq.recipe.compose import compose
+from wrapq.resolve.plan import Plan
+from wrapq.resolve.resolve import resolve
 from wrapq.runtime.module import QuantizedWeight
 from wrapq.wrappers.experts import Experts, apart, can_be_taken_apart
 from wrapq.wrappers.model import iter_quantizers
@@ -23,6 +26,7 @@ from wrapq.wrappers.model import iter_quantizers
 FUSED = ("mixtral", "qwen2_moe", "gpt_oss", "nemotron_h")
 LINEARS = {family: {"gate_proj", "up_proj", "down_proj"} for family in ("mixtral", "qwen2_moe")}
 LINEARS |= {"gpt_oss": {"gate_up_proj", "down_proj"}, "nemotron_h": {"up_proj", "down_proj"}}
+LAYER = "model.layers.0"
 IDS = torch.randint(3, 96, (2, 12), generator=torch.Generator().manual_seed(3))
 WEIGHTS = PTQConfig("int4:g16:sym", None, {"*norm": None, "lm_head": None, "*embed*": None})
 
@@ -97,13 +101,16 @@ def test_padding_reaches_experts_and_counts_nowhere() -> None:
         assert ranges[1][where] == pytest.approx(high, rel=1e-4), where
 
 
-def test_an_expert_without_tokens_is_named() -> None:
+@pytest.mark.parametrize("stack", [{"round": "gptq"}, {"scale": "awq", "round": "gptq"}])
+def test_an_expert_without_tokens_is_named(stack: dict[str, str]) -> None:
     model = build_model("mixtral", num_experts_per_tok=1)
     for layer in model.model.layers:
         layer.mlp.gate.weight[0] = layer.mlp.gate.weight[1:].mean(0)  # the mean of others is never the largest
     prepared = wrapq.prepare(model, WEIGHTS)
-    found = wrapq.calibrate(prepared, [{"input_ids": IDS, "use_cache": False}], {"round": "gptq"})
+    found = wrapq.calibrate(prepared, [{"input_ids": IDS, "use_cache": False}], stack)
     assert [text for text in found.fallbacks if "layers.0.mlp.experts.0.gate_proj" in text]
+    assert len(found.notes) == ("scale" in stack)
+    assert all("AWQ saw no input of model.layers.0.mlp.experts.0.gate_proj" in text for text in found.notes)
     wrapq.convert(prepared)
 
 
@@ -127,13 +134,14 @@ def test_experts_without_tokens_are_named_also_where_statistics_come_from_the_st
     assert warm.digests["qparams"] == cold.digests["qparams"]
 
 
-def test_transforms_see_the_model_of_transformers(token_batches: list[Tensor]) -> None:
+def test_transforms_change_each_expert(token_batches: list[Tensor]) -> None:
     model = build_model("mixtral")
     expected = model(IDS, use_cache=False).logits
     prepared = wrapq.prepare(model, PTQConfig("int8:channel", None, {"*norm": None, "lm_head": None, "*embed*": None}))
     batches = [{"input_ids": ids, "use_cache": False} for ids in token_batches]
     stack = {"fold": {"algorithm": "fold_norms", "untie": True}, "turn": "rotate", "round": "rtn"}
-    assert wrapq.calibrate(prepared, batches, stack).transforms["turn"]
+    turned = wrapq.calibrate(prepared, batches, stack).transforms["turn"]["model.embed_tokens"]
+    assert turned["writers"] == 1 + 2 * (1 + 4)  # the embedding, and of two layers attention and four experts
     found = wrapq.convert(prepared)(IDS, use_cache=False).logits
     assert (found - expected).norm() / expected.norm() < 0.05
 
@@ -150,6 +158,36 @@ def test_a_run_whole_and_streamed_and_its_export(folder: Path, tmp_path: Path) -
     names = [name for name, m in loaded[0].named_modules() if isinstance(m, QuantizedWeight) and ".experts." in name]
     assert len(names) == 2 * 4 * 3
     assert torch.equal(*(model(IDS).logits for model in loaded))
+
+
+@pytest.mark.parametrize("recipe", ["w4a16_awq", "w8a8_smoothquant"])
+def test_runs_that_scale_experts_have_the_same_bits_also_where_few_tokens_reach_them(
+    recipe: str, folder: Path, tmp_path: Path
+) -> None:
+    small = [f"model.path={folder}", "evaluation.tokens=512", "calibration.samples=1", "calibration.seq_len=4"]
+    small += ["tracking=none", f"paths.outputs={tmp_path}"]
+    small += ["rules.linear.weight=int4:g32:sym"] if recipe == "w4a16_awq" else []
+    first, second = (wrapq.run(recipe, small) for _ in range(2))
+    assert first.digests == second.digests
+    (note,) = (note for note in first.notes if "saw no input of" in note)
+    assert "no calibration token came there; it leaves model.layers." in note
+    loaded, model = wrapq.load(first.folder), Qwen2MoeForCausalLM.from_pretrained(folder)
+    difference = (loaded(IDS).logits - model(IDS).logits).norm() / model(IDS).logits.norm()
+    assert 0 < difference < 0.2
+
+
+def test_the_plan_says_what_it_scales_of_experts_and_what_not(folder: Path) -> None:
+    def plan(rules: str) -> Plan:
+        composed = compose([f"recipe={recipe}", f"model.path={folder}", "rules.linear.weight=int4:g32:sym", *rules])
+        return resolve(composed.recipe, composed.sources)
+
+    recipe = "w4a16_awq"
+    (scale, _), notes = plan([]).stages, plan([]).notes
+    assert len(scale.targets) == 2 * (4 + 4)  # two norms, values, the shared expert and four experts
+    assert f"{LAYER}.mlp.experts.3.up_proj" in scale.targets and f"{LAYER}.post_attention_layernorm" in scale.targets
+    assert notes == ("scale: awq leaves model.norm alone: no linear that reads it has a quantized weight",)
+    floating = plan(["+rules.some={match: {name: '*.experts.*'}, quantize: false}"])
+    assert not any(".experts." in target for target in floating.stages[0].targets)
 
 
 def test_an_export_that_transformers_would_not_put_together_is_refused(tmp_path: Path) -> None:

@@ -76,7 +76,9 @@ class AWQ(Transform):
 
     def candidates(self, surgeon: Surgeon, feed: Feed, statistics: Mapping[str, InputStatistics]) -> Iterator[Tensor]:
         """The scales [N] that are tried, besides none."""
-        x = input_largest(feed, {name: its.get("mean_abs", name) for name, its in statistics.items()})
+        most = max(its.rows for its in statistics.values())  # of a mixture its router's: all tokens come to it
+        seen = {name: its for name, its in statistics.items() if its.rows == most}
+        x = input_largest(feed, {name: its.get("mean_abs", name) for name, its in seen.items()})
         given = [(reader, relative_magnitude(weight, spec)) for reader, weight, spec in scored(surgeon, feed)]
         w = torch.stack([reader.gather(its.cpu(), len(feed.channels)) for reader, its in given]).mean(0)
         for step in range(self.options.grid):
@@ -102,7 +104,7 @@ def relative_magnitude(weight: Tensor, spec: QuantSpec) -> Tensor:
 
 def awq_error(surgeon: Surgeon, feed: Feed, factors: Tensor, statistics: Mapping[str, InputStatistics]) -> float:
     """The squared error in the outputs of all readers of `feed` with quantized weights, summed over the calibration
-    rows, for scales `factors` [N]."""
+    rows that come to each, for scales `factors` [N]."""
     return sum(
         scaled_error(
             weight,
@@ -112,6 +114,7 @@ def awq_error(surgeon: Surgeon, feed: Feed, factors: Tensor, statistics: Mapping
             reader.module,
         )
         for reader, weight, spec in scored(surgeon, feed)
+        if reader.module in statistics
     )
 
 

@@ -93,7 +93,7 @@ def equalize(surgeon: Surgeon, feed: Feed) -> float:
 def absorb(surgeon: Surgeon, feed: Feed, statistics: Mapping[str, InputStatistics]) -> int:
     """Move the least value of each channel of `feed`, where it is above zero, into the biases of what reads it;
     returns of how many."""
-    if surgeon.unshiftable(feed) is not None:
+    if surgeon.unshiftable(feed) is not None or any(reader.module not in statistics for reader in feed.readers):
         return 0
     least = torch.full((len(feed.channels),), torch.inf)
     for reader in feed.readers:

@@ -33,9 +33,10 @@ def quantized(feed: Feed, specs: Specs, point: str) -> bool:
 
 
 def input_largest(feed: Feed, values: dict[str, Tensor]) -> Tensor:
-    """For each channel [N] of `feed` the largest of its readers' `values` [K], by their names."""
+    """For each channel [N] of `feed` the largest of its readers' `values` [K], by the names of those that have any."""
     width = len(feed.channels)
-    return torch.stack([reader.gather(values[reader.module].cpu(), width) for reader in feed.readers]).amax(0)
+    given = [reader for reader in feed.readers if reader.module in values]
+    return torch.stack([reader.gather(values[reader.module].cpu(), width) for reader in given]).amax(0)
 
 
 def usable(factors: Tensor, feed: Feed) -> Tensor:

@@ -87,7 +87,8 @@ def smoothed_error(surgeon: Surgeon, feed: Feed, factors: Tensor, statistics: Ma
     """
     total = 0.0
     for reader, weight, spec in scored(surgeon, feed):
-        its = statistics[reader.module]
+        if (its := statistics.get(reader.module)) is None:
+            continue
         spread = reader.spread(factors).to(weight.device)
         hessian = its.get("hessian", reader.module)
         total += scaled_error(weight, spread, spec, hessian, reader.module)

@@ -198,7 +198,8 @@ class Transform(Algorithm):
         Args:
             surgeon: with the graph, and the model as it is after the transforms before.
             target: one of those that `find` named.
-            statistics: for each of `inputs`, what it is given as `needs` says, of the model as it is now.
+            statistics: for each of `inputs`, what it is given as `needs` says, of the model as it is now; but for those
+                to which no token came, such as an expert of a mixture. It is not called where none came to any.
         """
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -65,10 +65,17 @@ class Edits:
     def _others(self, name: str, parameter: str) -> list[str]:
         """The modules that have the very same parameter."""
         tensor = self._module(name)._parameters[parameter]
-        return [
-            other for other, module in self.model.named_modules()
-            if other != name and any(own is tensor for own in module._parameters.values())
-        ]  # fmt: skip
+        owners = [other for other in self._owners.get(id(tensor), ()) if other != name]
+        return [other for other in owners if any(own is tensor for own in self._module(other)._parameters.values())]
+
+    @cached_property
+    def _owners(self) -> dict[int, dict[str, None]]:
+        """Which modules had each parameter at first; those that come later are of one module alone."""
+        owners: dict[int, dict[str, None]] = {}
+        for name, module in self.model.named_modules():
+            for tensor in module._parameters.values():
+                owners.setdefault(id(tensor), {})[name] = None
+        return owners
 
     def _edit(self, name: str, parameter: str) -> Tensor:
         """The data of a parameter, about to be changed in place."""

@@ -102,9 +102,8 @@ class Gatherer:
             name: self._gathered.pop(name, InputStatistics(self.needs[name])) for name in self._groups.pop(index)
         }
         for name, statistic in gathered.items():
-            if not statistic.complete:
-                self.processes.reduce(statistic, _width(self.model.get_submodule(name)))
-                statistic.complete = True
+            self.processes.reduce(statistic, _width(self.model.get_submodule(name)))
+            statistic.complete = True
         self.done(gathered)
 
     def _meet(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:

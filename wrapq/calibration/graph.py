@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from wrapq.calibration.mixtures import Mixtures
 from wrapq.calibration.slots import Leaf
-from wrapq.calibration.trace import Source, Trace, trace
+from wrapq.calibration.trace import Read, Source, Trace, trace
 from wrapq.wrappers.registry import WRAPPERS
 
 _EXAMPLE_TOKENS = 4
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -160,8 +162,42 @@ def find_graph(model: nn.Module, inputs: Mapping[str, Any] | Sequence[Any] | Non
             inputs["use_cache"] = False
     found = trace(model, inputs)
     linears, heads = _widths(model, "Linear", "input"), _widths(model, "Attention", "key")
-    norms = _batch_norms(found)
-    return Graph(_feeds(found, norms), _streams(found), _tied(model), linears, heads, norms)
+    mixtures, norms = Mixtures(model), _batch_norms(found)
+    feeds = tuple(each for feed in _feeds(found, norms) for each in _of_all_experts(feed, mixtures))
+    streams = tuple(_with_all_experts(stream, mixtures) for stream in _streams(found))
+    return Graph(feeds, streams, _tied(model), linears, heads, norms)
+
+
+def _of_all_experts(feed: Feed, mixtures: Mixtures) -> Iterator[Feed]:
+    """`feed` with all experts among its readers, or, where the first one of a layer makes it, one for each of them."""
+    layer = mixtures.layer(feed.producer)
+    if layer is None:
+        names = ((reader, name) for reader in feed.readers for name in mixtures.names(reader.module))
+        yield replace(feed, readers=tuple(replace(reader, module=name) for reader, name in names))
+        return
+    if any(mixtures.layer(reader.module) != layer for reader in feed.readers):  # what they read is no expert's alone
+        readers = tuple(replace(reader, columns=torch.full_like(reader.columns, -1)) for reader in feed.readers)
+        seen_by = (*feed.seen_by, "the sum of all experts")
+        feed = replace(feed, channels=torch.zeros_like(feed.channels), readers=readers, seen_by=seen_by)
+    for index, producer in enumerate(mixtures.names(feed.producer)):
+        readers = tuple(
+            replace(reader, module=mixtures.names(reader.module)[index])
+            if mixtures.layer(reader.module) == layer
+            else reader
+            for reader in feed.readers
+        )
+        yield replace(feed, producer=producer, readers=readers)
+
+
+def _with_all_experts(stream: Stream, mixtures: Mixtures) -> Stream:
+    writers = [(name, leaf) for first, leaf in zip(stream.writers, stream.leaves, strict=True)
+               for name in mixtures.names(first)]  # fmt: skip
+    return replace(
+        stream,
+        writers=tuple(name for name, _ in writers),
+        leaves=tuple(leaf for _, leaf in writers),
+        readers=tuple(name for first in stream.readers for name in mixtures.names(first)),
+    )
 
 
 def _widths(model: nn.Module, kind: str, point: str) -> dict[str, int]:
@@ -172,9 +208,12 @@ def _widths(model: nn.Module, kind: str, point: str) -> dict[str, int]:
 
 
 def _feeds(found: Trace, norms: Mapping[str, str | None]) -> tuple[Feed, ...]:
-    seen = _seen_by(found)
-    reads = found.reads.values()
-    feeds = [_feed(source, reads, seen, found.heads) for source in found.sources.values() if source.leaf is not None]
+    reads = _by_source(found, ((read.ids, read) for read in found.reads.values() if read.leaf.reads is not None))
+    seen = _by_source(found, ((ids, (ids, who)) for ids, who in _seen_by(found)))
+    heads = _by_source(found, ((ids, ids) for ids in found.heads))
+    feeds = (
+        _feed(s, reads.get(name, ()), seen.get(name, ()), heads.get(name, ())) for name, s in found.sources.items()
+    )
     return tuple(_behind_norm(feed, norms, found) for feed in feeds if feed is not None)
 
 
@@ -200,6 +239,15 @@ def _batch_norms(found: Trace) -> dict[str, str | None]:
     return norms
 
 
+def _by_source(found: Trace, met: Iterable[tuple[Tensor, T]]) -> dict[str, list[T]]:
+    """For each source that has any of the channels with which something is given, what is given with them."""
+    grouped: dict[str, list[T]] = {}
+    for ids, what in met:
+        for name in found.made_by(ids):
+            grouped.setdefault(name, []).append(what)
+    return grouped
+
+
 def _seen_by(found: Trace) -> list[tuple[Tensor, str]]:
     """Channels that somebody sees who cannot scale back."""
     seen = list(found.escapes)
@@ -208,9 +256,10 @@ def _seen_by(found: Trace) -> list[tuple[Tensor, str]]:
     return seen + [(read.ids, read.name) for read in found.reads.values() if read.leaf.reads is None]
 
 
-def _feed(source: Source, reads: Any, seen: Sequence[tuple[Tensor, str]], heads: Sequence[Tensor]) -> Feed | None:
-    meeting = [(read, _within(read.ids, source)) for read in reads if read.leaf.reads is not None]
-    meeting = [(read, columns) for read, columns in meeting if bool((columns >= 0).any())]
+def _feed(
+    source: Source, reads: Sequence[Read], seen: Sequence[tuple[Tensor, str]], heads: Sequence[Tensor]
+) -> Feed | None:
+    meeting = [(read, _within(read.ids, source)) for read in reads]
     if not meeting or source.leaf is None:
         return None
     channels = torch.zeros(source.width, dtype=torch.bool)
@@ -253,15 +302,11 @@ def _within(ids: Tensor, source: Source) -> Tensor:
 def _streams(found: Trace) -> tuple[Stream, ...]:
     groups: list[list[str]] = []
     for total in found.sums:
-        names = [total.source.name, *_parts(found, total.left), *_parts(found, total.right)]
+        names = [total.source.name, *found.made_by(total.left), *found.made_by(total.right)]
         touching = [group for group in groups if set(group) & set(names)]
         merged = list(dict.fromkeys([name for group in touching for name in group] + names))
         groups = [group for group in groups if group not in touching] + [merged]
     return tuple(stream for group in groups if (stream := _stream(found, group)) is not None)
-
-
-def _parts(found: Trace, ids: Tensor) -> list[str]:
-    return [s.name for s in found.sources.values() if bool((_within(ids, s) >= 0).any())]
 
 
 def _stream(found: Trace, group: Sequence[str]) -> Stream | None:
@@ -271,13 +316,12 @@ def _stream(found: Trace, group: Sequence[str]) -> Stream | None:
     for total in found.sums:
         if total.source.name in group:
             sides = (total.left, total.right)
-            parts = [found.sources[part] for ids in sides for part in _parts(found, ids)]
+            parts = [found.sources[part] for ids in sides for part in found.made_by(ids)]
             if len(parts) != len(sides) or not all(map(_is_all, sides, parts)):
                 return None  # channels of one tensor added to others of it, as in rotary embeddings
             why |= dict.fromkeys(total.path - {"gain"})
-    ids = torch.cat([source.ids for source in sources])
-    why |= dict.fromkeys(who for seen, who in found.escapes if bool(torch.isin(seen, ids).any()))
-    reads = [read for read in found.reads.values() if bool(torch.isin(read.ids, ids).any())]
+    why |= dict.fromkeys(who for ids, who in found.escapes if set(group) & set(found.made_by(ids)))
+    reads = [read for read in found.reads.values() if set(group) & set(found.made_by(read.ids))]
     writers = {source.name: source.leaf for source in sources if source.leaf is not None}
     return Stream(
         width,

@@ -75,13 +75,18 @@ class Processes:
 
     def reduce(self, statistics: InputStatistics, columns: int) -> None:
         """Let `statistics`, of a weight with K `columns`, hold what all processes saw."""
-        if self.count == 1 or statistics.complete:
+        if self.count == 1 or self.least(int(statistics.complete)):
             return
-        statistics.start(columns, self._device)  # where no token came by
+        # weights that share an input share its statistics, which are complete with the first of them; but a process in
+        # which no token came by has some for each, and is told
+        knowing = self.least(self.rank if statistics.complete else self.count)
+        statistics.start(columns, self._device)
         rows = torch.tensor(statistics.rows, device=self._device)
-        dist.all_reduce(rows)
-        for name, value in statistics.sums.items():
-            dist.all_reduce(value, _OPERATIONS[PARTS[name].reduce])
+        for value, operation in [(rows, "sum")] + [(v, PARTS[name].reduce) for name, v in statistics.sums.items()]:
+            if knowing < self.count:
+                dist.broadcast(value, knowing)
+            else:
+                dist.all_reduce(value, _OPERATIONS[operation])
         statistics.rows = int(rows)
 
     def merge_observer(self, observer: Observer) -> None:

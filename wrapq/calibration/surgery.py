@@ -17,6 +17,7 @@ from wrapq.calibration.slots import Leaf, Slot, find_leaf
 from wrapq.calibration.transport import Rotated, Scaled, Shifted, Transport, Turned, turn
 from wrapq.errors import ModelError
 from wrapq.runtime.rotation import ONLINE, OnlineRotation
+from wrapq.wrappers.experts import Expert
 from wrapq.wrappers.model import Specs, add_rotation
 
 _KEPT = 1e-9
@@ -152,7 +153,7 @@ class Surgeon(Edits):
         for reader in feed.readers:
             if reader.leaf.pads:
                 return f"{reader.module} pads with zeros, which a constant would have to be taken from as well"
-            if reader.leaf.kind not in ("linear", "conv"):
+            if not self._takes_bias(reader):
                 return f"{reader.module} cannot take a bias"
         return None
 
@@ -271,7 +272,7 @@ class Surgeon(Edits):
     def _add_bias(self, reader: Reader, moved: Tensor) -> None:
         """Add what the constant `moved` [N] in its input gives to the output of a linear."""
         slot, module = _reads(reader), self._module(reader.module)
-        if reader.leaf.kind not in ("linear", "conv") or slot.bias is None:
+        if slot.bias is None or not self._takes_bias(reader):
             raise ModelError(f"{reader.module} ({type(module).__name__}) cannot take the bias of the norm before it")
         weight = module.get_parameter(slot.parameter)
         owned = (reader.columns >= 0).to(moved.device)
@@ -283,6 +284,15 @@ class Surgeon(Edits):
         data = self._bias(reader.module, slot)
         data.copy_(data.double() + added)
         self.transports.setdefault(reader.module, []).append(Shifted())
+
+    def _takes_bias(self, reader: Reader) -> bool:
+        """Whether something can be added to the output of `reader`: to an expert's only where all have a bias anyway,
+        as neither the module of transformers nor those who read what is saved know of any other."""
+        slot, module = reader.leaf.reads, self._module(reader.module)
+        if reader.leaf.kind not in ("linear", "conv") or slot is None or slot.bias is None:
+            return False
+        expert = isinstance(self._module(reader.module.rpartition(".")[0]), Expert)
+        return not expert or module._parameters.get(slot.bias) is not None
 
     def _check(self, feed: Feed, factors: Tensor) -> None:
         if factors.shape != feed.channels.shape:

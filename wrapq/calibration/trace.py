@@ -5,11 +5,14 @@ of the same shape that says for each element which channel of which module's out
 elements (views, heads, fused projections split in two, repeated key heads) are applied to the mark as they are, so that
 no rule per operation or family is needed for them; a few operations that keep channels apart are known; all others let
 the channels they read *escape*: somebody else sees them, so nobody may change them.
+
+Which expert of a mixture a token comes to depends on data: where experts are modules, the first of a layer takes all
+tokens, and what is found of it holds for the others (see `wrapq.calibration.mixtures`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from wrapq.calibration.slots import Leaf, find_leaf
 from wrapq.errors import ModelError
+from wrapq.wrappers.experts import Experts
 
 _COPIES = frozenset({"alias", "clone", "contiguous", "detach", "lift_fresh", "_to_copy"})
 _RESHAPES = frozenset({"reshape", "_reshape_alias", "_unsafe_view", "view"})
@@ -103,6 +107,13 @@ class Trace:
     heads: list[Tensor] = field(default_factory=list)
     count: int = 0
 
+    def made_by(self, ids: Tensor) -> list[str]:
+        """The names of the sources whose channels are among `ids`, in the order in which they ran."""
+        bases = torch.tensor([source.base for source in self.sources.values()])
+        places = torch.bucketize(ids[ids != _NOBODY], bases, right=True) - 1
+        names = list(self.sources)
+        return [names[place] for place in places.unique().tolist()]
+
 
 @torch.no_grad()
 def trace(model: nn.Module, inputs: Mapping[str, Any] | Sequence[Any]) -> Trace:
@@ -139,13 +150,14 @@ class Follower(TorchDispatchMode):
         """Take the leaf modules of `model` as one operation each."""
         with ExitStack() as undo:
             for name, module in model.named_modules():
+                if isinstance(module, Experts):
+                    undo.callback(_replace_forward(module, lambda x, *_, first=module[0], **__: first(x)))
                 if (leaf := find_leaf(module)) is None:
                     continue
                 undo.callback(module.register_forward_pre_hook(partial(self._enter, name, leaf)).remove)
                 undo.callback(module.register_forward_hook(partial(self._leave, name, leaf)).remove)
                 if leaf.opaque:
-                    module.__dict__["forward"] = lambda x, *args, **kwargs: torch.empty_like(x)
-                    undo.callback(module.__dict__.pop, "forward")
+                    undo.callback(_replace_forward(module, lambda x, *_, **__: torch.empty_like(x)))
             yield
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -340,6 +352,12 @@ _RULES: dict[frozenset[str], Any] = {
     frozenset({"add", "add_"}): Follower._added,
     frozenset({"bmm"}): Follower._mixed,
 }
+
+
+def _replace_forward(module: nn.Module, forward: Callable[..., Tensor]) -> Callable[[], object]:
+    """Let `module` run `forward`; returns what undoes it."""
+    module.__dict__["forward"] = forward
+    return partial(module.__dict__.pop, "forward")
 
 
 def _known(ids: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ class Calibrated:
             others; empty is good.
         statistics: what the observer of each static activation point gathered.
         transforms: what each transform reports of each of its targets, by the name of the stage.
+        notes: what else they say, such as which experts no token came to, and which weights are no longer tied.
     """
 
     algorithms: Mapping[str, Algorithm]
@@ -42,6 +43,7 @@ class Calibrated:
     fallbacks: list[str]
     statistics: dict[str, Tensor]
     transforms: Mapping[str, Figures]
+    notes: list[str]
 
 
 def calibrate(
@@ -81,13 +83,13 @@ def calibrate(
     given = [_as_batch(model, batch) for batch in batches]
     made = {entry.name: entry.algorithm(entry.options) for entry in entries}
     transforms = {name: algorithm for name, algorithm in made.items() if isinstance(algorithm, Transform)}
-    figures = transform_prepared(model, transforms, given) if transforms else {}
+    figures, notes = transform_prepared(model, transforms, given) if transforms else ({}, [])
     if transforms:  # which put new wrappers in
         rounders, setters = _assign(model, entries)
     walker = Walker(model, rounders, setters)
     walker.correctors = _correctors(model, entries)
     walker.run(given, schedule)
-    return Calibrated({**rounders, **setters}, walker.reports, walker.fallbacks, walker.statistics, figures)
+    return Calibrated({**rounders, **setters}, walker.reports, walker.fallbacks, walker.statistics, figures, notes)
 
 
 def _check(stack: Mapping[str, str | Mapping[str, Any]], schedule: Schedule) -> list[StackEntry]:

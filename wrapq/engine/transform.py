@@ -24,6 +24,7 @@ from wrapq.errors import ModelError
 from wrapq.resolve.model import ModelSource
 from wrapq.resolve.plan import StagePlan
 from wrapq.tracking.base import Tracker
+from wrapq.wrappers.experts import take_apart
 
 Figures = Mapping[str, Mapping[str, float]]
 """What a transform reports, by target."""
@@ -35,7 +36,7 @@ _log = logging.getLogger(__name__)
 
 
 def transform(run: Run, model: nn.Module, source: ModelSource, samples: Samples | None) -> None:
-    """Run the transforms of the plan on a float model, in place.
+    """Run the transforms of the plan on a float model, in place; experts that it quantizes are modules from there on.
 
     Raises:
         ModelError: one of them changed the model's function; the model is as it was before it.
@@ -45,7 +46,8 @@ def transform(run: Run, model: nn.Module, source: ModelSource, samples: Samples 
         return
     config = run.plan.recipe.calibration
     batches = [] if samples is None else make_batches(samples, config.batch_size, run.device)
-    surgeon = Surgeon(model, find_graph(source.meta_model()), run.plan.specs())
+    specs = run.plan.specs()
+    surgeon = Surgeon(take_apart(model, specs), find_graph(take_apart(source.meta_model(), specs)), specs)
     with run.step("transform", "Transforming", len(stages), "stage") as advance:
         for stage in stages:
             change, figures = apply_transform(surgeon, make(stage), stage, batches, run)
@@ -143,6 +145,7 @@ def walk(
     waiting = dict(inputs)
     held: dict[str, InputStatistics] = {}
     figures: dict[str, Mapping[str, float]] = {}
+    unreached: dict[str, None] = {}
     before = {name: len(surgeon.transports.get(name, ())) for names in inputs.values() for name in names}
 
     def current(name: str) -> InputStatistics:
@@ -152,7 +155,10 @@ def walk(
     def done(gathered: Gathered) -> None:
         held.update(gathered)
         for target in [target for target, names in waiting.items() if set(names) <= set(held)]:
-            figures[target] = algorithm.apply(surgeon, target, {name: current(name) for name in waiting.pop(target)})
+            names = waiting.pop(target)
+            unreached.update(dict.fromkeys(name for name in names if not held[name].rows))
+            if given := {name: current(name) for name in names if held[name].rows}:
+                figures[target] = algorithm.apply(surgeon, target, given)
         still = {name for names in waiting.values() for name in names}
         for name in [name for name in held if name not in still]:
             del held[name]
@@ -161,4 +167,16 @@ def walk(
     gatherer = Gatherer(surgeon.model, needs, done)
     gatherer.processes = processes
     gatherer.run(batches)
+    surgeon.notes += list(_missing(algorithm, tuple(unreached), [t for t in targets if t not in figures]))
     return figures
+
+
+def _missing(algorithm: Transform, unreached: Sequence[str], left: Sequence[str]) -> Iterator[str]:
+    """What is to be said of modules to which no token came, as to some experts of a mixture."""
+
+    def some(names: Sequence[str]) -> str:
+        return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
+
+    if unreached:
+        note = f"{type(algorithm).__name__} saw no input of {some(unreached)}: no calibration token came there"
+        yield f"{note}; it leaves {some(left)} alone" if left else note

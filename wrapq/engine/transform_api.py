@@ -15,6 +15,7 @@ from wrapq.calibration.surgery import Surgeon
 from wrapq.engine.transform import Figures, checked, walk
 from wrapq.errors import CalibrationError, ModelError, PlanError, Problem
 from wrapq.resolve.transforms import Transforms
+from wrapq.wrappers.experts import take_apart
 from wrapq.wrappers.model import Specs, iter_wrapped, unwrap_model, wrap_model
 
 _EXAMPLE_TOKENS = 4
@@ -22,10 +23,10 @@ _EXAMPLE_TOKENS = 4
 
 def transform_prepared(
     model: nn.Module, transforms: Mapping[str, Transform], batches: Sequence[Batch]
-) -> dict[str, Figures]:
+) -> tuple[dict[str, Figures], list[str]]:
     """Run `transforms`, by the names of their stages and in order, on a prepared model in place.
 
-    Returns what each reports, by stage and target.
+    Returns what each reports, by stage and target, and what else is to be said, see `Surgeon.notes`.
 
     Raises:
         PlanError: one has nothing to do or cannot run where it stands; before anything is changed.
@@ -41,13 +42,14 @@ def transform_prepared(
         raise PlanError([Problem("calibrate", "transforms change modules that follow each other; this model is one")])
     figures: dict[str, Figures] = {}
     with _float(model, specs):
+        take_apart(model, specs)
         plan = Transforms(model, specs, example(batches[0]))
         targets = _find(plan, transforms)
         surgeon = Surgeon(model, plan.graph, specs)
         for name, transform in transforms.items():
             with checked(surgeon, batches[0], name, transform.band):
                 figures[name] = walk(surgeon, transform, targets[name], batches, Processes())
-    return figures
+    return figures, surgeon.notes
 
 
 def example(batch: Batch) -> dict[str, Any]:

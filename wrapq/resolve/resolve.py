@@ -79,7 +79,8 @@ def resolve_model(recipe: Recipe, model: nn.Module, stack: Sequence[StackEntry],
         raise PlanError([Problem("rules", what, (), "wrapq evaluate measures a model as it is")])
     specs = {m.name: {p.name: p.quant_spec for p in m.points} for m in resolved.modules}
     transforms = Transforms(model, specs)
-    stages, problems = plan_stages(stack, resolved.modules, resolved.selected, transforms, sources)
+    with apart(model, specs):  # as in the run
+        stages, problems = plan_stages(stack, resolved.modules, resolved.selected, transforms, sources)
     needs_data = any(stage.needs for stage in stages)
     if problems := problems + _unread(recipe, needs_data, sources):
         raise PlanError(problems)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from wrapq.runtime.module import shadow
+from wrapq.runtime.rotation import ONLINE
 from wrapq.wrappers.quantizer import PADDING
 
 _FIRST = ("gate_up_proj", "up_proj")
@@ -39,7 +40,7 @@ class Expert(nn.Module):
     def __init__(self, fused: Any, rest: Any, index: int) -> None:
         super().__init__()
         self.__dict__["rest"] = rest  # shared by all experts, and none's child
-        first = "gate_up_proj" if fused.has_gate else "up_proj"
+        first = _first(fused)
         weight, bias = _part(fused, first, index)
         if fused.has_gate and _is_plain(fused):
             biases = (None, None) if bias is None else bias.chunk(2)
@@ -60,7 +61,8 @@ class Expert(nn.Module):
 
 
 class Experts(nn.ModuleList):
-    """All experts of a layer, in the place of transformers' module; its weights are views of that one's."""
+    """All experts of a layer, in the place of transformers' module; its weights are views of that one's, but for copies
+    where that one keeps them transposed."""
 
     def __init__(self, fused: Any) -> None:
         rest = shadow(fused, type(fused))
@@ -68,6 +70,20 @@ class Experts(nn.ModuleList):
         super().__init__(Expert(fused, rest, index) for index in range(fused.num_experts))
         self.train(fused.training)
         self.__dict__["fused"] = fused  # no child: its tensors are not the model's meanwhile
+
+    @property
+    def turns(self) -> bool:
+        """Whether a linear of an expert turns its input at each forward."""
+        return any(ONLINE in linear._modules for expert in self for linear in expert.children())
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Give transformers' module what was changed in the copies."""
+        fused: Any = self.fused
+        for index, expert in enumerate(self if fused.is_transposed else ()):
+            *first, down = (cast(Tensor, linear.weight) for linear in expert.children())
+            getattr(fused, _first(fused))[index].copy_(torch.cat(first).t())
+            fused.down_proj[index].copy_(down.t())
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The sum of what its experts make of each token [M, K], weighted, as transformers' own forward has it."""
@@ -96,18 +112,20 @@ def take_apart(model: nn.Module, names: Iterable[str] | None = None) -> nn.Modul
 
 
 def put_together(model: nn.Module) -> nn.Module:
-    """Undo `take_apart`: the modules of transformers come back as they were."""
+    """Undo `take_apart`: the modules of transformers come back, with the weights that the experts have by now. Experts
+    that turn what comes to them at each forward, which those modules do not, stay as they are."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, Experts) and "fused" in module.__dict__:
+        if isinstance(module, Experts) and "fused" in module.__dict__ and not module.turns:
+            module.write_back()
             model.set_submodule(name, cast(nn.Module, module.fused))
     return model
 
 
 @contextmanager
-def apart(model: nn.Module) -> Iterator[nn.Module]:
-    """While this holds, all experts of `model` are modules."""
+def apart(model: nn.Module, names: Iterable[str] | None = None) -> Iterator[nn.Module]:
+    """While this holds, experts of `model` are modules: those with any of `names` inside, or all."""
     try:
-        yield take_apart(model)
+        yield take_apart(model, names)
     finally:
         put_together(model)
 
@@ -130,6 +148,11 @@ def _above(name: str) -> Iterator[str]:
     while "." in name:
         name = name.rpartition(".")[0]
         yield name
+
+
+def _first(fused: Any) -> str:
+    """The name of what reads the tokens."""
+    return "gate_up_proj" if fused.has_gate else "up_proj"
 
 
 def _is_plain(fused: Any) -> bool:
