@@ -30,6 +30,18 @@ def test_decides_what_the_walker_of_a_run_decides(token_batches: list[Tensor]):
     assert torch.equal(wrapq.convert(model)(**batches[0]).logits, out)
 
 
+@pytest.mark.parametrize("algorithm", ["gptq", "adaround", "autoround"])
+def test_a_cache_of_keys_and_values_is_not_kept(algorithm: str, token_batches: list[Tensor]):
+    """Models keep one unless told otherwise, and a block that is run again would read what it left there itself."""
+    stack = {"round": {"algorithm": algorithm, **({} if algorithm == "gptq" else {"iterations": 4})}}
+    found = []
+    for more in ({}, {"use_cache": False}):
+        model = wrapq.prepare(build_model("llama"), PTQConfig("int4:channel:sym", None))
+        wrapq.calibrate(model, [{"input_ids": ids, **more} for ids in token_batches], stack)
+        found.append(decided(model))
+    assert found[0] == found[1]
+
+
 class Masked(nn.Module):
     def __init__(self) -> None:
         super().__init__()

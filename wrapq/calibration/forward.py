@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from contextvars import copy_context
 from dataclasses import dataclass
@@ -23,6 +24,15 @@ class Batch:
 
     inputs: Mapping[str, Any]
     mask: Tensor | None = None
+
+
+def without_cache(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments `inputs` of a forward, with `use_cache=False` where `model` knows the word and they do not say it.
+
+    Waiting forwards would hold keys and values that nobody reads, and a block that runs again would read its own.
+    """
+    known = "use_cache" in inspect.signature(model.forward).parameters
+    return {"use_cache": False, **inputs} if known else dict(inputs)
 
 
 class Walk(Protocol):

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from wrapq.calibration.forward import without_cache
 from wrapq.calibration.mixtures import Mixtures
 from wrapq.calibration.slots import Leaf
 from wrapq.calibration.trace import Read, Source, Trace, trace
@@ -157,9 +158,7 @@ def find_graph(model: nn.Module, inputs: Mapping[str, Any] | Sequence[Any] | Non
         ModelError: the forward cannot run without weights.
     """
     if inputs is None:
-        inputs = {"input_ids": torch.arange(1, 1 + _EXAMPLE_TOKENS)[None]}
-        if getattr(getattr(model, "config", None), "use_cache", None):
-            inputs["use_cache"] = False
+        inputs = without_cache(model, {"input_ids": torch.arange(1, 1 + _EXAMPLE_TOKENS)[None]})
     found = trace(model, inputs)
     linears, heads = _widths(model, "Linear", "input"), _widths(model, "Attention", "key")
     mixtures, norms = Mixtures(model), _batch_norms(found)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from wrapq.algorithms.ranges import Ranges
 from wrapq.algorithms.rtn import RTN
 from wrapq.calibration.algorithm import Algorithm, Corrector, RangeSetter, Rounding, Transform
+from wrapq.calibration.forward import without_cache
 from wrapq.calibration.walker import Batch, Schedule, Walker
 from wrapq.engine.transform import Figures
 from wrapq.engine.transform_api import transform_prepared
@@ -62,7 +63,8 @@ def calibrate(
     Args:
         model: what `prepare` returned.
         batches: the arguments of each forward: by name, one tensor, or several in order. Where one is called
-            `attention_mask` and is [B, T], padding enters no statistic.
+            `attention_mask` and is [B, T], padding enters no statistic. No keys and values are kept unless a batch says
+            `use_cache`.
         stack: algorithms by a name of your own, each by its name or with its options, as in a recipe:
             `{"round": {"algorithm": "gptq", "damp": 0.05}}`.
         schedule: `sequential`, each block sees what the quantized ones before it give, or `parallel`, the float model.
@@ -178,4 +180,4 @@ def _as_batch(model: nn.Module, given: Mapping[str, Any] | Tensor | Sequence[Any
             raise CalibrationError(f"{what}: give batches as mappings by name")
         inputs = dict(zip(names, arguments, strict=False))
     mask = inputs.get("attention_mask")
-    return Batch(inputs, mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None)
+    return Batch(without_cache(model, inputs), mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None)
