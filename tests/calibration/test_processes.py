@@ -37,8 +37,8 @@ def test_two_processes_scale_experts_as_one_does(walks: tuple[dict, dict, dict])
     assert first["scaled"] == second["scaled"] and first["unreached"] == second["unreached"] == one["unreached"]
     assert len(one["scaled"]) > 6 and one["scaled"].keys() == first["scaled"].keys()
     for target, figures in one["scaled"].items():
-        # the largest of each group lies halfway between two levels, where the order of summation may decide
-        assert first["scaled"][target] == pytest.approx(figures, rel=0.03), target
+        # of candidates that are about as good the order of summation may decide
+        assert first["scaled"][target]["error"] == pytest.approx(figures["error"], rel=0.03), target
 
 
 @pytest.mark.parametrize("schedule", ["sequential", "parallel"])
