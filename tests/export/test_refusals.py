@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from tests.export.conftest import STATIC, TRANSFORMERS, cache_of, layers, scheme_of, weights
+from tests.models import random_model
 from wrapq.errors import PlanError, RecipeError, WrapqError
 from wrapq.export import compressed_tensors as exporter_module
 from wrapq.export.vllm import fusion_refusals, linear_note, linear_refusal, unequal_global_scales
@@ -252,3 +255,13 @@ def test_rotations_at_each_forward() -> None:
     said = refusal(*layers("int8:channel:sym", "int8:token:sym:dyn"), *turn)
     assert "model.layers.0.mlp.down_proj and 3 more: turn turns what comes to it at each forward" in said
     assert "stack.turn.rotations=[R1,R2]" in said
+
+
+def test_experts_of_integers(tmp_path: Path) -> None:
+    """A layer of experts is one tensor to transformers, which it makes from most formats."""
+    model = f"model.path={random_model('qwen2_moe', tmp_path)}"
+    said = refusal("recipe=w8a8_dynamic", model)
+    assert "mlp.experts.0.gate_proj and" in said and "of 8-bit integers and such inputs" in said
+    planned("recipe=w8a16", model, "rules.linear.weight.group_size=32")
+    left = "+rules.experts={match: {name: '*.experts.*'}, quantize: false}"
+    planned("recipe=w8a8_dynamic", model, left)

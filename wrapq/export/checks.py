@@ -10,7 +10,7 @@ from typing import Any
 
 from wrapq.calibration.algorithm import ALGORITHMS, Corrector
 from wrapq.errors import Problem, SpecError
-from wrapq.export.scheme import Args, Scheme, cache_args, linear_scheme
+from wrapq.export.scheme import INT, Args, Scheme, cache_args, linear_scheme
 from wrapq.export.vllm import cache_refusal, fusion_refusals, linear_refusal
 from wrapq.resolve.model import ModelSource
 from wrapq.resolve.plan import ModulePlan, Plan
@@ -55,7 +55,7 @@ def translate(plan: Plan, reader: str) -> Translation:
     _cache(plan, said, refused, reader)
     _corrections(plan, refused)
     _online(plan, refused)
-    _experts(plan, refused)
+    _experts(plan, said, refused)
     said.problems += refused.problems()
     said.problems += _loading(said)
     if reader == VLLM:
@@ -109,18 +109,24 @@ def _online(plan: Plan, refused: _Refusals) -> None:
             refused.add(modules[name], what, remedy)
 
 
-def _experts(plan: Plan, refused: _Refusals) -> None:
-    """Experts that transformers keeps in one tensor, and puts together from other names than ours, or from none."""
+def _experts(plan: Plan, said: Translation, refused: _Refusals) -> None:
+    """Experts that transformers keeps in one tensor, and puts together from other names or formats than ours."""
     modules = {
         module: match[1] for module in plan.modules if (match := re.search(r"\.experts\.\d+(\..*)", module.name))
     }
     if _class_of(plan.model.type) is None:
         return  # a model with code of its own
-    unread = [module for module, name in modules.items() if f".experts.*{name}.weight" not in _merged(plan.model.type)]
+    unread: dict[ModulePlan, str] = {}
+    for module, name in modules.items():
+        if f".experts.*{name}.weight" not in _merged(plan.model.type):
+            unread[module] = f"transformers does not put experts of {plan.model.type} together from this name"
+        elif module.name in said.schemes and said.schemes[module.name].format == INT:
+            # as seen with 5.17 and 5.24; it does those of the other formats
+            unread[module] = "transformers does not put experts together of 8-bit integers and such inputs"
     if not unread or not any(map(can_be_taken_apart, ModelSource(plan.recipe.model).meta_model().modules())):
         return
-    for module in unread:
-        refused.add(module, f"transformers does not put experts of {plan.model.type} together from this name", _REMEDY)
+    for module, reason in unread.items():
+        refused.add(module, reason, _REMEDY)
 
 
 def _class_of(model: str) -> Any:
