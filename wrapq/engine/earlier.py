@@ -13,7 +13,7 @@ import yaml
 from wrapq.engine.checkpoint import MANIFEST
 from wrapq.engine.folder import STATUS_FILE
 from wrapq.engine.lock import code_digest, device_class, environment
-from wrapq.engine.samples import calibration_samples, evaluation_samples, read_tokenizer
+from wrapq.engine.samples import calibration_samples, evaluation_samples, read_tokenizer, sources_of
 from wrapq.resolve.model import ModelSource
 from wrapq.resolve.plan import Plan
 
@@ -62,7 +62,7 @@ def _finished(outputs: Path, plan: Plan) -> Iterator[tuple[Path, dict[str, str]]
 def _input_digests(plan: Plan, trust_remote_code: bool) -> dict[str, str]:
     """The digests of model and data as they are now."""
     source = ModelSource(plan.recipe.model, trust_remote_code)
-    given = read_tokenizer(plan, source), source.vocab_size
+    given = read_tokenizer(source, sources_of(plan)), source.vocab_size
     digests = {"model": source.digest(), "evaluation": evaluation_samples(plan, *given)[1].digest}
     if (calibration := calibration_samples(plan, *given)) is not None:
         digests["calibration"] = calibration[1].digest

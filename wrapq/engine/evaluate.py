@@ -12,6 +12,7 @@ from wrapq.engine.checkpoint import MANIFEST, load
 from wrapq.engine.measure import measure
 from wrapq.engine.progress import Progress
 from wrapq.engine.run import use_machine
+from wrapq.engine.samples import read_tokenizer
 from wrapq.recipe.schema import Recipe, Settings
 from wrapq.resolve.model import ModelSource
 from wrapq.resolve.resolve import check_names
@@ -29,7 +30,9 @@ def evaluate(recipe: Recipe, settings: Settings, progress: Progress) -> tuple[di
     device, config = use_machine(settings, recipe.seed), recipe.evaluation
     data = make_source(config.source, config.options)
     windows = max(1, config.tokens // config.seq_len)
-    samples = build_samples(data, source.tokenizer(), windows, config.seq_len, seed=None, vocab_size=source.vocab_size)
+    samples = build_samples(
+        data, read_tokenizer(source, [data]), windows, config.seq_len, seed=None, vocab_size=source.vocab_size
+    )
     finished = (Path(source.path) / MANIFEST).is_file()
     with progress.task("Loading the model"):
         model = load(source.path, device) if finished else source.load(device)

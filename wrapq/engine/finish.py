@@ -22,7 +22,7 @@ from wrapq.engine.histograms import absmax_curves, value_histograms
 from wrapq.engine.kernels import record_kernels
 from wrapq.engine.lock import LOCK, Lock, code_digest, device_class, environment
 from wrapq.engine.measure import Quality, device_of, forward_logits
-from wrapq.engine.samples import read_tokenizer
+from wrapq.engine.samples import read_tokenizer, sources_of
 from wrapq.errors import ModelError
 from wrapq.resolve.exporter import NONE
 from wrapq.resolve.model import ModelSource
@@ -89,7 +89,7 @@ def _save_record(
     run.tracker.curves(weight_curves(walker) | absmax_curves(walker))
     if walker.statistics:
         run.folder.write("statistics.safetensors", lambda path: save_file(walker.statistics, path))
-    if (tokenizer := read_tokenizer(run.plan, source)) is not None:
+    if (tokenizer := read_tokenizer(source, sources_of(run.plan))) is not None:
         run.folder.write_files(tokenizer.save_pretrained)
     lock = Lock(
         recipe=run.plan.recipe,

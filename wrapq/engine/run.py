@@ -22,7 +22,7 @@ from wrapq.engine.measure import Quality, measure_stages
 from wrapq.engine.progress import Progress
 from wrapq.engine.record import RunResult, close_record, open_record, record_data, record_failure, tell_problems
 from wrapq.engine.resume import find_unfinished
-from wrapq.engine.samples import calibration_samples, evaluation_samples, read_tokenizer
+from wrapq.engine.samples import calibration_samples, evaluation_samples, read_tokenizer, sources_of
 from wrapq.engine.schedules import compare_schedules
 from wrapq.engine.transform import transform
 from wrapq.errors import ModelError
@@ -141,7 +141,7 @@ def _calibrate(run: Run, source: ModelSource, calibration: Samples | None) -> tu
 
 def _read_data(run: Run, model: ModelSource) -> tuple[Samples | None, Samples]:
     """Calibration samples, None where no stage looks at data, and evaluation samples."""
-    calibration, given = None, (read_tokenizer(run.plan, model), model.vocab_size)
+    calibration, given = None, (read_tokenizer(model, sources_of(run.plan)), model.vocab_size)
     if given[0] is None:
         run.note("the model has no tokenizer that can be read: none is saved with it")
     if (found := calibration_samples(run.plan, *given)) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from wrapq.calibration.data import Samples, build_samples
@@ -11,20 +12,23 @@ from wrapq.resolve.model import ModelSource
 from wrapq.resolve.plan import Plan
 
 
-def read_tokenizer(plan: Plan, model: ModelSource) -> Any:
+def sources_of(plan: Plan) -> list[Source]:
+    """Where the data of a run comes from."""
+    evaluation, calibration = plan.recipe.evaluation, plan.recipe.calibration
+    sources = [make_source(evaluation.source, evaluation.options)]
+    return [*sources, make_source(calibration.source, calibration.options)] if plan.needs_calibration else sources
+
+
+def read_tokenizer(model: ModelSource, sources: Iterable[Source]) -> Any:
     """The model's tokenizer; None where it has none and all data is token ids already.
 
     Raises:
         ModelError: it cannot be read, and text needs it or the recipe names it.
     """
-    recipe = plan.recipe
     try:
         return model.tokenizer()
     except ModelError:
-        sources = [make_source(recipe.evaluation.source, recipe.evaluation.options)]
-        if plan.needs_calibration:
-            sources.append(make_source(recipe.calibration.source, recipe.calibration.options))
-        if recipe.model.tokenizer or not all(isinstance(source, TokenSource) for source in sources):
+        if model.config.tokenizer or not all(isinstance(source, TokenSource) for source in sources):
             raise
         return None
 
