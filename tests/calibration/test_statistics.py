@@ -128,3 +128,18 @@ def test_the_inverse_of_a_triangle(size: int) -> None:
     expected = torch.linalg.inv(lower)
     torch.testing.assert_close(inverse_of_triangle(lower), expected, rtol=1e-10, atol=1e-12)
     assert not inverse_of_triangle(lower).triu(1).any()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_inputs_of_sixteen_bits_are_summed_in_float32_on_a_gpu(dtype):
+    torch.manual_seed(0)
+    rows = (torch.randn(5000, 192) * torch.rand(192) + 0.5).to("cuda", dtype)
+    statistics = InputStatistics(("hessian", "absmax"))
+    for part in rows.split(700):
+        statistics.add(part)
+    exact = rows.double().t() @ rows.double()
+    found = statistics.get("hessian", "w")
+    assert found.dtype == torch.float32
+    assert (found - exact).abs().max() < 1e-5 * exact.abs().max()
+    assert torch.equal(statistics.get("absmax", "w"), rows.float().abs().amax(0))

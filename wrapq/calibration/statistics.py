@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from functools import cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -30,9 +31,27 @@ class Part(NamedTuple):
 
 def _add_gram(held: Tensor, x: Tensor, reference: Rows) -> None:
     """Above the diagonal only, block by block, where that is less work; `_mirror` does the rest."""
+    if x.dtype != held.dtype:
+        held.add_(torch.mm(x.t(), x, out_dtype=held.dtype))
+        return
     width = _block(held)
     for start in range(0, len(held), width):
         held[start : start + width, start:].addmm_(x[:, start : start + width].t(), x[:, start:])
+
+
+@cache
+def _sums_halves(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `device` multiplies numbers of 16 bits and sums the products in float32, in which each is exact: a GPU's
+    tensor cores do, many times faster than float32. Which versions of torch do is not to be asked."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    x = torch.randn(2048, 64, generator=torch.Generator(device).manual_seed(0), device=device).to(dtype)
+    try:
+        gram = torch.mm(x.t(), x, out_dtype=torch.float32)
+    except (TypeError, RuntimeError):
+        return False
+    exact = x.double().t() @ x.double()
+    return gram.dtype == torch.float32 and bool((gram - exact).abs().max() < 1e-5 * exact.abs().max())
 
 
 def _mirror(held: Tensor) -> None:
@@ -123,9 +142,10 @@ class InputStatistics:
         self.start(x.shape[1], x.device)
         self._factors.clear()
         self.rows += len(x)
-        x = x.to(self.dtype)
+        as_they_are = self.dtype == torch.float32 and _sums_halves(x.device, x.dtype)
+        wide = x if as_they_are and self._sums.keys() == {"hessian"} else x.to(self.dtype)
         for name in self._sums if len(x) else ():
-            PARTS[name].add(self._sums[name], x, reference)
+            PARTS[name].add(self._sums[name], x if as_they_are and name == "hessian" else wide, reference)
         self._half |= "hessian" in self._sums
 
     def start(self, columns: int, device: torch.device) -> None:
