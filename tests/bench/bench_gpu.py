@@ -8,12 +8,16 @@
    prefill of 2048 and 128 tokens and of a decoded token, bytes, and the distance of its logits from bfloat16's in dB.
 3. A weight of 4096 x 4096 solved by GPTQ in one launch for each block of columns, and column by column, beside its
    arithmetic at the rate of a matrix product measured here.
+4. Stages of a stack on a random-init Llama in bfloat16 (hidden 2048, intermediate 5632, 8 layers, 16 heads, 8 key-value
+   heads), W4 group 128, 128 x 1024 tokens: seconds, and forwards over the same tokens.
 """
 
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
+from functools import partial
 from unittest.mock import patch
 
 import torch
@@ -21,6 +25,7 @@ from torch import Tensor, nn
 
 import wrapq
 from tests.bench.bench_runtime import FLOAT, llama, sqnr
+from tests.bench.bench_stages import INPUT, STAGES, WEIGHT
 from wrapq.algorithms import gptq as algorithm
 from wrapq.calibration.factor import factorize
 from wrapq.observers.base import observe_tensor
@@ -141,9 +146,37 @@ def show_solve(rows: int = 4096, columns: int = 4096) -> None:
     print("GPTQ, ms: " + ", ".join(f"{name} {time / 1e3:.1f}" for name, time in times.items()))
 
 
+def show_stages() -> None:
+    sizes = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 8, "num_attention_heads": 16}
+
+    def small() -> nn.Module:
+        with torch.device("cuda"):
+            return llama(**sizes, num_key_value_heads=8, max_position_embeddings=2048).bfloat16()
+
+    def seconds(work: Callable[..., object], *args: object) -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        work(*args)
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    model, tokens = small(), torch.randint(3, 4096, (128, 1024), generator=torch.Generator().manual_seed(0)).cuda()
+    batches = list(tokens.split(8))
+    model(batches[0], use_cache=False)
+    forward = sum(seconds(partial(model, use_cache=False), ids) for ids in batches)
+    print(f"{'one forward':28}{forward:8.2f} s")
+    # the first is measured twice, as it compiles what all share
+    for name in ("gptq", "gptq", "seqmse", "awq", "smoothquant", "fold_norms, rotate R1 R2"):
+        points = {"weight": WEIGHT} | ({"input": INPUT} if "smooth" in name else {})
+        prepared = wrapq.prepare(small(), wrapq.PTQConfig(WEIGHT, None, {**FLOAT, "*_proj": points}))
+        taken = seconds(wrapq.calibrate, prepared, batches, STAGES[name])
+        print(f"{name:28}{taken:8.2f} s{taken / forward:8.2f} forwards", flush=True)
+
+
 if __name__ == "__main__":
     print(torch.cuda.get_device_name())
     with torch.no_grad():
         show_linears()
         show_models()
         show_solve()
+        show_stages()
