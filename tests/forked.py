@@ -47,8 +47,13 @@ def wrapq(arguments: Sequence[str], folder: Path | None = None) -> subprocess.Co
 
 
 def _main(arguments: Sequence[str], folder: Path, outputs: Sequence[Path]) -> None:
+    import torch
+
     from wrapq.cli import main
 
+    # a fork leaves torch without its pool of threads, and two threads that both make it anew, as when weights are read,
+    # may meet an assertion of torch's
+    torch.set_num_threads(torch.get_num_threads())
     atexit._clear()
     os.chdir(folder)
     for number, path in enumerate(outputs, start=1):

@@ -4,10 +4,11 @@ import jsonschema
 import pytest
 import yaml
 from hypothesis import given
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from tests.quant.strategies import specs
 from wrapq.algorithms.fold_norms import FoldOptions
+from wrapq.algorithms.gptq import GPTQOptions
 from wrapq.algorithms.rotate import RotateOptions
 from wrapq.algorithms.smoothquant import SmoothQuantOptions
 from wrapq.quant.short_form import ALIASES, PARTS
@@ -20,9 +21,7 @@ class Inner(BaseModel):
     depth: int = 1
 
 
-class Gptq(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-    damp: float = 0.01
+class Gptq(GPTQOptions):
     order: Literal["act", "none"] = "none"
     inner: Inner = Inner()
 
