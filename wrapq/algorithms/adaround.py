@@ -13,9 +13,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from wrapq.algorithms.gptq import per_column
+from wrapq.algorithms.gptq import spread
 from wrapq.calibration.algorithm import ALGORITHMS, Rounded, Rounder
-from wrapq.calibration.statistics import InputStatistics
+from wrapq.calibration.statistics import InputStatistics, quadratic
 from wrapq.observers.base import observe_tensor
 from wrapq.quant.affine import storage_dtype
 from wrapq.quant.spec import QuantSpec
@@ -66,14 +66,14 @@ class AdaRound(Rounder):
         hessian = statistics.get("hessian", where).float() / statistics.rows
         qparams = observe_tensor(weight, spec, where)
         rows, columns = weight.shape
-        scale = per_column(qparams.effective_scale, rows, columns, spec).t()
+        scale = spread(qparams.effective_scale, rows, columns, spec)
         zero = torch.zeros_like(scale)
         if qparams.zero_point is not None:
-            zero = per_column(qparams.zero_point, rows, columns, spec).t()
+            zero = spread(qparams.zero_point, rows, columns, spec)
         up = learn_rounding(weight, scale, zero, hessian, spec.dtype.qmin, spec.dtype.qmax, self.options)
         learned = (torch.floor(weight / scale) + up + zero).clamp(spec.dtype.qmin, spec.dtype.qmax)
         nearest = qparams.quantize(weight).float()
-        lost, before = (_row_errors((codes - zero) * scale - weight, hessian) for codes in (learned, nearest))
+        lost, before = (quadratic((codes - zero) * scale - weight, hessian) for codes in (learned, nearest))
         worse = lost > before
         codes = torch.where(worse[:, None], nearest, learned).to(storage_dtype(spec.dtype))
         return Rounded(codes, qparams, {"rows_to_nearest": float(worse.sum())})
@@ -99,7 +99,7 @@ def learn_rounding(
     rest = (steps - below).clamp(1e-4, 1 - 1e-4)
     v = torch.log((rest - _LOW) / (_HIGH - rest)).requires_grad_(False)  # h(V) is the rest: the float weight itself
     nearest = ((steps.round() + zero).clamp(low, high) - zero) * scale - weight
-    unit = _row_errors(nearest, hessian).sum().clamp(min=torch.finfo(torch.float32).tiny) / weight.numel()
+    unit = quadratic(nearest, hessian).sum().clamp(min=torch.finfo(torch.float32).tiny) / weight.numel()
     optimizer = torch.optim.Adam([v], lr=options.lr)
     for step in range(options.iterations):
         v.grad = gradient(v, weight, below, scale, zero, hessian / unit, (low, high), *_annealed(step, options))
@@ -146,8 +146,3 @@ def _annealed(step: int, options: AdaRoundOptions) -> tuple[float, float]:
 def _rectified(v: Tensor) -> Tensor:
     """`h(V) = clip(sigmoid(V) * 1.2 - 0.1, 0, 1)`."""
     return (v.sigmoid() * (_HIGH - _LOW) + _LOW).clamp(0, 1)
-
-
-def _row_errors(difference: Tensor, hessian: Tensor) -> Tensor:
-    """`d H d^T` of each row of `difference` [N, K]."""
-    return ((difference @ hessian) * difference).sum(1)

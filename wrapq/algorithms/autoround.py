@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from wrapq.algorithms.gptq import per_column
+from wrapq.algorithms.gptq import spread
 from wrapq.calibration.algorithm import ALGORITHMS, Rounded
 from wrapq.calibration.blockwise import BlockProblem, BlockRounder
 from wrapq.observers.base import checked_qparams, make_observer
@@ -111,7 +111,7 @@ class Perturbed:
 
     def _wide(self, value: Tensor) -> Tensor:
         rows, columns = self.weight.shape
-        return per_column(value, rows, columns, self.spec).t()
+        return spread(value, rows, columns, self.spec)
 
 
 def sign_descent(

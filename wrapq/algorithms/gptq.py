@@ -216,17 +216,17 @@ def by_run(values: Sequence[Tensor], rows: int, columns: int, spec: QuantSpec) -
     """Scales or zero points of a weight [N, K], of one or more ranges, side by side for each run of columns that share
     them [R, N x ranges], and the run of each column, int64 [K]."""
     tall, wide = tile((rows, columns), spec)
-    spread = [(v.repeat_interleave(tall, 0)[:rows] if spec.granularity == "block" else v) for v in values]
+    by_row = [(v.repeat_interleave(tall, 0)[:rows] if spec.granularity == "block" else v) for v in values]
     runs = -(-columns // wide)
-    lines = torch.cat([v.reshape(-1, v.shape[-1]).expand(rows, runs).t() for v in spread], 1)
+    lines = torch.cat([v.reshape(-1, v.shape[-1]).expand(rows, runs).t() for v in by_row], 1)
     return lines, torch.arange(columns, device=lines.device) // wide
 
 
-def per_column(value: Tensor, rows: int, columns: int, spec: QuantSpec) -> Tensor:
-    """A scale or zero point of a weight [N, K] as [K, N]."""
+def spread(value: Tensor, rows: int, columns: int, spec: QuantSpec) -> Tensor:
+    """A scale or zero point of a weight [N, K], for each of its elements."""
     if spec.granularity == "group":
         value = value.repeat_interleave(spec.group_size or 1, dim=-1)
     elif spec.granularity == "block":
         tall, wide = spec.block_size or (1, 1)
         value = value.repeat_interleave(tall, dim=0)[:rows].repeat_interleave(wide, dim=1)[:, :columns]
-    return value.expand(rows, columns).t()
+    return value.expand(rows, columns)

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from wrapq.calibration.algorithm import ALGORITHMS, Correction, Corrector
-from wrapq.calibration.statistics import InputStatistics
+from wrapq.calibration.statistics import InputStatistics, quadratic
 
 
 class LowRankOptions(BaseModel):
@@ -47,7 +47,7 @@ class LowRank(Corrector):
         hessian = statistics.get("hessian", where).double()
         a, b = low_rank(error.double(), hessian, self.options.rank)
         left = error.double() - b @ a
-        lost, there = (((part @ hessian) * part).sum() for part in (left, weight.double()))
+        lost, there = (quadratic(part, hessian).sum() for part in (left, weight.double()))
         report = {"repaired_error": float(lost / there) if there else 0.0}
         return Correction(a=a.float(), b=b.float(), report=report)
 

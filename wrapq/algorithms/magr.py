@@ -15,7 +15,7 @@ from torch import Tensor
 
 from wrapq.calibration.algorithm import ALGORITHMS, Found, Transform
 from wrapq.calibration.graph import Graph
-from wrapq.calibration.statistics import InputStatistics
+from wrapq.calibration.statistics import InputStatistics, quadratic
 from wrapq.calibration.surgery import Surgeon
 from wrapq.wrappers.model import Specs
 
@@ -62,7 +62,7 @@ class MagR(Transform):
         reduced = reduce_magnitude(weight, hessian, self.options.alpha, self.options.iterations)
         surgeon.rewrite(reader, reduced)
         moved = reduced - weight
-        before, error = (float(((m @ hessian) * m).sum()) for m in (weight, moved))
+        before, error = (float(quadratic(m, hessian).sum()) for m in (weight, moved))
         return {
             "largest": float((reduced.abs().amax(1) / weight.abs().amax(1).clamp(min=1e-12)).mean()),
             "output_error": error / before if before else 0.0,

@@ -35,13 +35,12 @@ def factorize(hessian: Tensor, damp: float, act_order: bool) -> Factor | None:
     order = torch.argsort(diagonal, descending=True, stable=True) if act_order else None
     dead = diagonal == 0 if order is None else diagonal[order] == 0
     backwards = (torch.arange(len(hessian), device=hessian.device) if order is None else order).flip(0)
-    matrix = hessian.index_select(0, backwards).index_select(1, backwards)  # of several ways much the fastest on a CPU
+    damped = hessian.index_select(0, backwards).index_select(1, backwards)  # of several ways much the fastest on a CPU
+    undamped, missing = damped.diagonal().clone(), dead.flip(0).to(damped.dtype)
     mean = diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
     for attempt in range(_DAMP_TRIES):
         tried = damp * 10**attempt
-        damped = matrix.clone()
-        damped.diagonal().add_(tried * mean)
-        damped.diagonal().add_(dead.flip(0).to(damped.dtype) * mean)
+        damped.diagonal().copy_(undamped + tried * mean + missing * mean)
         lower, info = torch.linalg.cholesky_ex(damped)
         if int(info) == 0:
             return Factor(inverse_of_triangle(lower).flip(0, 1).float(), order, dead, tried)

@@ -225,16 +225,18 @@ def _behind_norm(feed: Feed, norms: Mapping[str, str | None], found: Trace) -> F
 
 def _batch_norms(found: Trace) -> dict[str, str | None]:
     """See `Graph.batch_norms`."""
-    seen = _seen_by(found) + [(read.ids, read.name) for read in found.reads.values() if read.leaf.reads is not None]
+    reads = ((read.ids, read.name) for read in found.reads.values() if read.leaf.reads is not None)
+    seen = _by_source(found, (*_seen_by(found), *reads))
     norms: dict[str, str | None] = {}
     for name in (s.name for s in found.sources.values() if s.leaf is not None and s.leaf.kind == "batch_norm"):
         norms[name], read = None, found.reads.get(name)
         if read is None or read.path:
             continue
-        for source in found.sources.values():
+        for before in found.made_by(read.ids):
+            source = found.sources[before]
             fits = source.leaf is not None and source.leaf.kind in ("linear", "conv") and _is_all(read.ids, source)
-            if fits and not any(bool((_within(ids, source) >= 0).any()) for ids, who in seen if who != name):
-                norms[name] = source.name
+            if fits and set(seen.get(before, ())) <= {name}:
+                norms[name] = before
     return norms
 
 
