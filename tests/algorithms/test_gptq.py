@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from wrapq.algorithms.gptq import GPTQ, GPTQOptions, gptq
+from wrapq.algorithms.columns import gptq
+from wrapq.algorithms.gptq import GPTQ, GPTQOptions
 from wrapq.algorithms.rtn import RTN
 from wrapq.algorithms.seqmse import SeqMSE, output_error, search_ranges
 from wrapq.calibration.factor import factorize

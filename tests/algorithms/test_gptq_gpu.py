@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from wrapq.algorithms import gptq as loop
-from wrapq.algorithms.gptq import gptq
+from wrapq.algorithms import columns as loop
+from wrapq.algorithms.columns import gptq
 from wrapq.calibration.factor import factorize
 from wrapq.observers.base import observe_tensor
 from wrapq.quant.affine import round_to_grid

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import wrapq
 from tests.bench.bench_runtime import FLOAT, llama, sqnr
 from tests.bench.bench_stages import INPUT, STAGES, WEIGHT
-from wrapq.algorithms import gptq as algorithm
+from wrapq.algorithms import columns as algorithm
 from wrapq.calibration.factor import factorize
 from wrapq.observers.base import observe_tensor
 from wrapq.quant.spec import QuantSpec

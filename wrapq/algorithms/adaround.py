@@ -13,7 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from wrapq.algorithms.gptq import spread
+from wrapq.algorithms.columns import spread
 from wrapq.calibration.algorithm import ALGORITHMS, Rounded, Rounder
 from wrapq.calibration.statistics import InputStatistics, quadratic
 from wrapq.observers.base import observe_tensor

@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from wrapq.algorithms.gptq import spread
+from wrapq.algorithms.columns import spread
 from wrapq.calibration.algorithm import ALGORITHMS, Rounded
 from wrapq.calibration.blockwise import BlockProblem, BlockRounder
 from wrapq.observers.base import checked_qparams, make_observer

@@ -90,6 +90,12 @@ class Rounder(Rounding):
         `statistics`, of what the weight is multiplied with, are there when `needs` names any.
         """
 
+    def round_each(
+        self, weight: Tensor, specs: Sequence[QuantSpec], where: str, statistics: InputStatistics | None = None
+    ) -> list[Rounded]:
+        """What `round` gives for each of `specs`, to the bit; for an algorithm that has work in common for them."""
+        return [self.round(weight, spec, where, statistics) for spec in specs]
+
 
 class Correction(NamedTuple):
     """What is added to the output of a module with a rounded weight: `bias` [N], and `x A^T B^T` for `a` [r, K] and

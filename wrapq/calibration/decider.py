@@ -18,6 +18,7 @@ from wrapq.calibration.recall import Recall
 from wrapq.calibration.report import rounding_report
 from wrapq.calibration.statistics import InputStatistics, UnusableStatisticsError
 from wrapq.observers.base import Observer, observe_tensor
+from wrapq.quant.spec import QuantSpec
 from wrapq.wrappers.base import QuantModuleBase
 from wrapq.wrappers.model import iter_wrapped
 from wrapq.wrappers.quantizer import Quantizer, State, WeightQuantizer
@@ -37,6 +38,8 @@ class Decider:
     Attributes:
         correctors: those that have their turn once a weight is rounded, in order, by the point's full name.
         recall: where statistics gathered before are looked up; None gathers all.
+        others: what other recipes, which gather the same and round by the same algorithm, have for weights, by the
+            point's full name; these are rounded to that as well, and left in the store.
         processes: those that share the data.
         inputs: what was gathered of the input of each open weight, by the point's full name.
         statistics: what the observer of each static activation point gathered, by the point's full name.
@@ -50,6 +53,7 @@ class Decider:
         self.model, self.rounders, self.setters = model, rounders, setters
         self.correctors: dict[str, list[Corrector]] = {}
         self.recall: Recall | None = None
+        self.others: Mapping[str, Sequence[QuantSpec]] = {}
         self.processes = Processes()
         self.inputs: dict[str, InputStatistics] = {}
         self.statistics: dict[str, Tensor] = {}
@@ -192,12 +196,28 @@ class Decider:
         rounder, where = self.rounders[quantizer.where], quantizer.where
         try:
             if isinstance(rounder, Rounder):
-                return rounder.round(weight, quantizer.spec, where, statistics)
+                return self._rounded_for_all(rounder, weight, quantizer.spec, where, statistics)
             raise UnusableStatisticsError(f"{where}: it lies in no block, or no batch came to its block")
         except UnusableStatisticsError as error:
             self.fallbacks.append(f"{error}; it is rounded to nearest")
             qparams = observe_tensor(weight, quantizer.spec, where)
             return Rounded(qparams.quantize(weight), qparams, {"fallback": 1.0})
+
+    def _rounded_for_all(
+        self, rounder: Rounder, weight: Tensor, spec: QuantSpec, where: str, statistics: InputStatistics | None
+    ) -> Rounded:
+        """Rounded to `spec`, and on the way to what the other recipes have."""
+        recall = self.recall
+        if recall is None or statistics is None or spec.global_scale:
+            return rounder.round(weight, spec, where, statistics)
+        if (found := recall.find_rounded(where, rounder, spec, weight.device)) is not None:
+            return found
+        others, start = self.others.get(where, ()), time.perf_counter()
+        rounded, *more = rounder.round_each(weight, [spec, *others], where, statistics)
+        seconds = (time.perf_counter() - start) / (1 + len(others))
+        for other, its in zip(others, more, strict=True):
+            recall.keep_rounded(where, rounder, other, its, seconds)
+        return rounded
 
     def _correct(
         self, quantizer: WeightQuantizer, weight: Tensor, corrector: Corrector, statistics: InputStatistics

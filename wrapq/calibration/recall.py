@@ -11,13 +11,16 @@ import json
 from collections.abc import Mapping, Sequence
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor
 
-from wrapq.calibration.algorithm import Algorithm
+from wrapq.calibration.algorithm import Algorithm, Rounded
 from wrapq.calibration.statistics import PRECISIONS, InputStatistics
 from wrapq.calibration.store import Store
 from wrapq.errors import OutputError
 from wrapq.observers.base import Observer
+from wrapq.quant.qparams import QParams
+from wrapq.quant.spec import QuantSpec
 from wrapq.wrappers.quantizer import Quantizer
 
 
@@ -34,11 +37,12 @@ class Recall:
         seconds: what gathering the former took when it was done.
         problem: why nothing more is written, or None.
         recalled: the points, by full name, whose statistics came from the store.
+        rounded: how many weights were found rounded, as a recipe of the same sweep left them for the others.
     """
 
     def __init__(self, store: Store, root: Mapping[str, str]) -> None:
         self.store, self.root = store, root
-        self.hits = self.misses = 0
+        self.hits = self.misses = self.rounded = 0
         self.seconds = 0.0
         self.problem: str | None = None
         self.recalled: set[str] = set()
@@ -102,13 +106,38 @@ class Recall:
                 return
             facts = {"point": where, "kind": kind, "seconds": f"{seconds / len(kinds):.6f}"}
             facts |= {} if owner == where else {"same_as": owner}
-            try:
-                self._written += self.store.put(self._key(where, kind), held[part] if owner == where else {}, facts)
-            except OutputError as error:
-                self.problem = str(error)
-            if self._written > self.store.limit:
-                limit = f"{self.store.limit / 1e9:g} GB (runtime.cache_gb)"
-                self.problem = f"the statistics of this run are more than {limit}"
+            self._put(self._key(where, kind), held[part] if owner == where else {}, facts)
+
+    def find_rounded(self, where: str, rounder: Algorithm, spec: QuantSpec, device: torch.device) -> Rounded | None:
+        """The weight as `rounder` rounded it to `spec` for another recipe."""
+        if (stored := self.store.get(self._rounded_key(where, rounder, spec))) is None:
+            return None
+        self.rounded, self.seconds = self.rounded + 1, self.seconds + float(stored.facts["seconds"])
+        tensors = {name: tensor.to(device) for name, tensor in stored.tensors.items()}
+        codes = tensors.pop("integers")
+        return Rounded(codes, QParams(spec, **tensors), json.loads(stored.facts["report"]))
+
+    def keep_rounded(self, where: str, rounder: Algorithm, spec: QuantSpec, rounded: Rounded, seconds: float) -> None:
+        """Store a weight rounded to another recipe's spec; never raises."""
+        if self.problem is None:
+            tensors = {"integers": rounded.integers, "scale": rounded.qparams.scale}
+            if rounded.qparams.zero_point is not None:
+                tensors["zero_point"] = rounded.qparams.zero_point
+            report = json.dumps(dict(rounded.report))
+            facts = {"point": where, "kind": f"rounded {spec}", "seconds": f"{seconds:.6f}", "report": report}
+            self._put(self._rounded_key(where, rounder, spec), tensors, facts)
+
+    def _put(self, key: str, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:
+        try:
+            self._written += self.store.put(key, tensors, facts)
+        except OutputError as error:
+            self.problem = str(error)
+        if self._written > self.store.limit:
+            limit = f"{self.store.limit / 1e9:g} GB (runtime.cache_gb)"
+            self.problem = f"the statistics of this run are more than {limit}"
+
+    def _rounded_key(self, where: str, rounder: Algorithm, spec: QuantSpec) -> str:
+        return digest(self._scopes[where], [where, "rounded", _named(rounder), str(spec)])
 
     def _key(self, where: str, kind: str) -> str:
         return digest(self._scopes[where], [where, kind])

@@ -67,7 +67,7 @@ def make_walker(run: Run, model: nn.Module, looks_at_data: bool) -> Walker:
     """The walker that decides the points of the plan, with the store where it looks at data."""
     rounders, setters, correctors = _algorithms(run.plan)
     walker, runtime = Walker(model, rounders, setters), run.settings.runtime
-    walker.correctors, walker.processes = correctors, run.processes
+    walker.correctors, walker.processes, walker.others = correctors, run.processes, run.others
     if looks_at_data and runtime.cache_gb:
         walker.recall = Recall(Store(run.settings.paths.cache_folder(), runtime.cache_gb * 1e9), _root(run, model))
     return walker
@@ -137,11 +137,20 @@ def _tell(run: Run, walker: Walker) -> None:
     if (recall := walker.recall) is None:
         return
     run.tracker.metrics(
-        {"cache/hits": recall.hits, "cache/misses": recall.misses, "cache/seconds_saved": recall.seconds}
+        {
+            "cache/hits": recall.hits,
+            "cache/misses": recall.misses,
+            "cache/rounded": recall.rounded,
+            "cache/seconds_saved": recall.seconds,
+        }
     )
     if recall.hits:
         known = f"{recall.hits} of {recall.hits + recall.misses} points"
         run.note(f"statistics of {known} read from {recall.store.folder}, which saved {recall.seconds:.1f} s")
+    if recall.rounded:
+        run.note(f"{recall.rounded} weights were rounded already, together with those of an earlier job")
+    elif more := max(map(len, walker.others.values()), default=0):
+        run.note(f"weights were rounded for {more} later jobs as well, which read them")
     if recall.problem:
         run.note(f"no more statistics are kept for later runs: {recall.problem}")
     recall.store.collect()

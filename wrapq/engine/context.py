@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -13,6 +13,7 @@ import torch
 from wrapq.calibration.processes import Processes
 from wrapq.engine.folder import RunFolder
 from wrapq.engine.progress import Progress
+from wrapq.quant.spec import QuantSpec
 from wrapq.recipe.schema import Settings
 from wrapq.resolve.plan import Plan
 from wrapq.tracking import Tracker
@@ -40,6 +41,8 @@ class Run:
     device: torch.device
     processes: Processes
     label: Label
+    others: Mapping[str, Sequence[QuantSpec]] = field(default_factory=dict)
+    """See `wrapq.calibration.decider.Decider.others`."""
     seconds: dict[str, float] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)

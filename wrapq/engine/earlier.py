@@ -42,6 +42,11 @@ def find_equal(outputs: Path, plan: Plan, device: torch.device | None, trust_rem
     return None
 
 
+def has_finished(outputs: Path, plan: Plan) -> bool:
+    """Whether a run of `plan` finished, whatever model, data, code and machine were then."""
+    return next(_finished(outputs, plan), None) is not None
+
+
 def read_status(folder: Path) -> dict[str, Any]:
     """What a run's folder says of how it ended; empty when it says nothing."""
     return _read(folder / STATUS_FILE)

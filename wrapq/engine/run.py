@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -26,6 +27,7 @@ from wrapq.engine.samples import calibration_samples, evaluation_samples, read_t
 from wrapq.engine.schedules import compare_schedules
 from wrapq.engine.transform import transform
 from wrapq.errors import ModelError
+from wrapq.quant.spec import QuantSpec
 from wrapq.recipe.compose import compose
 from wrapq.recipe.schema import Settings
 from wrapq.resolve.model import ModelSource
@@ -58,6 +60,7 @@ def execute(
     tracker: Tracker | None = None,
     folder: RunFolder | None = None,
     label: Label = Label(),  # noqa: B008 - immutable
+    others: Mapping[str, Sequence[QuantSpec]] = MappingProxyType({}),
 ) -> RunResult | None:
     """Execute a plan and leave its folder and its tracked run.
 
@@ -65,7 +68,8 @@ def execute(
     the others'.
 
     With `resume` the newest run of the recipe that did not finish is taken up after its last finished block; with
-    `folder` the run is made in that one, and taken up if it holds a part of it. `label` tells the run from others.
+    `folder` the run is made in that one, and taken up if it holds a part of it. `label` tells the run from others,
+    and `others` is what other jobs have for weights that are to be rounded along (`Decider.others`).
 
     Whatever happens, the folder says how the run ended and the tracked run is closed; files are whole or absent.
 
@@ -85,7 +89,7 @@ def execute(
         tracker = tracker or make_tracker(settings)
         with folder.log():
             try:
-                return _execute(Run(plan, settings, folder, tracker, progress, device, processes, label))
+                return _execute(Run(plan, settings, folder, tracker, progress, device, processes, label, others))
             except BaseException as error:
                 record_failure(folder, tracker, error)
                 raise

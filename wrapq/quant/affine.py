@@ -284,7 +284,7 @@ def quantize_elements(x: Tensor, scale: Tensor, zero_point: Tensor | None, dtype
     steps = _divide(x, scale)
     if dtype.kind != "int":
         return casts.encode_nearest(steps, dtype)
-    return _round_to_codes(steps, zero_point, dtype).to(storage_dtype(dtype))
+    return _round_to_codes(steps, zero_point, dtype.qmin, dtype.qmax).to(storage_dtype(dtype))
 
 
 def dequantize_elements(
@@ -309,18 +309,23 @@ def round_to_grid(steps: Tensor, zero_point: Tensor | None, dtype: DType) -> Ten
     """
     if dtype.kind != "int":
         return casts.round_to_format(steps, dtype)
-    codes = _round_to_codes(steps, zero_point, dtype)
+    return round_to_levels(steps, zero_point, dtype.qmin, dtype.qmax)
+
+
+def round_to_levels(steps: Tensor, zero_point: Tensor | None, low: Tensor | int, high: Tensor | int) -> Tensor:
+    """As `round_to_grid`, for integers from `low` to `high`, which may differ from element to element."""
+    codes = _round_to_codes(steps, zero_point, low, high)
     return codes.add_(0.0) if zero_point is None else codes.sub_(zero_point)  # integers have no negative zero
 
 
-def _round_to_codes(steps: Tensor, zero_point: Tensor | None, dtype: DType) -> Tensor:
+def _round_to_codes(steps: Tensor, zero_point: Tensor | None, low: Tensor | int, high: Tensor | int) -> Tensor:
     if zero_point is None:
         steps.round_()
     elif zero_point.is_floating_point():
         steps.add_(zero_point).round_()
     else:
         steps.round_().add_(zero_point)
-    return steps.clamp_(dtype.qmin, dtype.qmax)
+    return steps.clamp_(low, high)  # type: ignore[arg-type]
 
 
 def _divide(x: Tensor, scale: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from wrapq.engine.run import execute, use_machine
 from wrapq.errors import WrapqError
 from wrapq.recipe.schema import Settings
 from wrapq.resolve.plan import Plan
+from wrapq.sweep.together import specs_in_common
 from wrapq.tracking import make_tracker
 from wrapq.tracking.outbox import PARENT
 
@@ -37,12 +38,14 @@ class Job:
         values: what varies, by the key of the override.
         plan: what is run.
         settings: on which machine and how.
+        later: the plans of jobs that come after this one, for which it does what they have in common.
     """
 
     number: int
     values: Mapping[str, str]
     plan: Plan
     settings: Settings
+    later: tuple[Plan, ...] = ()
 
     @property
     def title(self) -> str:
@@ -158,7 +161,8 @@ def _run(job: Job, place: Workplace) -> Outcome:
 
 
 def _execute(job: Job, place: Workplace, folder: RunFolder) -> Outcome:
-    result = execute(job.plan, job.settings, Progress(), folder=folder, label=_label(job, place))
+    others = specs_in_common(job.plan, job.later)
+    result = execute(job.plan, job.settings, Progress(), folder=folder, label=_label(job, place), others=others)
     if result is None:
         raise WrapqError("a job is one process; torchrun is for wrapq run")
     digest = result.digests["outputs"]

@@ -6,13 +6,14 @@ import hashlib
 import json
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from wrapq.calibration.processes import Processes
-from wrapq.engine.earlier import find_equal
+from wrapq.engine.earlier import find_equal, has_finished
 from wrapq.engine.lock import code_digest, environment
 from wrapq.engine.run import use_machine
 from wrapq.errors import Problem, WrapqError
@@ -146,6 +147,10 @@ class _Going:
         kept = {job.key: outcome for job in jobs if (outcome := self._kept(job)) is not None}
         yield from kept.values()
         if left := [job for job in jobs if job.key not in kept]:
+            if self.launcher.width == 1:  # of jobs side by side each would do for all what they have in common
+                undone = [not has_finished(Path(job.settings.paths.outputs), job.plan) for job in left]
+                plans = [(job.plan,) if new else () for job, new in zip(left, undone, strict=True)]
+                left = [replace(job, later=tuple(chain(*plans[i:]))) for i, job in enumerate(left, 1)]
             with closing(self.launcher.run(partial(do_job, place=self.place), left)) as outcomes:
                 yield from outcomes
 
