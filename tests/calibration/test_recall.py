@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,15 +15,23 @@ from tests.conftest import build_model
 from wrapq import PTQConfig, prepare
 from wrapq.algorithms.gptq import GPTQ, GPTQOptions
 from wrapq.algorithms.seqmse import SeqMSE
+from wrapq.calibration.algorithm import Rounder
 from wrapq.calibration.recall import Recall
 from wrapq.calibration.store import Store
 from wrapq.calibration.walker import Walker
+from wrapq.quant.spec import QuantSpec
 
 CONFIG = PTQConfig(weight="int4:g16:sym", activation="uint8:tensor:asym", overrides={"model.embed_tokens": None})
 
 
 def walk(
-    store: Store, tokens: list[Tensor], schedule: str, config: PTQConfig = CONFIG, rounder=None, root: str = "model"
+    store: Store,
+    tokens: list[Tensor],
+    schedule: str,
+    config: PTQConfig = CONFIG,
+    rounder: Rounder | None = None,
+    root: str = "model",
+    others: Sequence[QuantSpec] = (),
 ) -> tuple[nn.Module, Walker, int]:
     """A walk with a store; the wrapped model, the walker, and how many blocks ran."""
     model = prepare(build_model("llama"), config)
@@ -30,6 +40,7 @@ def walk(
         layer.register_forward_hook(lambda *_: ran.append(1))
     walker = gptq_walker(model, rounder)
     walker.recall = Recall(store, {"model": root})
+    walker.others = dict.fromkeys(walker.rounders, others)
     walker.run(as_batches(tokens), schedule)
     return model, walker, len(ran)
 
@@ -89,6 +100,41 @@ def test_damage_costs_time_and_not_the_result(schedule: str, tmp_path: Path, tok
     assert decided(again) == decided(cold) and ran and walker.recall.misses
     _, walker, ran = walk(store, token_batches, schedule)
     assert (walker.recall.misses, ran) == (0, 0)
+
+
+OTHER_SPECS = [QuantSpec.parse(text) for text in ("int3:channel:sym", "uint4:g16:asym", "fp4_e2m1:g16")]
+
+
+@pytest.mark.parametrize("rounder", [GPTQ(), SeqMSE()], ids=["gptq", "seqmse"])
+def test_a_walk_rounds_for_recipes_that_differ_in_the_spec(rounder, tmp_path: Path, token_batches: list[Tensor]):
+    store = Store(tmp_path, 1e9)
+    config = PTQConfig(weight="int4:g16:sym", activation=None, overrides={"model.embed_tokens": None})
+    plain, *_ = walk(Store(tmp_path / "none", 1e9), token_batches, "parallel", config, rounder)
+    first, walker, _ = walk(store, token_batches, "parallel", config, rounder, others=OTHER_SPECS)
+    assert decided(first) == decided(plain) and walker.recall.rounded == 0
+    for spec in OTHER_SPECS:
+        other = replace(config, weight=spec)
+        alone, lone, _ = walk(Store(tmp_path / str(spec), 1e9), token_batches, "parallel", other, rounder)
+        found, walker, ran = walk(store, token_batches, "parallel", other, rounder)
+        assert (ran, walker.recall.rounded) == (0, 15) and lone.recall.rounded == 0
+        assert decided(found) == decided(alone) and walker.reports == lone.reports
+    _, walker, _ = walk(store, token_batches, "parallel", other, GPTQ(GPTQOptions(damp=0.1)))
+    assert walker.recall.rounded == 0
+    _, walker, _ = walk(store, token_batches, "sequential", other, rounder)
+    assert walker.recall.rounded == 0
+
+
+def test_a_damaged_weight_is_rounded_again(tmp_path: Path, token_batches: list[Tensor]):
+    store = Store(tmp_path, 1e9)
+    other = PTQConfig(weight="int3:channel:sym", activation=None, overrides={"model.embed_tokens": None})
+    walk(store, token_batches, "parallel", others=OTHER_SPECS)
+    found, walker, _ = walk(store, token_batches, "parallel", other)
+    assert walker.recall.rounded == 15
+    kept = [entry for entry in store.entries() if entry.facts()["kind"] == "rounded int3:channel:sym"]
+    for entry in kept[:3]:
+        entry.path.write_bytes(entry.path.read_bytes()[:-1])
+    again, walker, _ = walk(store, token_batches, "parallel", other)
+    assert walker.recall.rounded == 12 and decided(again) == decided(found)
 
 
 def test_shared_inputs_are_stored_once(tmp_path: Path, token_batches: list[Tensor]):

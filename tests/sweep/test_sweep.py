@@ -15,8 +15,11 @@ from mlflow.entities import Run
 
 from tests.sweep.command import TINY, finished_runs
 from wrapq.cli import main
+from wrapq.engine.progress import Progress
 from wrapq.engine.run import execute
 from wrapq.errors import WrapqError
+from wrapq.recipe.compose import compose
+from wrapq.resolve.resolve import resolve
 from wrapq.sweep import jobs
 from wrapq.sweep.planner import SweepError
 from wrapq.sweep.run import SweepResult, sweep
@@ -113,6 +116,19 @@ def test_the_jobs_share_statistics(two: Two) -> None:
     assert first["cache/hits"] == 0
     assert second["cache/misses"] == 0
     assert second["cache/hits"] == first["cache/misses"] > 0
+
+
+def test_the_first_rounds_for_the_second_what_it_would_get_alone(two: Two, tmp_path: Path) -> None:
+    runs = {run.info.run_id: run.data.metrics for run in tracked(two.outputs)}
+    first, second = (row.outcome for row in two.first.table.rows)
+    assert (runs[first.run_id]["cache/rounded"], runs[second.run_id]["cache/rounded"] > 20) == (0, True)
+    logs = [(Path(outcome.folder) / "log.txt").read_text() for outcome in (first, second)]
+    assert "weights were also rounded to 1 other spec, for the jobs that follow" in logs[0]
+    assert "weights had been rounded along with those of an earlier job" in logs[1]
+    overrides = [*AXES[:1], "rules.linear.weight.group_size=128", AXES[2], *TINY, f"paths.outputs={tmp_path}"]
+    composed = compose([*overrides, "tracking=none"])
+    alone = execute(resolve(composed.recipe, composed.sources), composed.settings, Progress())
+    assert alone.digests == json.loads((Path(second.folder) / "run.json").read_text())["digests"]
 
 
 def test_what_an_earlier_run_did_is_not_done_again(two: Two) -> None:

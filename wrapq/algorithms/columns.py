@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
@@ -29,24 +29,25 @@ class Solved(NamedTuple):
     lost: Tensor
 
 
-def stacks(weight: Tensor, tried: Sequence[list[QParams]]) -> Iterator[list[list[QParams]]]:
-    """The ranges of several specs, in which `weight` [N, K] is to be rounded, in their order, those together that go
-    side by side: of integers whose scales cover the same tiles, up to a number of rows. What that saves is the time of
-    calling torch, so that there is nothing to save where one launch does all columns of a block."""
-    stack: list[list[QParams]] = []
-    for ranges in tried:
-        rows = len(weight) * sum(map(len, [*stack, ranges]))
-        kind = _kind(weight, ranges[0].spec)
-        if stack and (rows > _STACKED or kind is None or kind != _kind(weight, stack[0][0].spec)):
-            yield stack
-            stack = []
-        stack.append(ranges)
-    yield stack
-
-
-def _kind(weight: Tensor, spec: QuantSpec) -> object:
-    """Equal for specs that go side by side; None for those that do not."""
-    return None if weight.is_cuda or spec.dtype.kind != "int" else (spec.granularity, tile(weight.shape, spec))
+def stacks(weight: Tensor, tried: Sequence[Sequence[QParams]]) -> list[list[int]]:
+    """Which of several specs, in whose ranges `weight` [N, K] is to be rounded, go side by side: integers whose scales
+    cover the same tiles, up to a number of rows. What that saves is the time of calling torch, so that there is nothing
+    to save where one launch does all columns of a block."""
+    found: list[list[int]] = []
+    open_stacks: dict[object, tuple[list[int], int]] = {}
+    for index, ranges in enumerate(tried):
+        spec, rows = ranges[0].spec, len(weight) * len(ranges)
+        kind = spec.granularity, tile(weight.shape, spec)
+        stack, height = open_stacks.get(kind, ([], _STACKED))
+        if weight.is_cuda or spec.dtype.kind != "int":
+            found.append([index])
+        elif height + rows > _STACKED:
+            found.append([index])
+            open_stacks[kind] = found[-1], rows
+        else:
+            stack.append(index)
+            open_stacks[kind] = stack, height + rows
+    return found
 
 
 def gptq(weight: Tensor, ranges: Sequence[QParams], factor: Factor, block_size: int = 128) -> list[Solved]:

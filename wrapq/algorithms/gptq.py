@@ -85,12 +85,14 @@ class GPTQ(Rounder):
         hessian = statistics.get("hessian", where).float()
         tried = [self._ranges(weight, spec, hessian, where) for spec in specs]
         report = {"damp": factor.damp, "dead_columns": float(factor.dead.sum())}
-        rounded: list[Rounded] = []
+        rounded: dict[int, Rounded] = {}
         for stack in stacks(weight, tried):
-            solved = iter(gptq(weight, [each for ranges in stack for each in ranges], factor, self.options.block_size))
-            for ranges in stack:
-                rounded.append(Rounded(*best_of_each_row(list(islice(solved, len(ranges))), ranges), report))
-        return rounded
+            ranges = [each for index in stack for each in tried[index]]
+            solved = iter(gptq(weight, ranges, factor, self.options.block_size))
+            for index in stack:
+                own = list(islice(solved, len(tried[index])))
+                rounded[index] = Rounded(*best_of_each_row(own, tried[index]), report)
+        return [rounded[index] for index in range(len(specs))]
 
     def _ranges(self, weight: Tensor, spec: QuantSpec, hessian: Tensor, where: str) -> list[QParams]:
         if self.options.ranges == "hessian":

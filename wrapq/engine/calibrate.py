@@ -148,9 +148,9 @@ def _tell(run: Run, walker: Walker) -> None:
         known = f"{recall.hits} of {recall.hits + recall.misses} points"
         run.note(f"statistics of {known} read from {recall.store.folder}, which saved {recall.seconds:.1f} s")
     if recall.rounded:
-        run.note(f"{recall.rounded} weights were rounded already, together with those of an earlier job")
-    elif more := max(map(len, walker.others.values()), default=0):
-        run.note(f"weights were rounded for {more} later jobs as well, which read them")
+        run.note(f"{recall.rounded} weights had been rounded along with those of an earlier job")
+    if more := max(map(len, walker.others.values()), default=0):
+        run.note(f"weights were also rounded to {more} other spec{'s' * (more > 1)}, for the jobs that follow")
     if recall.problem:
         run.note(f"no more statistics are kept for later runs: {recall.problem}")
     recall.store.collect()
