@@ -123,7 +123,11 @@ def test_the_first_rounds_for_the_second_what_it_would_get_alone(two: Two, tmp_p
     first, second = (row.outcome for row in two.first.table.rows)
     assert (runs[first.run_id]["cache/rounded"], runs[second.run_id]["cache/rounded"] > 20) == (0, True)
     logs = [(Path(outcome.folder) / "log.txt").read_text() for outcome in (first, second)]
-    assert "weights were also rounded to 1 other spec, for the jobs that follow" in logs[0]
+    assert "28 weights were rounded for the jobs that follow" in logs[0] and "jobs that follow" not in logs[1]
+    seconds = json.loads((Path(first.folder) / "run.json").read_text())["seconds"]
+    assert seconds["later_jobs"] > 0 and 0 < seconds["calibrate"] < seconds["total"]
+    steps = sum(value for name, value in seconds.items() if name not in ("total", "later_jobs"))
+    assert steps <= seconds["total"] == first.figures["seconds"]
     assert "weights had been rounded along with those of an earlier job" in logs[1]
     overrides = [*AXES[:1], "rules.linear.weight.group_size=128", AXES[2], *TINY, f"paths.outputs={tmp_path}"]
     composed = compose([*overrides, "tracking=none"])

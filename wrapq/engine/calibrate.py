@@ -28,6 +28,8 @@ from wrapq.engine.resume import Keeper
 from wrapq.resolve.plan import Plan
 from wrapq.wrappers.model import iter_wrapped
 
+LATER_JOBS = "later_jobs"
+"""What `Run.seconds` calls the time that was spent on other jobs, which is not in the run's total."""
 _SHOWN = 8
 _log = logging.getLogger(__name__)
 
@@ -149,8 +151,13 @@ def _tell(run: Run, walker: Walker) -> None:
         run.note(f"statistics of {known} read from {recall.store.folder}, which saved {recall.seconds:.1f} s")
     if recall.rounded:
         run.note(f"{recall.rounded} weights had been rounded along with those of an earlier job")
-    if more := max(map(len, walker.others.values()), default=0):
-        run.note(f"weights were also rounded to {more} other spec{'s' * (more > 1)}, for the jobs that follow")
+    if recall.left:  # those jobs have it for nothing, and this one shall not look slower for it
+        run.seconds["calibrate"] -= recall.left_seconds
+        run.seconds[LATER_JOBS] = recall.left_seconds
+        run.note(
+            f"{recall.left} weights were rounded for the jobs that follow, in {recall.left_seconds:.1f} s that do not "
+            "count as this one's"
+        )
     if recall.problem:
         run.note(f"no more statistics are kept for later runs: {recall.problem}")
     recall.store.collect()
