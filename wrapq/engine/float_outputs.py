@@ -28,8 +28,8 @@ class FloatOutputs:
         windows: how many sequences there are in all batches.
 
     Attributes:
-        hits: how many of them the store had.
-        misses: how many it had not.
+        hits: how many batches the store had.
+        misses: how many it lacked.
         seconds: what running the float model on the former took when it was done.
         problem: why nothing more is written, or None.
     """
