@@ -26,6 +26,8 @@ from wrapq.engine.folder import SCRATCH
 from wrapq.engine.lock import code_digest, device_class, environment
 from wrapq.engine.resume import Keeper
 from wrapq.resolve.plan import Plan
+from wrapq.wrappers.attention import Attention
+from wrapq.wrappers.experts import Experts
 from wrapq.wrappers.model import iter_wrapped
 
 LATER_JOBS = "later_jobs"
@@ -94,21 +96,28 @@ def _algorithms(plan: Plan) -> tuple[dict[str, Rounding], dict[str, RangeSetter]
     return rounders, setters, correctors
 
 
-def _root(run: Run, model: nn.Module) -> dict[str, str]:
-    """All that every statistic of the run depends on, beside what is decided in its course."""
-    recipe = run.plan.recipe
-    replaced = sorted(name for name, module in iter_wrapped(model) if module.wrapper.replaces_forward)
-    how: dict[str, object] = {
-        "dtype": recipe.model.dtype,
-        "batch_size": recipe.calibration.batch_size,
-        "forwards": replaced,
-    }
+def float_root(run: Run, model: nn.Module) -> dict[str, str]:
+    """All that the outputs of the run's wrapped float model, after its transforms, depend on beside what comes in."""
+    recipe, run_as = run.plan.recipe, _fingerprint(run)
+    data = {"calibration": run_as.pop("calibration", ""), "batch_size": recipe.calibration.batch_size}
+    how: dict[str, object] = {"dtype": recipe.model.dtype, "forwards": _forwards(model)}
     changed = [(s.algorithm, s.options, s.targets) for s in run.plan.stages if s.phase == "transform"]
     if changed:  # what some of them do depends on how the weights will be quantized
         specs = {f"{m.name}.{p.name}": p.spec for m in run.plan.modules for p in m.points}
-        how |= {"transforms": changed, "specs": specs}
-    machine = {key: value for key, value in _fingerprint(run).items() if key != "plan"}
-    return machine | {"how": json.dumps(how)}
+        how |= {"transforms": changed, "specs": specs, "data": data}
+    return {key: value for key, value in run_as.items() if key != "plan"} | {"how": json.dumps(how)}
+
+
+def _forwards(model: nn.Module) -> list[str]:
+    """The modules of a wrapped float model that other code runs than their own, which may sum in another order."""
+    other = [name for name, m in iter_wrapped(model) if m.wrapper.replaces_forward or isinstance(m, Attention)]
+    return sorted([*other, *(name for name, module in model.named_modules() if isinstance(module, Experts))])
+
+
+def _root(run: Run, model: nn.Module) -> dict[str, str]:
+    """All that every statistic of the run depends on, beside what is decided in its course."""
+    data = {"calibration": run.digests["calibration"], "batch_size": str(run.plan.recipe.calibration.batch_size)}
+    return float_root(run, model) | data
 
 
 @contextmanager

@@ -36,7 +36,8 @@ def finish(
     """Convert, save, check, export, and measure kernels."""
     with run.step("convert", "Converting"):
         values = value_histograms(walker)
-        model, outputs = _convert(model, evaluation, run)
+        outputs = _expected(run, model, evaluation)
+        model = convert_model(model)
     with run.step("save", "Saving and checking the saved model"), run.folder.all_or_none(MANIFEST, WEIGHTS):
         saved = save_model(model, run.folder)
         _save_record(run, saved, walker, source, values, quality)
@@ -50,8 +51,7 @@ def finish(
 def finish_blockwise(run: Run, walker: Walker, source: ModelSource, evaluation: Samples, quality: Quality) -> None:
     """Convert, save and check, one block at a time; what is saved must have the outputs of the model it comes from."""
     with run.step("convert", "Computing what the saved model must give"):
-        outputs = _first_logits(walker.model, evaluation, walker.residency)
-        run.digests["outputs"] = tensors_digest({"logits": outputs})
+        outputs = _expected(run, walker.model, evaluation, walker.residency)
     files = blockwise_files(walker.blocks)
     with run.step("save", "Converting, saving and checking block by block"), run.folder.all_or_none(MANIFEST, *files):
         saved = save_blockwise(walker.model, walker.residency, run.folder)
@@ -60,20 +60,6 @@ def finish_blockwise(run: Run, walker: Walker, source: ModelSource, evaluation: 
         _check_saved(run, _first_logits(model, evaluation, residency), outputs)
     if run.settings.runtime.kernels != REFERENCE:
         run.note("kernels are not measured where blocks are streamed; wrapq.load(..., runtime='auto') measures them")
-
-
-def _convert(model: nn.Module, samples: Samples, run: Run) -> tuple[nn.Module, Tensor]:
-    """The converted model and its logits on the first batch, which must be those of the model it comes from."""
-    before = _first_logits(model, samples)
-    model = convert_model(model)
-    after = _first_logits(model, samples)
-    if not torch.equal(before, after):
-        difference = (before - after).abs().max().item()
-        raise ModelError(
-            f"conversion changed the outputs (largest difference {difference:g}); this is a defect of wrapq"
-        )
-    run.digests["outputs"] = tensors_digest({"logits": after})
-    return model, after
 
 
 def _save_record(
@@ -103,10 +89,21 @@ def _save_record(
     run.folder.write_text(LOCK, lock.to_yaml())
 
 
+def _expected(run: Run, model: nn.Module, samples: Samples, residency: Residency | None = None) -> Tensor:
+    """The logits [1, T, V] of the wrapped model, which the converted one must give once it is saved and loaded."""
+    outputs = _first_logits(model, samples, residency)
+    run.digests["outputs"] = tensors_digest({"logits": outputs})
+    return outputs
+
+
 def _check_saved(run: Run, outputs: Tensor, expected: Tensor) -> None:
-    """The files give back the model, to the bit."""
+    """The files give back the model, to the bit: neither converting nor saving nor loading changed it."""
     if not torch.equal(outputs, expected):
-        raise ModelError(f"{run.folder.path} loads as a model with other outputs; this is a defect of wrapq")
+        difference = (outputs - expected).abs().max().item()
+        raise ModelError(
+            f"{run.folder.path} loads as a model with other outputs than the one it was converted from (largest "
+            f"difference {difference:g}); this is a defect of wrapq"
+        )
 
 
 def _export(run: Run, model: nn.Module) -> Exported | None:

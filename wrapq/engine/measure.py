@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -52,8 +54,9 @@ def measure_stages(
     advance: Callable[[], None],
     residency: Residency | None = None,
     offload: Offload | None = None,
+    known: KnownOutputs | None = None,
 ) -> Quality:
-    """All stages side by side, batch by batch, so that nothing of the float model has to be kept.
+    """All stages side by side, batch by batch, so that nothing of the float model has to be held in memory.
 
     Args:
         model: a wrapped model, every point quantized.
@@ -62,8 +65,9 @@ def measure_stages(
         advance: called after each batch; after each block where they are streamed.
         residency: brings in the model's blocks; all batches then go through a block before the next one comes.
         offload: keeps what the batches hold meanwhile within a limit of memory.
+        known: what the float blocks give, where it need not be computed; not for streamed ones.
     """
-    measuring = _Measuring(model, stages_of(model))
+    measuring = _Measuring(model, stages_of(model), known)
     device = device_of(model)
     forwards: list[Callable[[], None]] = []
     streamed = residency is not None and residency.streamed
@@ -84,14 +88,24 @@ def measure_stages(
     return Quality(stages, measuring.layers.curves("layer/"))
 
 
+class KnownOutputs(Protocol):
+    """What the float blocks gave on each batch when it was measured before."""
+
+    def get(self, batch: int) -> list[Tensor] | None:
+        """The output [B, T, D] of each block, or None."""
+
+    def keep(self, batch: int, outputs: Sequence[Tensor], seconds: float) -> None:
+        """Keep the outputs [B, T, D], for which the model ran so many seconds."""
+
+
 class _Measuring:
     """Forwards of several stages, of which one may be put aside in the middle for another; each batch's come in turn.
 
     What the float model gave is kept for as long as the others are compared with it.
     """
 
-    def __init__(self, model: nn.Module, stages: Sequence[str]) -> None:
-        self.model, self.stages = model, stages
+    def __init__(self, model: nn.Module, stages: Sequence[str], known: KnownOutputs | None) -> None:
+        self.model, self.stages, self.known = model, stages, known
         self.meters, self.layers = {stage: QualityMeter() for stage in stages}, LayerErrorMeter()
         self.blocks = find_blocks(model)
         self._points: dict[int | None, list[Quantizer]] = {}
@@ -101,6 +115,7 @@ class _Measuring:
         self._started: list[tuple[int, str, Tensor | None]] = []
         self._reference: Tensor | None = None
         self._outputs: dict[tuple[int, int], Tensor] = {}
+        self._tuples = False  # some block gives more than its hidden states
 
     def run(self, batch: int, stage: str, ids: Tensor, mask: Tensor | None, finished: Callable[[], None]) -> None:
         """One batch [B, T] at one stage."""
@@ -108,12 +123,27 @@ class _Measuring:
         self._started.append(self._now)
         _enable(chain.from_iterable(self._points.values()), stage)
         try:
-            logits = forward_logits(self.model, ids, mask)
+            forward = self._float_logits if stage == FLOAT and self.known else partial(forward_logits, self.model)
+            logits = forward(ids, mask)
         finally:
             _enable(chain.from_iterable(self._points.values()), QUANTIZED)
         self.meters[stage].update(self._reference, logits, ids, mask)
         self._reference = None if stage == self.stages[-1] else logits if stage == FLOAT else self._reference
         finished()
+
+    def _float_logits(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        """Those of the float model, whose blocks run only where it is not known what they give."""
+        known, batch = cast(KnownOutputs, self.known), self._now[0]
+        blocks = [self.model.get_submodule(name) for name in self.blocks.names()]
+        if outputs := known.get(batch):
+            with _giving(blocks, [output.to(ids.device) for output in outputs]):
+                return forward_logits(self.model, ids, mask)
+        start = time.perf_counter()
+        logits = forward_logits(self.model, ids, mask)
+        if blocks and not self._tuples:
+            seconds, indices = time.perf_counter() - start, range(len(blocks))
+            known.keep(batch, [self._outputs[index, batch] for index in indices], seconds)
+        return logits
 
     def resume(self, forward: int, block: int) -> None:
         """The `forward`, counted as they started, goes on with `block`."""
@@ -127,6 +157,7 @@ class _Measuring:
         def compare(index: int, module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
             batch, stage, mask = self._now
             hidden = output if isinstance(output, Tensor) else output[0]
+            self._tuples |= hidden is not output
             if stage == FLOAT:
                 with made_for_all():  # a copy, which is not put aside with what the forward holds
                     self._outputs[index, batch] = hidden.clone()
@@ -143,6 +174,22 @@ class _Measuring:
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+@contextmanager
+def _giving(blocks: Sequence[nn.Module], outputs: Sequence[Tensor]) -> Iterator[None]:
+    """While this holds each of `blocks` gives its one of `outputs` without running."""
+    try:
+        for block, output in zip(blocks, outputs, strict=True):
+            block.__dict__["forward"] = partial(_give, output)
+        yield
+    finally:
+        for block in blocks:
+            block.__dict__.pop("forward", None)
+
+
+def _give(output: Tensor, *args: object, **kwargs: object) -> Tensor:
+    return output
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from wrapq.engine.blockwise import check_streaming
 from wrapq.engine.calibrate import LATER_JOBS, calibrate, offloading
 from wrapq.engine.context import Label, Run
 from wrapq.engine.finish import finish, finish_blockwise
+from wrapq.engine.float_outputs import float_outputs, tell_float_outputs
 from wrapq.engine.folder import RunFolder
 from wrapq.engine.kernels import check_kernels
 from wrapq.engine.measure import Quality, measure_stages
@@ -161,8 +162,10 @@ def _read_data(run: Run, model: ModelSource) -> tuple[Samples | None, Samples]:
 def _measure(run: Run, walker: Walker, samples: Samples) -> Quality:
     size = run.plan.recipe.evaluation.batch_size
     steps = (walker.blocks.count, "block") if run.streaming else (-(-len(samples.input_ids) // size), "batch")
+    known = float_outputs(run, walker.model, samples)
     with run.step("evaluate", "Measuring quality", *steps) as advance, offloading(run, walker) as offload:
-        quality = measure_stages(walker.model, samples, size, advance, walker.residency, offload)
+        quality = measure_stages(walker.model, samples, size, advance, walker.residency, offload, known)
+    tell_float_outputs(run, known)
     for stage, metrics in quality.stages.items():
         run.tracker.metrics({f"{stage}/{name}": value for name, value in metrics.items() if name != "tokens"})
     run.tracker.curves(quality.curves)
