@@ -82,6 +82,11 @@ class Wrapper(nn.Module):
         return False
 
     @classmethod
+    def reads(cls, module: nn.Module) -> tuple[object, ...]:
+        """What, beside its input, decides `input_matrix` of `module`: modules alike in it share statistics."""
+        return ()
+
+    @classmethod
     def width(cls, module: nn.Module, point: str) -> int | None:
         """The size of the last axis of what comes to an activation point of `module`; None where it is not known."""
         return None

@@ -82,6 +82,12 @@ class Conv(Leaf):
         """True unless there are groups, whose output channels see different inputs: no one matrix is what all meet."""
         return cast(nn.Conv2d, module).groups == 1
 
+    @classmethod
+    def reads(cls, module: nn.Module) -> tuple[object, ...]:
+        """See `Wrapper.reads`: the kernel and its way over the image."""
+        conv = cast(nn.Conv2d, module)
+        return conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.padding_mode
+
     def input_matrix(self, x: Tensor) -> Tensor:
         """The patches [M, K] that the kernel meets, M positions in all images `x` [B, C, ...] or [C, ...]."""
         conv, dims = cast(nn.Conv2d, self), len(cast(nn.Conv2d, self).kernel_size)
