@@ -109,14 +109,20 @@ def _search(
     least, chosen = [torch.full_like(low, torch.inf) for _ in measures], [torch.ones_like(low) for _ in measures]
     for factor in factors:
         difference = _scaled(low, high, factor, whole).fake_quantize(weight).sub_(weight)
-        parts = pad(difference, (0, -weight.shape[1] % wide)).unflatten(1, (-1, wide)).transpose(0, 1)  # [G, N, g]
+        parts = _filled(difference, wide).unflatten(1, (-1, wide)).transpose(0, 1)  # [G, N, g]
         for i, measure in enumerate(measures):
             errors = measure(parts)
-            errors = pad(errors, (0, -errors.shape[1] % tall)).unflatten(1, (-1, tall)).sum(-1).t().reshape(low.shape)
+            errors = _filled(errors, tall).unflatten(1, (-1, tall)).sum(-1).t().reshape(low.shape)
             better = errors < least[i]
             chosen[i].masked_fill_(better, factor)
             torch.minimum(least[i], errors, out=least[i])
     return chosen
+
+
+def _filled(x: Tensor, size: int) -> Tensor:
+    """`x` with zeros up to a multiple of `size` columns; padding by none would copy it."""
+    missing = -x.shape[1] % size
+    return pad(x, (0, missing)) if missing else x
 
 
 def output_error(hessian: Tensor, spec: QuantSpec) -> Measure:
