@@ -64,14 +64,6 @@ def test_gptq_rounds_a_net_of_convolutions_as_the_paper_says(schedule: str):
             x = layer(x) if schedule == "parallel" else model[index](x)
 
 
-def test_a_grouped_convolution_is_rounded_to_nearest_and_says_so():
-    net = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.Conv2d(8, 8, 3))
-    model = wrapq.prepare(net, CONFIG)
-    report = wrapq.calibrate(model, [torch.randn(2, 4, 9, 9)], {"round": "gptq"})
-    assert [type(report.algorithms[f"{i}.weight"]).__name__ for i in range(2)] == ["RTN", "GPTQ"]
-    assert "rows" not in report.reports["0.weight"] and report.reports["1.weight"]["rows"] == 2 * 5 * 5
-
-
 class Branches(nn.Module):
     """Convolutions of one input, as those of SqueezeNet and Inception."""
 

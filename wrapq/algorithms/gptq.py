@@ -8,6 +8,7 @@ every column j > i.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import torch
@@ -58,6 +59,7 @@ class GPTQ(Rounder):
 
     Options = GPTQOptions
     options: GPTQOptions
+    combines = MappingProxyType({"damp": max})
 
     @property
     def needs(self) -> tuple[str, ...]:

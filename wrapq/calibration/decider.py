@@ -13,11 +13,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from wrapq.calibration.algorithm import Algorithm, Corrector, RangeSetter, Rounded, Rounder, Rounding
 from wrapq.calibration.blockwise import BLOCK, BlockRounder, BlockStop
+from wrapq.calibration.by_group import correct_by_group, round_by_group, round_to_nearest
 from wrapq.calibration.processes import Processes
 from wrapq.calibration.recall import Recall
 from wrapq.calibration.report import rounding_report
 from wrapq.calibration.statistics import InputStatistics, UnusableStatisticsError
-from wrapq.observers.base import Observer, observe_tensor
+from wrapq.observers.base import Observer
 from wrapq.wrappers.base import QuantModuleBase
 from wrapq.wrappers.model import iter_wrapped
 from wrapq.wrappers.quantizer import Quantizer, State, WeightQuantizer
@@ -192,19 +193,18 @@ class Decider:
         rounder, where = self.rounders[quantizer.where], quantizer.where
         try:
             if isinstance(rounder, Rounder):
-                return rounder.round(weight, quantizer.spec, where, statistics)
+                return round_by_group(rounder, weight, quantizer.spec, where, statistics, self.fallbacks)
             raise UnusableStatisticsError(f"{where}: it lies in no block, or no batch came to its block")
         except UnusableStatisticsError as error:
             self.fallbacks.append(f"{error}; it is rounded to nearest")
-            qparams = observe_tensor(weight, quantizer.spec, where)
-            return Rounded(qparams.quantize(weight), qparams, {"fallback": 1.0})
+            return round_to_nearest(weight, quantizer.spec, where)
 
     def _correct(
         self, quantizer: WeightQuantizer, weight: Tensor, corrector: Corrector, statistics: InputStatistics
     ) -> None:
         error = weight.float() - quantizer.repaired_matrix()
         try:
-            correction = corrector.correct(weight.float(), error, quantizer.where, statistics)
+            correction = correct_by_group(corrector, weight.float(), error, quantizer.where, statistics)
         except UnusableStatisticsError as problem:
             self.fallbacks.append(str(problem))
             return
@@ -214,8 +214,10 @@ class Decider:
     def _inputs(self, quantizer: WeightQuantizer, columns: int) -> InputStatistics:
         """What all processes gathered for the weight; it is put together once for all weights that share it."""
         statistics = self.inputs.pop(quantizer.where, None) or InputStatistics(self.needs(quantizer))
-        statistics.start(columns, self.modules[quantizer].float_weight().device)  # where no token came by
-        self.processes.reduce(statistics, columns)
+        module = self.modules[quantizer]
+        groups = module.wrapper.groups(module)
+        statistics.start(columns, module.float_weight().device, groups)  # where no token came by
+        self.processes.reduce(statistics, columns, groups)
         statistics.complete = True
         self._keep(quantizer, statistics)
         return statistics
