@@ -116,9 +116,16 @@ def test_gptq_is_the_papers_algorithm_for_each_group_by_itself(name: str, weight
         assert report["rows"] == len(rows) and report["damp"] == 0.01 and not report["dead_columns"]
 
 
-@pytest.mark.parametrize("algorithm", [EXACT, "seqmse", "adaround", {**EXACT, "asymmetric": 1.0}])
+@pytest.mark.parametrize(
+    ("algorithm", "weight"),
+    [
+        *((algorithm, "int4:channel:sym") for algorithm in (EXACT, "seqmse", "adaround", {**EXACT, "asymmetric": 1.0})),
+        *(("seqmse", weight) for weight in ("uint4:g3:asym", "int3:b1x4:sym")),
+        ("adaround", "uint4:g3:asym"),
+    ],
+)
 @pytest.mark.parametrize("name", LAYERS)
-def test_groups_are_rounded_as_so_many_convolutions_of_their_own(name: str, algorithm: object) -> None:
+def test_groups_are_rounded_as_so_many_convolutions_of_their_own(name: str, algorithm: object, weight: str) -> None:
     """The layer before is rounded to two bits, so that the float model's inputs differ, and makes channels of very
     different sizes."""
     conv, x = layer(name), images(6, 5, 12, 11)
@@ -147,7 +154,7 @@ def test_groups_are_rounded_as_so_many_convolutions_of_their_own(name: str, algo
         alone.append(part)
     made = []
     for net in (Net(conv), Net(*alone)):
-        model = wrapq.prepare(net, config(overrides=specs))
+        model = wrapq.prepare(net, config(weight, overrides=specs))
         made.append((model, wrapq.calibrate(model, [x[:3], x[3:]], stack)))
     (together, its), (apart, theirs) = made
     quantizers = [module.weight_quantizer for module in apart.convolutions]
