@@ -49,6 +49,16 @@ _FORMS = {
         {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
     ),
     "gpt_oss": ("GptOssConfig", "GptOssForCausalLM", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "recurrent_gemma": (  # depthwise convolutions
+        "RecurrentGemmaConfig",
+        "RecurrentGemmaForCausalLM",
+        {
+            "lru_width": HIDDEN,
+            "intermediate_size": 192,
+            "num_key_value_heads": 1,
+            "block_types": ["recurrent", "recurrent", "attention"],
+        },
+    ),
     "nemotron_h": (
         "NemotronHConfig",
         "NemotronHForCausalLM",

@@ -64,9 +64,21 @@ def test_gptq_rounds_a_net_of_convolutions_as_the_paper_says(schedule: str):
             x = layer(x) if schedule == "parallel" else model[index](x)
 
 
-def test_a_grouped_convolution_is_rounded_to_nearest_and_says_so():
-    net = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.Conv2d(8, 8, 3))
-    model = wrapq.prepare(net, CONFIG)
-    report = wrapq.calibrate(model, [torch.randn(2, 4, 9, 9)], {"round": "gptq"})
-    assert [type(report.algorithms[f"{i}.weight"]).__name__ for i in range(2)] == ["RTN", "GPTQ"]
-    assert "rows" not in report.reports["0.weight"] and report.reports["1.weight"]["rows"] == 2 * 5 * 5
+class Branches(nn.Module):
+    """Convolutions of one input, as those of SqueezeNet and Inception."""
+
+    def __init__(self, *convolutions: nn.Module) -> None:
+        super().__init__()
+        self.convolutions = nn.ModuleList(convolutions)
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [conv(x) for conv in self.convolutions]
+
+
+def test_convolutions_of_one_input_share_statistics_only_where_they_meet_the_same_patches():
+    made = [nn.Conv2d(4, 8, 1), nn.Conv2d(4, 8, 3), nn.Conv2d(4, 6, 3), nn.Conv2d(4, 8, 3, stride=2)]
+    x = torch.randn(2, 4, 9, 9)
+    together = wrapq.calibrate(wrapq.prepare(Branches(*copy.deepcopy(made)), CONFIG), [x], {"round": "gptq"})
+    for index, conv in enumerate(made):
+        alone = wrapq.calibrate(wrapq.prepare(Branches(copy.deepcopy(conv)), CONFIG), [x], {"round": "gptq"})
+        assert together.reports[f"convolutions.{index}.weight"] == alone.reports["convolutions.0.weight"]

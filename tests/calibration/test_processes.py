@@ -46,6 +46,8 @@ def test_two_processes_decide_what_one_does(schedule: str, walks: tuple[dict, di
     one, first, second = (walk[schedule] for walk in walks)
     assert first["experts"] == second["experts"] and first["rows"] == second["rows"] == one["rows"]
     assert first["llama"] == second["llama"] and first["mixture"] == second["mixture"]
+    assert first["convolutions"] == second["convolutions"] == one["convolutions"]
+    assert first["convolved"]["2.weight"]["rows"] == one["convolved"]["2.weight"]["rows"] == 5 * 2 * 34
     assert first["text"] == second["text"] == "said by 0"
     assert set(first["statistics"]) == set(one["statistics"])
     for name, value in one["statistics"].items():

@@ -70,6 +70,35 @@ def test_no_rows_and_nan_are_refused_by_name():
         statistics.get("mean", "layer.weight")
 
 
+@pytest.mark.parametrize("more", [(), ("float64",)], ids=["float32", "float64"])
+def test_groups_have_the_sums_of_so_many_weights(more: tuple[str, ...]):
+    needs = (*PARTS, *more)
+    rows, reference = torch.randn(2, 3, 50, 6, generator=torch.Generator().manual_seed(0)) - 1
+    together, alone = InputStatistics(needs), [InputStatistics(needs) for _ in rows]
+    for part in (slice(7), slice(7, 7), slice(7, None)):
+        together.add(rows[:, part], reference[:, part])
+        for statistics, its, floats in zip(alone, rows, reference, strict=True):
+            statistics.add(its[part], floats[part])
+    again = InputStatistics(needs)
+    again.load(together.parts(), torch.device("cpu"))
+    for statistics in (together, again):
+        assert (statistics.groups, statistics.rows) == (3, 50)
+        for index, expected in enumerate(alone):
+            group = statistics.group(index)
+            assert (group.groups, group.rows, group.sums.keys()) == (1, 50, expected.sums.keys())
+            for name in PARTS:
+                torch.testing.assert_close(group.get(name, "w"), expected.get(name, "w"), rtol=1e-5, atol=1e-5)
+    assert torch.equal(together.get("mean", "w"), torch.stack([together.group(i).get("mean", "w") for i in range(3)]))
+
+
+def test_groups_that_no_row_reached_have_sums_to_be_put_together():
+    statistics = InputStatistics(("hessian", "mean"))
+    statistics.start(6, torch.device("cpu"), groups=3)
+    assert {name: tuple(held.shape) for name, held in statistics.sums.items()} == {"hessian": (3, 6, 6), "mean": (3, 6)}
+    with pytest.raises(UnusableStatisticsError, match=r"^layer\.weight: no calibration token"):
+        statistics.group(1).get("mean", "layer.weight")
+
+
 def test_every_part_has_a_definition():
     assert set(PARTS) == set(literal(torch.ones(1, 1))) | TWIN
 

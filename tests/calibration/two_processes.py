@@ -41,6 +41,13 @@ def walk(processes: Processes, schedule: str) -> dict[str, object]:
     experts = gptq_walker(prepare(build_model("mixtral"), PTQConfig("int8:channel:sym", None)), rounder)
     experts.processes = processes
     experts.run(few, schedule)  # some of them, whose first two weights share an input, are reached in one process only
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Conv1d(4, 12, 3, groups=4), torch.nn.ReLU(), torch.nn.Conv1d(12, 12, 5, groups=12)
+    )
+    convolutions = gptq_walker(prepare(net, PTQConfig("int8:channel:sym", None)), rounder)
+    convolutions.processes = processes
+    convolutions.run([Batch({"input": torch.randn(2, 4, 40)}) for _ in range(5)], schedule)
     scaled = take_apart(build_model("mixtral"))
     graph = find_graph(scaled)
     surgeon = Surgeon(scaled, graph, smooth_specs(graph, "int4:g16:sym", None))
@@ -53,6 +60,8 @@ def walk(processes: Processes, schedule: str) -> dict[str, object]:
         "statistics": statistics,
         "scaled": {target: dict(figures) for target, figures in walked.items()},
         "unreached": surgeon.notes,
+        "convolutions": decided(convolutions.model),
+        "convolved": convolutions.reports,
         "experts": decided(experts.model),
         "rows": {where: report.get("rows") for where, report in experts.reports.items()},
         "reports": walker.reports,

@@ -32,6 +32,7 @@ NO_DATA = "w4a16_rtn"
 GROUPS = "rules.linear.weight=int4:g32:sym"
 FLOATS = ("calibration.schedule=parallel", "model.dtype=bfloat16")
 RANGES = ("rules.linear.input=int8:tensor:asym", "+algorithm@stack.ranges=ranges")
+CONVOLUTIONS = "+rules.conv={match: {type: Conv}, weight: int4:channel:sym}"
 CASES = {
     "llama, sequential, activations too": ("llama", "w4a16_gptq", (GROUPS, *RANGES)),
     "llama, parallel, bfloat16": (
@@ -42,6 +43,7 @@ CASES = {
     "opt, biases and tied head": ("opt", "w4a16_gptq", (GROUPS,)),
     "gpt2, nothing calibrated": ("gpt2", NO_DATA, (GROUPS,)),
     "qwen3, cross term": ("qwen3", "w4a16_gptq", (GROUPS, "stack.round.asymmetric=0.5")),
+    "depthwise convolutions": ("recurrent_gemma", "w4a16_gptq", (GROUPS, CONVOLUTIONS)),
 }
 
 
@@ -69,10 +71,11 @@ def test_the_same_bits_as_the_whole_model(case: str, tmp_path: Path, threads: No
     assert not (streamed.folder / "resume").exists()
 
 
-def test_what_another_run_gathered_is_read(tmp_path: Path, threads: None) -> None:
-    model = random_model("llama", tmp_path / "model", num_hidden_layers=3)
+@pytest.mark.parametrize(("family", "rules"), [("llama", (GROUPS,)), ("recurrent_gemma", (GROUPS, CONVOLUTIONS))])
+def test_what_another_run_gathered_is_read(family: str, rules: tuple[str, ...], tmp_path: Path, threads: None) -> None:
+    model = random_model(family, tmp_path / "model", num_hidden_layers=3)
     for schedule in ("sequential", "parallel"):
-        more = (GROUPS, f"paths.cache={tmp_path / schedule}", f"calibration.schedule={schedule}")
+        more = (*rules, f"paths.cache={tmp_path / schedule}", f"calibration.schedule={schedule}")
         whole = run(model, tmp_path / "whole", "whole", "w4a16_gptq", *more)
         streamed = run(model, tmp_path / "streamed", "streaming", "w4a16_gptq", *more)
         assert streamed.digests == whole.digests

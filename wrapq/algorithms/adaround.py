@@ -48,6 +48,7 @@ class AdaRound(Rounder):
 
     Options = AdaRoundOptions
     options: AdaRoundOptions
+    groups_at_once = True  # a step for the nine weights of a depthwise channel takes as long as for all channels
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -70,7 +71,10 @@ class AdaRound(Rounder):
         zero = torch.zeros_like(scale)
         if qparams.zero_point is not None:
             zero = spread(qparams.zero_point, rows, columns, spec)
-        up = learn_rounding(weight, scale, zero, hessian, spec.dtype.qmin, spec.dtype.qmax, self.options)
+        shape = (statistics.groups, -1, columns) if statistics.groups > 1 else (rows, columns)
+        its, its_scale, its_zero = (part.reshape(shape) for part in (weight, scale, zero))
+        up = learn_rounding(its, its_scale, its_zero, hessian, spec.dtype.qmin, spec.dtype.qmax, self.options)
+        up = up.reshape(rows, columns)
         learned = (torch.floor(weight / scale) + up + zero).clamp(spec.dtype.qmin, spec.dtype.qmax)
         nearest = qparams.quantize(weight).float()
         lost, before = (quadratic((codes - zero) * scale - weight, hessian) for codes in (learned, nearest))
@@ -82,15 +86,15 @@ class AdaRound(Rounder):
 def learn_rounding(
     weight: Tensor, scale: Tensor, zero: Tensor, hessian: Tensor, low: int, high: int, options: AdaRoundOptions
 ) -> Tensor:
-    """For each weight [N, K] whether it goes up from the grid point below it, as 0 or 1.
+    """For each weight [N, K], or [G, N, K] of G groups, whether it goes up from the grid point below it, as 0 or 1.
 
     The error of the output is counted relative to that of rounding to nearest, times the number of weights, so that the
     regularizer weighs the same whatever the layer's numbers are.
 
     Args:
-        weight: float32 [N, K].
+        weight: float32 [N, K] or [G, N, K].
         scale, zero: as wide as the weight.
-        hessian: [K, K].
+        hessian: [K, K] or [G, K, K].
         low, high: the ends of the grid.
         options: those of AdaRound.
     """
@@ -99,7 +103,8 @@ def learn_rounding(
     rest = (steps - below).clamp(1e-4, 1 - 1e-4)
     v = torch.log((rest - _LOW) / (_HIGH - rest)).requires_grad_(False)  # h(V) is the rest: the float weight itself
     nearest = ((steps.round() + zero).clamp(low, high) - zero) * scale - weight
-    unit = quadratic(nearest, hessian).sum().clamp(min=torch.finfo(torch.float32).tiny) / weight.numel()
+    lost = quadratic(nearest, hessian).sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
+    unit = lost[..., None, None] / weight.shape[-2:].numel()
     optimizer = torch.optim.Adam([v], lr=options.lr)
     for step in range(options.iterations):
         v.grad = gradient(v, weight, below, scale, zero, hessian / unit, (low, high), *_annealed(step, options))

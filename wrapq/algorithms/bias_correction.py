@@ -7,6 +7,9 @@ model's and the quantized model's; a layer being linear, the difference is `W E[
 
 from __future__ import annotations
 
+import math
+from types import MappingProxyType
+
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
@@ -31,6 +34,7 @@ class BiasCorrection(Corrector):
     adds = "bias"
     Options = BiasCorrectionOptions
     options: BiasCorrectionOptions
+    combines = MappingProxyType({"bias_shift": lambda parts: math.sqrt(sum(x * x for x in parts) / len(parts))})
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import islice
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -57,6 +58,7 @@ class GPTQ(Rounder):
 
     Options = GPTQOptions
     options: GPTQOptions
+    combines = MappingProxyType({"damp": max})
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -40,6 +40,7 @@ class SeqMSE(Rounder):
 
     Options = SeqMSEOptions
     options: SeqMSEOptions
+    groups_at_once = True  # a thousand weights of a depthwise channel take as long as a few
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -68,8 +69,9 @@ def search_ranges(
     weight: Tensor, spec: QuantSpec, hessian: Tensor, where: str, candidates: int = 20, smallest: float = 0.4
 ) -> QParams:
     """For each scale of `weight` [N, K] the range, among `candidates`, with the least output error under `hessian`
-    [K, K]; see `best_ranges`."""
-    return best_ranges(weight, spec, where, [output_error(hessian, spec)], candidates, smallest)[0]
+    [K, K], or those [G, K, K] of G groups of rows; see `best_ranges`."""
+    measures, together = [output_error(hessian, spec)], hessian.dim() == 3
+    return best_ranges(weight, spec, where, measures, candidates, smallest, together)[0]
 
 
 Measure = Callable[[Tensor], Tensor]
@@ -77,13 +79,19 @@ Measure = Callable[[Tensor], Tensor]
 
 
 def best_ranges(
-    weight: Tensor, spec: QuantSpec, where: str, measures: Sequence[Measure], candidates: int, smallest: float
+    weight: Tensor,
+    spec: QuantSpec,
+    where: str,
+    measures: Sequence[Measure],
+    candidates: int,
+    smallest: float,
+    together: bool = False,
 ) -> list[QParams]:
     """For each scale of `weight` [N, K] the range, among `candidates`, with the least error by each of `measures`.
 
     Each scale is judged by what its own elements add to the error. Scales that are powers of two are tried at twice the
     range, the whole, a half and a quarter, whatever `candidates` and `smallest`. A global scale is that of the whole
-    range.
+    range. `together` gives `measures` all rows at a time, which are not alike to them.
 
     Raises:
         CalibrationError: NaN or infinity in the weight.
@@ -93,7 +101,7 @@ def best_ranges(
     low, high = reduce_range(weight, spec)
     whole = checked_qparams(low, high, spec, where)
     factors = MX_FACTORS if spec.scale_dtype == "e8m0" else torch.linspace(1, smallest, candidates).tolist()
-    by_row = weight.device.type == "cpu" and tile(weight.shape, spec)[0] == 1
+    by_row = not together and weight.device.type == "cpu" and tile(weight.shape, spec)[0] == 1
     rows = max(1, _PIECE // weight.shape[1]) if by_row else len(weight)
     ends = zip(low.split(rows), high.split(rows), strict=True) if by_row else [(low, high)]
     pieces = zip(weight.split(rows), ends, strict=True)
@@ -109,26 +117,37 @@ def _search(
     least, chosen = [torch.full_like(low, torch.inf) for _ in measures], [torch.ones_like(low) for _ in measures]
     for factor in factors:
         difference = _scaled(low, high, factor, whole).fake_quantize(weight).sub_(weight)
-        parts = pad(difference, (0, -weight.shape[1] % wide)).unflatten(1, (-1, wide)).transpose(0, 1)  # [G, N, g]
+        parts = _filled(difference, wide).unflatten(1, (-1, wide)).transpose(0, 1)  # [G, N, g]
         for i, measure in enumerate(measures):
             errors = measure(parts)
-            errors = pad(errors, (0, -errors.shape[1] % tall)).unflatten(1, (-1, tall)).sum(-1).t().reshape(low.shape)
+            errors = _filled(errors, tall).unflatten(1, (-1, tall)).sum(-1).t().reshape(low.shape)
             better = errors < least[i]
             chosen[i].masked_fill_(better, factor)
             torch.minimum(least[i], errors, out=least[i])
     return chosen
 
 
+def _filled(x: Tensor, size: int) -> Tensor:
+    """`x` with zeros up to a multiple of `size` columns; padding by none would copy it."""
+    missing = -x.shape[1] % size
+    return pad(x, (0, missing)) if missing else x
+
+
 def output_error(hessian: Tensor, spec: QuantSpec) -> Measure:
-    """`d H d^T` of each difference d, by its columns' block of `hessian` [K, K]."""
-    columns = len(hessian)
+    """`d H d^T` of each difference d, by its columns' block of `hessian` [K, K], or [J, K, K] of J groups of rows."""
+    columns = hessian.shape[-1]
     wide = tile((1, columns), spec)[1]
     if wide >= columns:
         return lambda parts: quadratic(parts[0], hessian)[None]
     missing = -columns % wide
-    blocks = pad(hessian, (0, missing, 0, missing)).unflatten(0, (-1, wide)).unflatten(2, (-1, wide))
-    blocks = blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()  # [G, g, g]
-    return lambda parts: (parts @ blocks).mul_(parts).sum(-1)
+    blocks = pad(hessian, (0, missing, 0, missing)).unflatten(-2, (-1, wide)).unflatten(-1, (-1, wide))
+    blocks = blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, 0).contiguous()  # [G, g, g] or [G, J, g, g]
+
+    def measure(parts: Tensor) -> Tensor:
+        rows = parts if blocks.dim() == 3 else parts.unflatten(1, (blocks.shape[1], -1))
+        return (rows @ blocks).mul_(rows).sum(-1).reshape(parts.shape[:2])
+
+    return measure
 
 
 def weight_error(parts: Tensor) -> Tensor:

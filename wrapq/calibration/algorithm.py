@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -40,11 +40,14 @@ class Algorithm(ABC):
         phase: where in the stack it belongs; transforms come before ranges, ranges before rounding, corrections last.
         handles: the role of the points it decides; `model` for a transform, which decides none.
         Options: the pydantic model of its options in a recipe.
+        combines: how what it reports of parts of a weight (`wrapq.calibration.by_group`) becomes one figure, by name;
+            the sum of them unless said here.
     """
 
     phase: ClassVar[Phase]
     handles: ClassVar[Literal["weight", "activation", "model"]]
     Options: ClassVar[type[BaseModel]] = NoOptions
+    combines: ClassVar[Mapping[str, Callable[[Sequence[float]], float]]] = MappingProxyType({})
 
     def __init__(self, options: Any = None) -> None:
         self.options = options if options is not None else self.Options()
@@ -81,7 +84,14 @@ class Rounding(Algorithm):
 
 
 class Rounder(Rounding):
-    """Chooses the codes of one weight at a time."""
+    """Chooses the codes of one weight at a time.
+
+    Attributes:
+        groups_at_once: where groups of rows have inputs of their own, it is given the weight as a whole and statistics
+            with all groups in front, [G, ...]; else each group by itself (`wrapq.calibration.by_group`).
+    """
+
+    groups_at_once: ClassVar[bool] = False
 
     @abstractmethod
     def round(self, weight: Tensor, spec: QuantSpec, where: str, statistics: InputStatistics | None = None) -> Rounded:
@@ -93,7 +103,10 @@ class Rounder(Rounding):
     def round_each(
         self, weight: Tensor, specs: Sequence[QuantSpec], where: str, statistics: InputStatistics | None = None
     ) -> list[Rounded]:
-        """What `round` gives for each of `specs`, to the bit; for an algorithm that has work in common for them."""
+        """What `round` gives for each of `specs`, to the bit; for an algorithm that has work in common for them.
+
+        Asked for the recipes of a sweep. A subclass that overrides `round` of such an algorithm overrides this too.
+        """
         return [self.round(weight, spec, where, statistics) for spec in specs]
 
 

@@ -13,11 +13,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from wrapq.calibration.algorithm import Algorithm, Corrector, RangeSetter, Rounded, Rounder, Rounding
 from wrapq.calibration.blockwise import BLOCK, BlockRounder, BlockStop
+from wrapq.calibration.by_group import correct_by_group, round_by_group, round_to_nearest
 from wrapq.calibration.processes import Processes
 from wrapq.calibration.recall import Recall
 from wrapq.calibration.report import rounding_report
 from wrapq.calibration.statistics import InputStatistics, UnusableStatisticsError
-from wrapq.observers.base import Observer, observe_tensor
+from wrapq.observers.base import Observer
 from wrapq.quant.spec import QuantSpec
 from wrapq.wrappers.base import QuantModuleBase
 from wrapq.wrappers.model import iter_wrapped
@@ -200,8 +201,7 @@ class Decider:
             raise UnusableStatisticsError(f"{where}: it lies in no block, or no batch came to its block")
         except UnusableStatisticsError as error:
             self.fallbacks.append(f"{error}; it is rounded to nearest")
-            qparams = observe_tensor(weight, quantizer.spec, where)
-            return Rounded(qparams.quantize(weight), qparams, {"fallback": 1.0})
+            return round_to_nearest(weight, quantizer.spec, where)
 
     def _rounded_for_all(
         self, rounder: Rounder, weight: Tensor, spec: QuantSpec, where: str, statistics: InputStatistics | None
@@ -209,14 +209,15 @@ class Decider:
         """Rounded to `spec`, and on the way to what the other recipes have."""
         recall = self.recall
         if recall is None or statistics is None or spec.global_scale:
-            return rounder.round(weight, spec, where, statistics)
+            return round_by_group(rounder, weight, [spec], where, statistics, self.fallbacks)[0]
         if (found := recall.find_rounded(where, rounder, spec, weight.device)) is not None:
             return found
         others, start = self.others.get(where, ()), time.perf_counter()
-        rounded, *more = rounder.round_each(weight, [spec, *others], where, statistics)
+        rounded, *more = round_by_group(rounder, weight, [spec, *others], where, statistics, self.fallbacks)
         seconds = (time.perf_counter() - start) / (1 + len(others))
         for other, its in zip(others, more, strict=True):
-            recall.keep_rounded(where, rounder, other, its, seconds)
+            if "fallback" not in its.report:  # of which the other recipe's run has to tell
+                recall.keep_rounded(where, rounder, other, its, seconds)
         return rounded
 
     def _correct(
@@ -224,7 +225,7 @@ class Decider:
     ) -> None:
         error = weight.float() - quantizer.repaired_matrix()
         try:
-            correction = corrector.correct(weight.float(), error, quantizer.where, statistics)
+            correction = correct_by_group(corrector, weight.float(), error, quantizer.where, statistics)
         except UnusableStatisticsError as problem:
             self.fallbacks.append(str(problem))
             return
@@ -234,8 +235,10 @@ class Decider:
     def _inputs(self, quantizer: WeightQuantizer, columns: int) -> InputStatistics:
         """What all processes gathered for the weight; it is put together once for all weights that share it."""
         statistics = self.inputs.pop(quantizer.where, None) or InputStatistics(self.needs(quantizer))
-        statistics.start(columns, self.modules[quantizer].float_weight().device)  # where no token came by
-        self.processes.reduce(statistics, columns)
+        module = self.modules[quantizer]
+        groups = module.wrapper.groups(module)
+        statistics.start(columns, module.float_weight().device, groups)  # where no token came by
+        self.processes.reduce(statistics, columns, groups)
         statistics.complete = True
         self._keep(quantizer, statistics)
         return statistics

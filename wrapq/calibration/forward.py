@@ -123,7 +123,7 @@ class Forward(Run):
         super().__init__(walk.model, batch, index)
         self.walk, self.wait, self.twin = walk, wait, twin
         self.quantizes = wait is not None
-        self._last: tuple[Tensor, str, InputStatistics] | None = None
+        self._last: tuple[Tensor, object, InputStatistics] | None = None
 
     def observe(self, point: Quantizer, x: Tensor) -> None:
         """Add to what the point's observer saw, and wait until its range is chosen."""
@@ -139,7 +139,7 @@ class Forward(Run):
         if not (needs := self.walk.needs(weight)):
             return
         feeding = module.point_quantizers().get("input")
-        form = str(feeding.spec) if feeding else ""
+        form = str(feeding.spec) if feeding else "", module.wrapper.reads(module)
         known = self._shared(raw, form, needs)
         statistics = self.walk.inputs.setdefault(weight.where, known or InputStatistics(needs))
         if statistics is not known:
@@ -154,7 +154,7 @@ class Forward(Run):
         if not (complete and self.walk.decide_at_once(weight)):
             self.wait(self.walk.stop(weight))
 
-    def _shared(self, raw: Tensor, form: str, needs: frozenset[str]) -> InputStatistics | None:
+    def _shared(self, raw: Tensor, form: object, needs: frozenset[str]) -> InputStatistics | None:
         """The statistics of the weight met just before, if they are of the same tensor."""
         if self._last is None:
             return None

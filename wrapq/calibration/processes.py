@@ -73,14 +73,14 @@ class Processes:
         dist.all_reduce(said, dist.ReduceOp.MIN)
         return int(said)
 
-    def reduce(self, statistics: InputStatistics, columns: int) -> None:
-        """Let `statistics`, of a weight with K `columns`, hold what all processes saw."""
+    def reduce(self, statistics: InputStatistics, columns: int, groups: int = 1) -> None:
+        """Let `statistics`, of a weight with K `columns` in so many `groups`, hold what all processes saw."""
         if self.count == 1 or self.least(int(statistics.complete)):
             return
         # weights that share an input share its statistics, which are complete with the first of them; but a process in
         # which no token came by has some for each, and is told
         knowing = self.least(self.rank if statistics.complete else self.count)
-        statistics.start(columns, self._device)
+        statistics.start(columns, self._device, groups)
         rows = torch.tensor(statistics.rows, device=self._device)
         for value, operation in [(rows, "sum")] + [(v, PARTS[name].reduce) for name, v in statistics.sums.items()]:
             if knowing < self.count:

@@ -12,7 +12,8 @@ SQNR_CEILING = 200.0  # dB; stands for "equal"
 
 
 def rounding_report(weight: Tensor, rounded: Rounded, statistics: InputStatistics | None) -> dict[str, float]:
-    """The error of a rounded weight [N, K]: its own, and with a Hessian H that of its output.
+    """The error of a rounded weight [N, K]: its own, and with a Hessian H that of its output; H may be of each group of
+    rows [G, K, K].
 
     `weight_sqnr_db` is `10 log10(|W|^2 / |D|^2)` for the difference D; `output_error` is `tr(D H D^T) / tr(W H W^T)`.
     """

@@ -31,6 +31,9 @@ class Part(NamedTuple):
 
 def _add_gram(held: Tensor, x: Tensor, reference: Rows) -> None:
     """Above the diagonal only, block by block, where that is less work; `_mirror` does the rest."""
+    if x.dim() == 3:
+        held.baddbmm_(x.mT, x)
+        return
     if x.dtype != held.dtype:
         held.add_(torch.mm(x.t(), x, out_dtype=held.dtype))
         return
@@ -62,8 +65,14 @@ def _mirror(held: Tensor) -> None:
 
 
 def quadratic(rows: Tensor, hessian: Tensor) -> Tensor:
-    """`d H d^T` [N] of each row d of a matrix [N, K], for a symmetric `hessian` [K, K], of which half is read."""
-    total, width = rows.new_zeros(len(rows)), _block(hessian)
+    """`d H d^T` [N] of each row d of a matrix [N, K], for a symmetric `hessian` [K, K], of which half is read; or for
+    those [G, K, K] of G groups of rows, which may be [G, N / G, K] as well."""
+    if hessian.dim() == 3:
+        by_group = rows.reshape(len(hessian), -1, rows.shape[-1])
+        return (by_group @ hessian).mul_(by_group).sum(-1).reshape(rows.shape[:-1])
+    if (width := _block(hessian)) >= len(hessian):
+        return (rows @ hessian).mul_(rows).sum(1)
+    total = rows.new_zeros(len(rows))
     for start in range(0, len(hessian), width):
         part, rest = rows[:, start : start + width], slice(start + width, None)
         product = part @ hessian[start : start + width, start : start + width]
@@ -80,22 +89,23 @@ def _block(held: Tensor) -> int:
 
 def _add_cross(held: Tensor, x: Tensor, reference: Rows) -> None:
     if reference is not None:
-        held.addmm_((reference.to(x.dtype) - x).t(), x)
+        add = held.addmm_ if x.dim() == 2 else held.baddbmm_
+        add((reference.to(x.dtype) - x).mT, x)
 
 
 def _add_shift(held: Tensor, x: Tensor, reference: Rows) -> None:
     if reference is not None:
-        held.add_((reference.to(x.dtype) - x).sum(0))
+        held.add_((reference.to(x.dtype) - x).sum(-2))
 
 
 PARTS: dict[str, Part] = {
     "hessian": Part(2, _add_gram),
     "cross": Part(2, _add_cross),
     "mean_shift": Part(1, _add_shift),
-    "mean": Part(1, lambda held, x, _: held.add_(x.sum(0))),
-    "mean_abs": Part(1, lambda held, x, _: held.add_(x.abs().sum(0))),
-    "absmax": Part(1, lambda held, x, _: held.copy_(torch.maximum(held, x.abs().amax(0))), "max"),
-    "least": Part(1, lambda held, x, _: held.copy_(torch.minimum(held, x.amin(0))), "min", torch.inf),
+    "mean": Part(1, lambda held, x, _: held.add_(x.sum(-2))),
+    "mean_abs": Part(1, lambda held, x, _: held.add_(x.abs().sum(-2))),
+    "absmax": Part(1, lambda held, x, _: held.copy_(torch.maximum(held, x.abs().amax(-2))), "max"),
+    "least": Part(1, lambda held, x, _: held.copy_(torch.minimum(held, x.amin(-2))), "min", torch.inf),
 }
 """What an algorithm may declare that it needs of a weight's input."""
 
@@ -108,6 +118,9 @@ PRECISIONS = frozenset({"float64"})
 
 class InputStatistics:
     """Sums over the rows of every matrix X [M, K] that a weight meets; weights with one input share them.
+
+    A weight whose rows fall into G groups, each with an input of its own, meets X [G, M, K]: the sums, and what `get`
+    gives, then have G in front.
 
     Args:
         needs: what is gathered, and nothing else: `hessian`, `X^T X` [K, K]; `cross`, `(F - X)^T X` [K, K], F being the
@@ -138,21 +151,35 @@ class InputStatistics:
         return self._sums
 
     def add(self, x: Tensor, reference: Rows = None) -> None:
-        """Add the rows of `x` [M, K], and of the float model's `reference` [M, K] where the cross term is asked for."""
-        self.start(x.shape[1], x.device)
+        """Add the rows of `x` [M, K], or [G, M, K], and of the float model's `reference`, of the same shape, where the
+        cross term is asked for."""
+        self.start(x.shape[-1], x.device, len(x) if x.dim() == 3 else 1)
         self._factors.clear()
-        self.rows += len(x)
-        as_they_are = self.dtype == torch.float32 and _sums_halves(x.device, x.dtype)
+        self.rows += x.shape[-2]
+        as_they_are = x.dim() == 2 and self.dtype == torch.float32 and _sums_halves(x.device, x.dtype)
         wide = x if as_they_are and self._sums.keys() == {"hessian"} else x.to(self.dtype)
-        for name in self._sums if len(x) else ():
+        for name in self._sums if x.shape[-2] else ():
             PARTS[name].add(self._sums[name], x if as_they_are and name == "hessian" else wide, reference)
-        self._half |= "hessian" in self._sums
+        self._half |= "hessian" in self._sums and x.dim() == 2
 
-    def start(self, columns: int, device: torch.device) -> None:
-        """Make the sums, of K `columns`, unless they are there."""
+    def start(self, columns: int, device: torch.device, groups: int = 1) -> None:
+        """Make the sums, of K `columns` for each of the `groups`, unless they are there."""
+        several = (groups,) if groups > 1 else ()
         for name in sorted(self.needs - PRECISIONS) if not self._sums else ():  # all processes in one order
-            shape, start = (columns,) * PARTS[name].dims, PARTS[name].start
+            shape, start = (*several, *(columns,) * PARTS[name].dims), PARTS[name].start
             self._sums[name] = torch.full(shape, start, dtype=self.dtype, device=device)
+
+    @property
+    def groups(self) -> int:
+        """How many groups of rows of the weight have an input of their own."""
+        return next((len(held) for name, held in self._sums.items() if held.dim() > PARTS[name].dims), 1)
+
+    def group(self, index: int) -> InputStatistics:
+        """What was gathered for one of the `groups`, in the same memory."""
+        its = InputStatistics(self.needs)
+        its.rows, its.complete = self.rows, self.complete
+        its._sums = {name: held[index] for name, held in self._sums.items()}
+        return its
 
     def get(self, part: str, where: str) -> Tensor:
         """One of the statistics that were asked for; the Hessian and the cross term as sums, which no M divides.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from wrapq.algorithms.ranges import Ranges
 from wrapq.algorithms.rtn import RTN
 from wrapq.calibration.algorithm import Algorithm, Corrector, RangeSetter, Rounding, Transform
+from wrapq.calibration.by_group import unsupported
 from wrapq.calibration.forward import without_cache
 from wrapq.calibration.walker import Batch, Schedule, Walker
 from wrapq.engine.transform import Figures
@@ -55,10 +56,10 @@ def calibrate(
 ) -> Calibrated:
     """Run `batches` through a prepared model and decide all its points by the algorithms of `stack`; then `convert` it.
 
-    Weights that multiply no matrix, such as those of norms, embeddings and grouped convolutions, are rounded to nearest
-    where the stack's algorithm needs the statistics of an input. Static activations take the range that their observer
-    finds unless the stack names another algorithm for them. Transforms change the float weights before, and follow the
-    model with the first batch.
+    Weights that multiply no matrix, such as those of norms and embeddings, are rounded to nearest where the stack's
+    algorithm needs the statistics of an input. Static activations take the range that their observer finds unless the
+    stack names another algorithm for them. Transforms change the float weights before, and follow the model with the
+    first batch.
 
     Args:
         model: what `prepare` returned.
@@ -149,7 +150,8 @@ def _assign(model: nn.Module, entries: Sequence[StackEntry]) -> tuple[dict[str, 
             usable = rounder is not None and (module.wrapper.multiplies(module) or not rounder.needs)
             chosen = rounder if rounder is not None and usable else nearest
             rounders[quantizer.where] = chosen
-            if (reason := chosen.unsupported(quantizer.spec)) is not None:
+            rows, groups = module.float_matrix().shape[0], module.wrapper.groups(module)
+            if (reason := unsupported(chosen, quantizer.spec, rows, groups)) is not None:
                 problems.append(Problem("calibrate", f"{quantizer.where}, {quantizer.spec}: {reason}"))
     if problems:
         raise PlanError(problems)

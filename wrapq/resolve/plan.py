@@ -49,6 +49,8 @@ class ModulePlan(_Frozen):
     block: int | None
     multiplies: bool
     """Whether the weight multiplies a matrix, as a linear layer's does and a norm's does not."""
+    groups: int
+    """How many groups of the weight's rows multiply inputs of their own, as those of a grouped convolution do."""
     has_bias: bool
     """Whether something is added to what the weight makes."""
     weight_shape: tuple[int, int] | None

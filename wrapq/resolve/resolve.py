@@ -158,6 +158,7 @@ def _plan_modules(sites: Sequence[Site], drafted: Drafted) -> tuple[list[ModuleP
                     wrapper=site.wrapper.__name__,
                     block=site.block,
                     multiplies=site.wrapper.multiplies(site.module),
+                    groups=site.wrapper.groups(site.module),
                     has_bias=site.module._parameters.get("bias") is not None,
                     weight_shape=weight_shape(site),
                     points=tuple(points),

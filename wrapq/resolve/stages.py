@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from wrapq.calibration.algorithm import ALGORITHMS, PHASES, Algorithm, Corrector, Rounding, Transform
 from wrapq.calibration.blockwise import BLOCK
+from wrapq.calibration.by_group import unsupported
 from wrapq.calibration.statistics import TWIN
 from wrapq.errors import ModelError, Problem, UnknownNameError, nearest
 from wrapq.recipe.schema import Recipe, Stage
@@ -220,7 +221,8 @@ def _unsupported(entry: StackEntry, points: Sequence[tuple[ModulePlan, PointPlan
         return
     refused: dict[tuple[str, str], list[str]] = {}
     for module, point in points:
-        if (reason := algorithm.unsupported(point.quant_spec)) is not None:
+        rows = module.weight_shape[0] if module.weight_shape else 1
+        if (reason := unsupported(algorithm, point.quant_spec, rows, module.groups)) is not None:
             refused.setdefault((point.spec, reason), []).append(f"{module.name}.{point.name}")
     for (spec, reason), names in refused.items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""

@@ -82,6 +82,17 @@ class Wrapper(nn.Module):
         return False
 
     @classmethod
+    def groups(cls, module: nn.Module) -> int:
+        """How many groups of as many rows of the weight multiply inputs of their own, `input_matrix(x)` [G, M, K]; each
+        has a Hessian. 1 where all of them multiply the same, [M, K]."""
+        return 1
+
+    @classmethod
+    def reads(cls, module: nn.Module) -> tuple[object, ...]:
+        """What, beside its input, decides `input_matrix` of `module`: modules alike in it share statistics."""
+        return ()
+
+    @classmethod
     def width(cls, module: nn.Module, point: str) -> int | None:
         """The size of the last axis of what comes to an activation point of `module`; None where it is not known."""
         return None

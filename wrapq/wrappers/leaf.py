@@ -67,7 +67,7 @@ class Conv1D(Linear):
 
 @WRAPPERS.register("torch.nn.modules.conv.Conv1d", "torch.nn.modules.conv.Conv2d", "torch.nn.modules.conv.Conv3d")
 class Conv(Leaf):
-    """Convolutions; as a matrix the weight is [output channels, input channels x kernel]."""
+    """Convolutions; as a matrix the weight is [output channels, input channels of a group x kernel]."""
 
     kind = "Conv"
     points = (WEIGHT, *_IMAGES)
@@ -79,11 +79,23 @@ class Conv(Leaf):
 
     @classmethod
     def multiplies(cls, module: nn.Module) -> bool:
-        """True unless there are groups, whose output channels see different inputs: no one matrix is what all meet."""
-        return cast(nn.Conv2d, module).groups == 1
+        """See `Wrapper.multiplies`."""
+        return True
+
+    @classmethod
+    def groups(cls, module: nn.Module) -> int:
+        """See `Wrapper.groups`: those of the convolution, as many as channels in a depthwise one."""
+        return cast(nn.Conv2d, module).groups
+
+    @classmethod
+    def reads(cls, module: nn.Module) -> tuple[object, ...]:
+        """See `Wrapper.reads`: the kernel and its way over the image."""
+        conv = cast(nn.Conv2d, module)
+        return conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.padding_mode, conv.groups
 
     def input_matrix(self, x: Tensor) -> Tensor:
-        """The patches [M, K] that the kernel meets, M positions in all images `x` [B, C, ...] or [C, ...]."""
+        """The patches [M, K] that the kernel meets, M positions in all images `x` [B, C, ...] or [C, ...]; [G, M, K] of
+        G groups of channels."""
         conv, dims = cast(nn.Conv2d, self), len(cast(nn.Conv2d, self).kernel_size)
         mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
         x = pad(x if x.dim() == dims + 2 else x[None], conv._reversed_padding_repeated_twice, mode=mode)
@@ -91,7 +103,10 @@ class Conv(Leaf):
             zip(conv.kernel_size, conv.stride, conv.dilation, strict=True), start=2
         ):
             x = x.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation]  # [B, C, *positions, *kernel]
-        return x.movedim(1, dims + 1).flatten(dims + 1).flatten(0, dims)
+        x = x.movedim(1, dims + 1)  # [B, *positions, C, *kernel]
+        if conv.groups == 1:
+            return x.flatten(dims + 1).flatten(0, dims)
+        return x.unflatten(dims + 1, (conv.groups, -1)).movedim(dims + 1, 0).flatten(dims + 2).flatten(1, dims + 1)
 
 
 @WRAPPERS.register("torch.nn.modules.sparse.Embedding")

@@ -30,12 +30,14 @@ def siblings(name: str) -> tuple[str, ...]:
 
 @contextmanager
 def sharing_global_scale(name: str, modules: Mapping[str, QuantModuleBase]) -> Iterator[None]:
-    """While this holds, the weight of the wrapped module `name` gets the global scale of all its `siblings` in
-    `modules` that have one too; it is `SHARED_BOUND` that says so to the observers.
+    """While this holds, the weight of the wrapped module `name`, and each of its groups that are rounded by themselves,
+    gets the global scale of all its `siblings` in `modules` that have one too; it is `SHARED_BOUND` that says so to the
+    observers.
     """
     found = [module for sibling in siblings(name) if (module := modules.get(sibling)) is not None]
     sharing = [module for module in found if has_global_scale(module)]
-    alone = len(sharing) < 2 or modules[name] not in sharing
+    own = modules[name]
+    alone = own not in sharing or (len(sharing) < 2 and own.wrapper.groups(own) == 1)
     token = SHARED_BOUND.set(None if alone else _bound([module.float_weight().detach() for module in sharing]))
     try:
         yield
