@@ -16,7 +16,7 @@ from wrapq.calibration.blockwise import BLOCK, BlockRounder, BlockStop
 from wrapq.calibration.by_group import correct_by_group, round_by_group, round_to_nearest
 from wrapq.calibration.processes import Processes
 from wrapq.calibration.recall import Recall
-from wrapq.calibration.report import rounding_report
+from wrapq.calibration.report import Reporter
 from wrapq.calibration.statistics import InputStatistics, UnusableStatisticsError
 from wrapq.observers.base import Observer
 from wrapq.quant.spec import QuantSpec
@@ -67,6 +67,7 @@ class Decider:
         }
         # a weight that is released takes its entry with it, and none that takes its place in memory is mistaken for it
         self._tied: MutableMapping[Tensor, dict[str, Rounded]] = WeakTensorKeyDictionary()
+        self._known: dict[str, Rounded] = {}  # as an earlier job rounded them
         self._since = 0.0
 
     def points(self) -> Iterator[Quantizer]:
@@ -181,43 +182,50 @@ class Decider:
         weight = module.float_matrix()
         correctors = self.correctors.get(where, ())
         new = where not in self.reports and (spec not in tied or self.is_blockwise(quantizer))
-        wanted = self.needs(quantizer) and (new or correctors)
+        known = self._known.pop(where, None)
+        wanted = self.needs(quantizer) and (new or correctors) and known is None
         statistics = self._inputs(quantizer, weight.shape[1]) if wanted else None
+        reporter = Reporter(weight, statistics)
         if spec not in tied:
             with sharing_global_scale(where.removesuffix(".weight"), self.wrapped):
-                tied[spec] = self._rounded(quantizer, weight, statistics)
+                tied[spec] = known or self._rounded(quantizer, weight, statistics, reporter)
         rounded = tied[spec]
         if new:
-            self.reports[where] = rounding_report(weight, rounded, statistics)
+            self.reports[where] = dict(known.report) if known else reporter.report(rounded)
         quantizer.set_rounded(rounded.integers, rounded.qparams)
         for corrector in correctors:
             self._correct(quantizer, weight, corrector, cast(InputStatistics, statistics))
 
-    def _rounded(self, quantizer: WeightQuantizer, weight: Tensor, statistics: InputStatistics | None) -> Rounded:
+    def _rounded(
+        self, quantizer: WeightQuantizer, weight: Tensor, statistics: InputStatistics | None, reporter: Reporter
+    ) -> Rounded:
         rounder, where = self.rounders[quantizer.where], quantizer.where
         try:
             if isinstance(rounder, Rounder):
-                return self._rounded_for_all(rounder, weight, quantizer.spec, where, statistics)
+                return self._rounded_for_all(rounder, weight, quantizer.spec, where, statistics, reporter)
             raise UnusableStatisticsError(f"{where}: it lies in no block, or no batch came to its block")
         except UnusableStatisticsError as error:
             self.fallbacks.append(f"{error}; it is rounded to nearest")
             return round_to_nearest(weight, quantizer.spec, where)
 
     def _rounded_for_all(
-        self, rounder: Rounder, weight: Tensor, spec: QuantSpec, where: str, statistics: InputStatistics | None
+        self,
+        rounder: Rounder,
+        weight: Tensor,
+        spec: QuantSpec,
+        where: str,
+        statistics: InputStatistics | None,
+        reporter: Reporter,
     ) -> Rounded:
         """Rounded to `spec`, and on the way to what the other recipes have."""
-        recall = self.recall
-        if recall is None or statistics is None or spec.global_scale:
-            return round_by_group(rounder, weight, [spec], where, statistics, self.fallbacks)[0]
-        if (found := recall.find_rounded(where, rounder, spec, weight.device)) is not None:
-            return found
-        others, start = self.others.get(where, ()), time.perf_counter()
+        keeps = self.recall is not None and statistics is not None and not spec.global_scale
+        others, start = self.others.get(where, ()) if keeps else (), time.perf_counter()
         rounded, *more = round_by_group(rounder, weight, [spec, *others], where, statistics, self.fallbacks)
-        seconds = (time.perf_counter() - start) / (1 + len(others))
         for other, its in zip(others, more, strict=True):
             if "fallback" not in its.report:  # of which the other recipe's run has to tell
-                recall.keep_rounded(where, rounder, other, its, seconds)
+                its = its._replace(report=reporter.report(its))
+                seconds = (time.perf_counter() - start) / (1 + len(others))
+                cast(Recall, self.recall).keep_rounded(where, rounder, other, its, seconds)
         return rounded
 
     def _correct(
@@ -250,10 +258,13 @@ class Decider:
     def load(self, points: Sequence[Quantizer]) -> bool:
         """Take the statistics of `points` from the store; False, and nothing taken, where it lacks one of them."""
         recall = cast(Recall, self.recall)
+        rounded = self._load_rounded(points)
+        points = [quantizer for quantizer in points if quantizer.where not in rounded]
         found = recall.load(points)
         if not self.processes.least(int(found is not None)) or found is None:
             recall.recalled.clear()
             return False
+        self._known |= rounded
         shared: dict[str, InputStatistics] = {}
         for quantizer in points:
             owner, parts = found[quantizer.where]
@@ -266,6 +277,17 @@ class Decider:
                 device, (state,) = next(self.model.parameters()).device, parts.values()
                 cast(Observer, quantizer.observer).load_state_dict({n: t.to(device) for n, t in state.items()})
         return True
+
+    def _load_rounded(self, points: Sequence[Quantizer]) -> dict[str, Rounded]:
+        """The weights among `points` as an earlier job rounded them; none where one lacks that or needs more."""
+        weights = [q for q in points if isinstance(q, WeightQuantizer)]
+        if self.processes.count > 1 or any(self.is_blockwise(q) or self.correctors.get(q.where) for q in weights):
+            return {}
+        found = cast(Recall, self.recall).load_rounded({q.where: (self.rounders[q.where], q.spec) for q in weights})
+        for quantizer in weights if found else ():
+            device, its = self.modules[quantizer].float_weight().device, found[quantizer.where]
+            found[quantizer.where] = its._replace(integers=its.integers.to(device), qparams=its.qparams.to(device))
+        return found
 
 
 def release(quantizers: Iterable[Quantizer]) -> None:

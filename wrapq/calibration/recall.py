@@ -11,7 +11,6 @@ import json
 from collections.abc import Mapping, Sequence
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor
 
 from wrapq.calibration.algorithm import Algorithm, Rounded
@@ -110,17 +109,26 @@ class Recall:
             facts |= {} if owner == where else {"same_as": owner}
             self._put(self._key(where, kind), held[part] if owner == where else {}, facts)
 
-    def find_rounded(self, where: str, rounder: Algorithm, spec: QuantSpec, device: torch.device) -> Rounded | None:
-        """The weight as `rounder` rounded it to `spec` for another recipe."""
-        if (stored := self.store.get(self._rounded_key(where, rounder, spec))) is None:
-            return None
-        self.rounded, self.seconds = self.rounded + 1, self.seconds + float(stored.facts["seconds"])
-        tensors = {name: tensor.to(device) for name, tensor in stored.tensors.items()}
-        codes = tensors.pop("integers")
-        return Rounded(codes, QParams(spec, **tensors), json.loads(stored.facts["report"]))
+    def load_rounded(self, weights: Mapping[str, tuple[Algorithm, QuantSpec]]) -> dict[str, Rounded]:
+        """Weights as another recipe's run rounded them, with all that is to be reported of them; none unless all are
+        there.
+
+        Args:
+            weights: what rounds each of them, and to what, by the point's full name.
+        """
+        found: dict[str, Rounded] = {}
+        seconds = 0.0
+        for where, (rounder, spec) in weights.items():
+            if (stored := self.store.get(self._rounded_key(where, rounder, spec))) is None:
+                return {}
+            codes = stored.tensors.pop("integers")
+            found[where] = Rounded(codes, QParams(spec, **stored.tensors), json.loads(stored.facts["report"]))
+            seconds += float(stored.facts["seconds"])
+        self.rounded, self.seconds = self.rounded + len(found), self.seconds + seconds
+        return found
 
     def keep_rounded(self, where: str, rounder: Algorithm, spec: QuantSpec, rounded: Rounded, seconds: float) -> None:
-        """Store a weight rounded to another recipe's spec; never raises."""
+        """Store a weight rounded to another recipe's spec, with all that is to be reported of it; never raises."""
         self.left, self.left_seconds = self.left + 1, self.left_seconds + seconds
         if self.problem is None:
             tensors = {"integers": rounded.integers, "scale": rounded.qparams.scale}
