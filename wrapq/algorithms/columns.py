@@ -80,18 +80,18 @@ def gptq(weight: Tensor, ranges: Sequence[QParams], factor: Factor, block_size: 
     for start in range(0, columns, block_size):
         stop = min(start + block_size, columns)
         part, block, runs = slice(start, stop), errors[: stop - start], run[order[start:stop]]
-        points = None if zero is None else zero[runs]
+        points, scales = None if zero is None else zero.index_select(0, runs), scale.index_select(0, runs)
         if launch is not None:
-            launch(steps[part], block, scale[runs], points, upper[part, part], spec.dtype)
+            launch(steps[part], block, scales, points, upper[part, part], spec.dtype)
         else:
-            _round_columns(steps[part], block, scale[runs], points, upper[part, part], grids)
+            _round_columns(steps[part], block, scales, points, upper[part, part], grids)
         for mine in grids.spans:
             lost[mine] += weights[part] @ block[:, mine].square()
             if stop < columns:
                 steps[stop:, mine].addmm_(upper[part, stop:].t(), block[:, mine], alpha=-1)
     solved, one = [], steps.new_ones(1)
     for its, place in zip(ranges, grids.places, strict=True):
-        shift = None if zero is None else zero[:, place][run[order]]
+        shift = None if zero is None else zero[:, place].index_select(0, run[order])
         codes = quantize_elements(steps[:, place], one, shift, its.spec.dtype)
         codes = torch.empty_like(codes).index_copy_(0, order, codes)
         solved.append(Solved(codes.t().contiguous(), lost[place]))

@@ -29,6 +29,9 @@ from wrapq.resolve.model import ModelSource
 from wrapq.runtime.kernel import REFERENCE
 from wrapq.wrappers.model import convert_model
 
+_CHECKED = 128
+"""Tokens on which the saved model is compared: what differs in a weight or a point shows in any of them."""
+
 
 def finish(
     run: Run, model: nn.Module, walker: Walker, source: ModelSource, evaluation: Samples, quality: Quality
@@ -118,8 +121,9 @@ def _export(run: Run, model: nn.Module) -> Exported | None:
 
 @torch.no_grad()
 def _first_logits(model: nn.Module, samples: Samples, residency: Residency | None = None) -> Tensor:
-    """The logits [1, T, V] of the first sample."""
+    """The logits [1, T, V] of the first tokens of the first sample; of all of them where some are padding."""
     ids, mask = next(samples.batches(1))
+    ids = ids if mask is not None else ids[:, :_CHECKED]
     device, logits = device_of(model), []
 
     def forward() -> None:
