@@ -41,6 +41,7 @@ class Decider:
         recall: where statistics gathered before are looked up; None gathers all.
         others: what other recipes, which gather the same and round by the same algorithm, have for weights, by the
             point's full name; these are rounded to that as well, and left in the store.
+        others_seconds: how long that took.
         processes: those that share the data.
         inputs: what was gathered of the input of each open weight, by the point's full name.
         statistics: what the observer of each static activation point gathered, by the point's full name.
@@ -55,6 +56,7 @@ class Decider:
         self.correctors: dict[str, list[Corrector]] = {}
         self.recall: Recall | None = None
         self.others: Mapping[str, Sequence[QuantSpec]] = {}
+        self.others_seconds = 0.0
         self.processes = Processes()
         self.inputs: dict[str, InputStatistics] = {}
         self.statistics: dict[str, Tensor] = {}
@@ -221,11 +223,13 @@ class Decider:
         keeps = self.recall is not None and statistics is not None and not spec.global_scale
         others, start = self.others.get(where, ()) if keeps else (), time.perf_counter()
         rounded, *more = round_by_group(rounder, weight, [spec, *others], where, statistics, self.fallbacks)
+        seconds = (time.perf_counter() - start) / (1 + len(others))
         for other, its in zip(others, more, strict=True):
+            start = time.perf_counter()
             if "fallback" not in its.report:  # of which the other recipe's run has to tell
-                its = its._replace(report=reporter.report(its))
-                seconds = (time.perf_counter() - start) / (1 + len(others))
-                cast(Recall, self.recall).keep_rounded(where, rounder, other, its, seconds)
+                whole = its._replace(report=reporter.report(its))
+                cast(Recall, self.recall).keep_rounded(where, rounder, other, whole, seconds)
+            self.others_seconds += seconds + time.perf_counter() - start
         return rounded
 
     def _correct(

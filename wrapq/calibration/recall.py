@@ -37,14 +37,14 @@ class Recall:
         problem: why nothing more is written, or None.
         recalled: the points, by full name, whose statistics came from the store.
         rounded: how many weights were found rounded, as a recipe of the same sweep left them for the others.
-        left: how many were left so, and `left_seconds`, what that took.
+        left: how many were left so.
     """
 
     def __init__(self, store: Store, root: Mapping[str, str]) -> None:
         self.store, self.root = store, root
         self.hits = self.misses = self.rounded = 0
         self.left = 0
-        self.seconds = self.left_seconds = 0.0
+        self.seconds = 0.0
         self.problem: str | None = None
         self.recalled: set[str] = set()
         self._written = 0
@@ -129,7 +129,7 @@ class Recall:
 
     def keep_rounded(self, where: str, rounder: Algorithm, spec: QuantSpec, rounded: Rounded, seconds: float) -> None:
         """Store a weight rounded to another recipe's spec, with all that is to be reported of it; never raises."""
-        self.left, self.left_seconds = self.left + 1, self.left_seconds + seconds
+        self.left += 1
         if self.problem is None:
             tensors = {"integers": rounded.integers, "scale": rounded.qparams.scale}
             if rounded.qparams.zero_point is not None:

@@ -161,10 +161,10 @@ def _tell(run: Run, walker: Walker) -> None:
     if recall.rounded:
         run.note(f"{recall.rounded} weights had been rounded along with those of an earlier job")
     if recall.left:  # those jobs have it for nothing, and this one shall not look slower for it
-        run.seconds["calibrate"] -= recall.left_seconds
-        run.seconds[LATER_JOBS] = recall.left_seconds
+        run.seconds["calibrate"] -= walker.others_seconds
+        run.seconds[LATER_JOBS] = walker.others_seconds
         run.note(
-            f"{recall.left} weights were rounded for the jobs that follow, in {recall.left_seconds:.1f} s that do not "
+            f"{recall.left} weights were rounded for the jobs that follow, in {walker.others_seconds:.1f} s that do not "
             "count as this one's"
         )
     if recall.problem:
