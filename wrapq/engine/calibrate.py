@@ -163,10 +163,8 @@ def _tell(run: Run, walker: Walker) -> None:
     if recall.left:  # those jobs have it for nothing, and this one shall not look slower for it
         run.seconds["calibrate"] -= walker.others_seconds
         run.seconds[LATER_JOBS] = walker.others_seconds
-        run.note(
-            f"{recall.left} weights were rounded for the jobs that follow, in {walker.others_seconds:.1f} s that do not "
-            "count as this one's"
-        )
+        took = f"in {walker.others_seconds:.1f} s that do not count as this one's"
+        run.note(f"{recall.left} weights were rounded for the jobs that follow, {took}")
     if recall.problem:
         run.note(f"no more statistics are kept for later runs: {recall.problem}")
     recall.store.collect()
