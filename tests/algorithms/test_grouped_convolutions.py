@@ -15,9 +15,10 @@ import wrapq
 from tests.algorithms.test_gptq import literal_gptq
 from wrapq import PTQConfig
 from wrapq.algorithms.gptq import GPTQ
+from wrapq.algorithms.low_rank import LowRank
 from wrapq.algorithms.seqmse import SeqMSE
 from wrapq.calibration.algorithm import Rounded, Rounder
-from wrapq.calibration.by_group import round_by_group
+from wrapq.calibration.by_group import correct_by_group, round_by_group
 from wrapq.calibration.statistics import InputStatistics, UnusableStatisticsError
 from wrapq.errors import PlanError
 from wrapq.observers.base import observe_tensor
@@ -350,3 +351,11 @@ def test_a_separable_net_loses_less_by_gptq_than_to_nearest(schedule: str) -> No
         assert not done.fallbacks
     assert lost["gptq"] < 0.7 * lost["rtn"]
     assert lost.get("asymmetric", 0) < 0.9 * lost["gptq"]
+
+
+def test_what_cannot_correct_groups_says_so() -> None:
+    """A corrector of another package that takes convolutions, and would lose all but the first group's matrices."""
+    weight, statistics = torch.randn(4, 9), InputStatistics()
+    statistics.add(torch.randn(4, 50, 9))
+    with pytest.raises(UnusableStatisticsError, match="conv.weight: its groups have inputs of their own, so only a"):
+        correct_by_group(LowRank(), weight, torch.zeros_like(weight), "conv.weight", statistics)

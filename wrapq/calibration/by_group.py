@@ -92,9 +92,15 @@ def _round(
 def correct_by_group(
     corrector: Corrector, weight: Tensor, error: Tensor, where: str, statistics: InputStatistics
 ) -> Correction:
-    """`Corrector.correct` for `weight` [N, K], or for each group of its rows that has an input of its own."""
+    """`Corrector.correct` for `weight` [N, K], or for each group of its rows that has an input of its own.
+
+    Raises:
+        UnusableStatisticsError: of the groups' outputs only the mean can be corrected.
+    """
     if statistics.groups == 1:
         return corrector.correct(weight, error, where, statistics)
+    if corrector.adds != "bias":
+        raise UnusableStatisticsError(f"{where}: its groups have inputs of their own, so only a bias can correct them")
     parts = zip(weight.chunk(statistics.groups), error.chunk(statistics.groups), strict=True)
     done = [corrector.correct(*part, where, statistics.group(index)) for index, part in enumerate(parts)]
     bias = torch.cat([its.bias for its in done if its.bias is not None])
