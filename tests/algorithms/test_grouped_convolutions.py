@@ -357,5 +357,5 @@ def test_what_cannot_correct_groups_says_so() -> None:
     """A corrector of another package that takes convolutions, and would lose all but the first group's matrices."""
     weight, statistics = torch.randn(4, 9), InputStatistics()
     statistics.add(torch.randn(4, 50, 9))
-    with pytest.raises(UnusableStatisticsError, match="conv.weight: its groups have inputs of their own, so only a"):
+    with pytest.raises(UnusableStatisticsError, match="its groups have inputs of their own, so only a bias"):
         correct_by_group(LowRank(), weight, torch.zeros_like(weight), "conv.weight", statistics)
