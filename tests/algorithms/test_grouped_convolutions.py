@@ -18,9 +18,8 @@ from wrapq.algorithms.gptq import GPTQ
 from wrapq.algorithms.low_rank import LowRank
 from wrapq.algorithms.seqmse import SeqMSE
 from wrapq.calibration.algorithm import Rounded, Rounder
-from wrapq.calibration.by_group import correct_by_group, round_by_group
+from wrapq.calibration.by_group import correct_by_group, round_by_group, unsupported
 from wrapq.calibration.statistics import InputStatistics, UnusableStatisticsError
-from wrapq.errors import PlanError
 from wrapq.observers.base import observe_tensor
 from wrapq.quant.spec import QuantSpec
 
@@ -232,18 +231,41 @@ def test_a_global_scale_is_that_of_all_groups() -> None:
     assert torch.equal(wrapq.convert(copy.deepcopy(model))(x), model(x))
 
 
-@pytest.mark.parametrize("weight", ["int8:tensor:sym", "int8:channel@1:sym", "int4:b2x9:sym", "int4:b3x9:sym"])
+@pytest.mark.parametrize("weight", ["int4:tensor:sym", "uint4:tensor:asym", "int4:channel@1:sym", "int4:b2x9:sym"])
 @pytest.mark.parametrize("algorithm", ["gptq", "seqmse", "adaround"])
-def test_scales_that_groups_would_share_are_refused(weight: str, algorithm: str) -> None:
-    net, x = nn.Sequential(nn.Conv2d(8, 12, 3, groups=4)), images(2, 8, 9, 9)  # three rows a group
-    if weight == "int4:b3x9:sym":
-        assert calibrated(net, {"round": algorithm}, x, weight=weight)[0][0].weight_quantizer.scale.shape == (4, 2)
-        return
-    with pytest.raises(PlanError, match=r"0\.weight, int.*rounded each by itself, so that they cannot share scales"):
-        calibrated(net, {"round": algorithm}, x, weight=weight)
-    calibrated(net, {"round": "rtn", "fix": "bias_correction"}, x, weight=weight)
-    calibrated(net, {"round": {"algorithm": "autoround", "iterations": 2}}, x, weight=weight)
-    calibrated(nn.Sequential(nn.Conv2d(8, 12, 3)), {"round": algorithm}, x, weight=weight)
+def test_groups_may_share_scales(weight: str, algorithm: str) -> None:
+    seeded()
+    net, x = nn.Sequential(nn.Conv2d(8, 12, 3, groups=4)), images(6, 8, 12, 11)  # three rows a group
+    lost = {}
+    for name in ("rtn", algorithm):
+        model, done = calibrated(net, {"round": name}, x[:3], x[3:], weight=weight)
+        shape = observe_tensor(net[0].weight.detach().flatten(1), QuantSpec.parse(weight), "w").scale.shape
+        assert model[0].weight_quantizer.scale.shape == shape and not done.fallbacks
+        with torch.no_grad():
+            lost[name] = float((model(x) - net(x)).square().mean())
+            assert torch.equal(wrapq.convert(copy.deepcopy(model))(x), model(x))
+    assert lost[algorithm] < {"gptq": 0.9}.get(algorithm, 0.99) * lost["rtn"]
+
+
+@pytest.mark.parametrize("weight", ["uint4:tensor:asym", "nf4:channel@1"])
+def test_gptq_in_scales_that_groups_share_is_the_papers_algorithm(weight: str) -> None:
+    conv, x, spec = layer("grouped"), images(6, 8, 12, 11), QuantSpec.parse(weight)
+    model, _ = calibrated(nn.Sequential(conv), {"round": OBSERVED}, x[:2], x[2:], weight=weight)
+    qparams = observe_tensor(conv.weight.detach().flatten(1), spec, "w")
+    size = conv.out_channels // conv.groups
+    for index, rows in enumerate(patches(conv, x)):
+        part = slice(index * size, (index + 1) * size)
+        expected = literal_gptq(conv.weight.detach()[part].flatten(1), rows.t() @ rows, qparams, 0.01, True)
+        torch.testing.assert_close(model[0].weight[part].flatten(1).double(), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_a_rounder_that_takes_each_group_by_itself_cannot_share_scales() -> None:
+    for text in ("int8:tensor:sym", "int8:channel@1:sym", "int4:b2x9:sym"):  # three rows a group
+        spec = QuantSpec.parse(text)
+        assert "cannot share scales" in unsupported(Partly(), spec, rows=12, groups=4)
+        assert unsupported(Partly(), spec, rows=12, groups=1) is None
+    for text in ("int8:channel:sym", "int4:g3:sym", "int4:b3x9:sym"):
+        assert unsupported(Partly(), QuantSpec.parse(text), rows=12, groups=4) is None
 
 
 def test_autoround_learns_them() -> None:
@@ -266,7 +288,9 @@ def test_channels_that_no_data_reached_are_dead_columns_of_their_group() -> None
 
 
 class Partly(GPTQ):
-    """GPTQ that cannot use the statistics of weights below zero in the mean."""
+    """GPTQ of each group by itself that cannot use the statistics of weights below zero in the mean."""
+
+    groups_at_once = False
 
     def round(self, weight: Tensor, spec: QuantSpec, where: str, statistics: InputStatistics | None = None) -> Rounded:
         if weight.mean() < 0:

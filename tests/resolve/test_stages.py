@@ -110,26 +110,17 @@ def test_a_hessian_is_for_what_multiplies_a_matrix(refusal: Callable[..., str]) 
 
 
 @pytest.mark.parametrize("algorithm", ["gptq", "seqmse", "adaround"])
-def test_scales_that_groups_of_a_convolution_would_share_are_refused(
-    algorithm: str, tmp_path: Path, make_plan: MakePlan, refusal: Callable[..., str]
+@pytest.mark.parametrize("spec", ["int8:tensor:sym", "int8:channel:sym"])
+def test_depthwise_convolutions_are_for_what_looks_at_a_hessian(
+    algorithm: str, spec: str, tmp_path: Path, make_plan: MakePlan, refusal: Callable[..., str]
 ) -> None:
     model = ("model=hf", f"model.path={random_model('recurrent_gemma', tmp_path / 'model')}")
-    rules = "conv: {match: {type: Conv}, weight: %s}"
-    said = refusal(rules % "int8:tensor:sym", f"round: {{algorithm: {algorithm}}}", *model)
-    assert said == (
-        f"1 problem in the plan:\n"
-        f"  - mine.yaml:6: stack.round: {algorithm} cannot round model.layers.0.temporal_block.conv_1d.weight and "
-        f"1 more, int8:tensor:sym: groups of a convolution have inputs of their own and are rounded each by itself, so "
-        f"that they cannot share scales: give each row its own, by channel or by group, or blocks whose rows divide "
-        f"those of a group\n    change the spec, or give these weights another algorithm: +algorithm@stack.others=rtn"
-    )
-    plan = make_plan(rules % "int8:channel:sym", f"round: {{algorithm: {algorithm}}}", *model)
+    rules = f"conv: {{match: {{type: Conv}}, weight: {spec}}}"
+    plan = make_plan(rules, f"round: {{algorithm: {algorithm}}}\nfix: {{algorithm: bias_correction}}", *model)
     convolutions = [module for module in plan.modules if module.wrapper == "Conv"]
     assert [(module.groups, module.multiplies) for module in convolutions] == [(64, True)] * 2
-    make_plan(rules % "int8:tensor:sym", "round: {algorithm: rtn}\nfix: {algorithm: bias_correction}", *model)
-    assert "low_rank does not correct Conv1d" in refusal(
-        rules % "int8:channel:sym", "round: {algorithm: rtn}\nfix: {algorithm: low_rank}", *model
-    )
+    said = refusal(rules, "round: {algorithm: rtn}\nfix: {algorithm: low_rank}", *model)
+    assert "low_rank does not correct Conv1d" in said
 
 
 @pytest.mark.parametrize("stack", ["{algorithm: seqmse}", "{algorithm: gptq, ranges: hessian}"])

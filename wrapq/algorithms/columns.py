@@ -50,8 +50,11 @@ def stacks(weight: Tensor, tried: Sequence[Sequence[QParams]]) -> list[list[int]
     return found
 
 
-def gptq(weight: Tensor, ranges: Sequence[QParams], factor: Factor, block_size: int = 128) -> list[Solved]:
-    """`weight` [N, K] rounded in the grid of each of `ranges`, which are of one spec, or of several as `stacks` has it.
+def gptq(
+    weight: Tensor, ranges: Sequence[QParams], factor: Factor, block_size: int = 128, first: int = 0
+) -> list[Solved]:
+    """`weight` [N, K] rounded in the grid of each of `ranges`, which are of one spec, or of several as `stacks` has it;
+    where they are those of a larger weight, `first` is the row of that at which this one begins.
 
     Columns that no data reached are rounded to nearest. The work is done on the transposed weight, whose rows are the
     columns that the algorithm goes through, so that each step reads memory in order; several ranges stand side by side,
@@ -66,11 +69,12 @@ def gptq(weight: Tensor, ranges: Sequence[QParams], factor: Factor, block_size: 
     order = torch.arange(columns, device=weight.device) if factor.order is None else factor.order
     grids = _Grids([r.spec for r in ranges], rows, weight.device)
     run = torch.arange(columns, device=weight.device) // tile((rows, columns), spec)[1]
-    scale = grids.side_by_side([by_run(r.effective_scale, rows, columns, spec) for r in ranges], 1)
+    lines = lambda value: by_run(value, first + rows, columns, spec)[:, first:]  # noqa: E731
+    scale = grids.side_by_side([lines(r.effective_scale) for r in ranges], 1)
     zero = None
     if any(r.zero_point is not None for r in ranges):
         zeros = [r.scale.new_zeros(1, 1) if r.zero_point is None else r.zero_point.float() for r in ranges]
-        zero = grids.side_by_side([by_run(z, rows, columns, spec) for z in zeros], 0)
+        zero = grids.side_by_side([lines(zero_point) for zero_point in zeros], 0)
     # [K, N x ranges]: the open columns, then in their place grid points
     steps = grids.side_by_side([weight.float().t()[order]] * len(ranges), 0)
     diagonal = factor.upper.diagonal()
@@ -183,10 +187,11 @@ def _in_one_launch(device: torch.device, dtype: DType) -> _RoundColumns | None:
 
 
 def by_run(value: Tensor, rows: int, columns: int, spec: QuantSpec) -> Tensor:
-    """A scale or zero point of a weight [N, K], for each run of columns that share it [R, N]."""
+    """A scale or zero point for the first `rows` of a weight, for each run of columns that share it [R, N]."""
     tall, wide = tile((rows, columns), spec)
-    by_row = value.repeat_interleave(tall, 0)[:rows] if spec.granularity == "block" else value
-    return by_row.reshape(-1, value.shape[-1]).expand(rows, -(-columns // wide)).t()
+    by_row = value.reshape(-1, value.shape[-1])
+    by_row = by_row.repeat_interleave(tall, 0) if spec.granularity == "block" else by_row
+    return (by_row if len(by_row) == 1 else by_row[:rows]).expand(rows, -(-columns // wide)).t()
 
 
 def spread(value: Tensor, rows: int, columns: int, spec: QuantSpec) -> Tensor:

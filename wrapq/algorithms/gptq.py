@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import islice
-from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -58,7 +57,7 @@ class GPTQ(Rounder):
 
     Options = GPTQOptions
     options: GPTQOptions
-    combines = MappingProxyType({"damp": max})
+    groups_at_once = True  # for the ranges, which are found for all rows together
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -79,22 +78,38 @@ class GPTQ(Rounder):
     ) -> list[Rounded]:
         """See `Rounder.round_each`: all on one factorization, those that can be stacked row by row."""
         statistics, weight = statistics or InputStatistics(), weight.float()
-        factor = statistics.factor(self.options.damp, self.options.act_order, where)
+        hessian, count = statistics.get("hessian", where).float(), statistics.groups
+        groups = [statistics] if count == 1 else [statistics.group(index) for index in range(count)]
+        factors = [its.factor(self.options.damp, self.options.act_order, where) for its in groups]
         if self.options.asymmetric and "cross" in statistics.sums:
-            weight = weight + self.options.asymmetric * input_correction(
-                weight, statistics.sums["cross"].float(), factor
-            )
-        hessian = statistics.get("hessian", where).float()
+            parts = zip(weight.chunk(count), groups, factors, strict=True)
+            moved = [input_correction(rows, its.sums["cross"].float(), factor) for rows, its, factor in parts]
+            weight = weight + self.options.asymmetric * torch.cat(moved)
         tried = [self._ranges(weight, spec, hessian, where) for spec in specs]
-        report = {"damp": factor.damp, "dead_columns": float(factor.dead.sum())}
+        report = {
+            "damp": max(factor.damp for factor in factors),
+            "dead_columns": float(sum(factor.dead.sum() for factor in factors)),
+        }
         rounded: dict[int, Rounded] = {}
         for stack in stacks(weight, tried):
             ranges = [each for index in stack for each in tried[index]]
-            solved = iter(gptq(weight, ranges, factor, self.options.block_size))
+            solved = iter(self._solved(weight, ranges, factors))
             for index in stack:
                 own = list(islice(solved, len(tried[index])))
                 rounded[index] = Rounded(*best_of_each_row(own, tried[index]), report)
         return [rounded[index] for index in range(len(specs))]
+
+    def _solved(self, weight: Tensor, ranges: Sequence[QParams], factors: Sequence[Factor]) -> list[Solved]:
+        """`weight` in each of `ranges`, the rows of each group with its own factor."""
+        parts, size = weight.chunk(len(factors)), len(weight) // len(factors)
+        done = [
+            gptq(rows, ranges, factor, self.options.block_size, index * size)
+            for index, (rows, factor) in enumerate(zip(parts, factors, strict=True))
+        ]
+        if len(done) == 1:
+            return done[0]
+        several = zip(*done, strict=True)
+        return [Solved(torch.cat([s.codes for s in its]), torch.cat([s.lost for s in its])) for its in several]
 
     def _ranges(self, weight: Tensor, spec: QuantSpec, hessian: Tensor, where: str) -> list[QParams]:
         if self.options.ranges == "hessian":
@@ -102,8 +117,8 @@ class GPTQ(Rounder):
         if self.options.ranges == "observer":
             return [observe_tensor(weight, spec, where)]
         observed = [] if spec.observer == DEFAULT_OBSERVER else [observe_tensor(weight, spec, where)]
-        measures = [output_error(hessian, spec), weight_error]
-        return [*observed, *best_ranges(weight, spec, where, measures, CANDIDATES, SMALLEST)]
+        measures, together = [output_error(hessian, spec), weight_error], hessian.dim() == 3
+        return [*observed, *best_ranges(weight, spec, where, measures, CANDIDATES, SMALLEST, together)]
 
 
 def best_of_each_row(tried: Sequence[Solved], ranges: Sequence[QParams]) -> tuple[Tensor, QParams]:

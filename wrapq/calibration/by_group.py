@@ -21,7 +21,8 @@ from wrapq.quant.spec import QuantSpec
 
 def unsupported(rounding: Rounding, spec: QuantSpec, rows: int, groups: int) -> str | None:
     """Why `rounding` cannot round a weight of so many `rows`, in `groups`, to `spec`; None when it can."""
-    if groups > 1 and set(rounding.needs) - {BLOCK} and _crosses(spec, rows // groups):
+    at_once = isinstance(rounding, Rounder) and rounding.groups_at_once
+    if groups > 1 and not at_once and set(rounding.needs) - {BLOCK} and _crosses(spec, rows // groups):
         return (
             "groups of a convolution have inputs of their own and are rounded each by itself, so that they cannot "
             "share scales: give each row its own, by channel or by group, or blocks whose rows divide those of a group"
