@@ -68,7 +68,7 @@ def gptq(
     (rows, columns), spec = weight.shape, ranges[0].spec
     order = torch.arange(columns, device=weight.device) if factor.order is None else factor.order
     grids = _Grids([r.spec for r in ranges], rows, weight.device)
-    run = torch.arange(columns, device=weight.device) // tile((rows, columns), spec)[1]
+    run = order // tile((rows, columns), spec)[1]  # of each column, as they come
     lines = lambda value: by_run(value, first + rows, columns, spec)[:, first:]  # noqa: E731
     scale = grids.side_by_side([lines(r.effective_scale) for r in ranges], 1)
     zero = None
@@ -83,8 +83,8 @@ def gptq(
     launch = _in_one_launch(steps.device, spec.dtype)
     for start in range(0, columns, block_size):
         stop = min(start + block_size, columns)
-        part, block, runs = slice(start, stop), errors[: stop - start], run[order[start:stop]]
-        points, scales = None if zero is None else zero.index_select(0, runs), scale.index_select(0, runs)
+        part, block = slice(start, stop), errors[: stop - start]
+        points, scales = None if zero is None else zero.index_select(0, run[part]), scale.index_select(0, run[part])
         if launch is not None:
             launch(steps[part], block, scales, points, upper[part, part], spec.dtype)
         else:
@@ -95,7 +95,7 @@ def gptq(
                 steps[stop:, mine].addmm_(upper[part, stop:].t(), block[:, mine], alpha=-1)
     solved, one = [], steps.new_ones(1)
     for its, place in zip(ranges, grids.places, strict=True):
-        shift = None if zero is None else zero[:, place].index_select(0, run[order])
+        shift = None if zero is None else zero[:, place].index_select(0, run)
         codes = quantize_elements(steps[:, place], one, shift, its.spec.dtype)
         codes = torch.empty_like(codes).index_copy_(0, order, codes)
         solved.append(Solved(codes.t().contiguous(), lost[place]))

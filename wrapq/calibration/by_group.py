@@ -1,7 +1,7 @@
 """Weights whose rows fall into groups with inputs of their own, as those of grouped and depthwise convolutions do.
 
-Each group of rows is to an algorithm a weight by itself, with its own statistics, unless it says that it takes all at
-once; what is chosen for the groups is put together along the rows. So no scale may be shared across groups.
+An algorithm that says so takes all groups at once. To any other each is a weight by itself, with its own statistics,
+and what is chosen for them is put together along the rows, so that no scale may be shared across groups.
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ class Recall:
         found: dict[str, Rounded] = {}
         seconds = 0.0
         for where, (rounder, spec) in weights.items():
-            if (stored := self.store.get(self._rounded_key(where, rounder, spec))) is None:
+            if (stored := self.store.get(self._key(where, _rounded(rounder, spec)))) is None:
                 return {}
             codes = stored.tensors.pop("integers")
             found[where] = Rounded(codes, QParams(spec, **stored.tensors), json.loads(stored.facts["report"]))
@@ -136,7 +136,7 @@ class Recall:
                 tensors["zero_point"] = rounded.qparams.zero_point
             report = json.dumps(dict(rounded.report))
             facts = {"point": where, "kind": f"rounded {spec}", "seconds": f"{seconds:.6f}", "report": report}
-            self._put(self._rounded_key(where, rounder, spec), tensors, facts)
+            self._put(self._key(where, _rounded(rounder, spec)), tensors, facts)
 
     def _put(self, key: str, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:
         try:
@@ -147,10 +147,7 @@ class Recall:
             limit = f"{self.store.limit / 1e9:g} GB (runtime.cache_gb)"
             self.problem = f"the statistics of this run are more than {limit}"
 
-    def _rounded_key(self, where: str, rounder: Algorithm, spec: QuantSpec) -> str:
-        return digest(self._scopes[where], [where, "rounded", _named(rounder), str(spec)])
-
-    def _key(self, where: str, kind: str) -> str:
+    def _key(self, where: str, kind: object) -> str:
         return digest(self._scopes[where], [where, kind])
 
 
@@ -159,6 +156,10 @@ def _kinds(quantizer: Quantizer, needs: frozenset[str]) -> dict[str, str]:
     precision = " ".join(["", *sorted(needs & PRECISIONS)])
     parts = {part: f"{part}{precision}" for part in sorted(needs - PRECISIONS)}
     return parts or {"observer": f"observer {quantizer.spec}"}
+
+
+def _rounded(rounder: Algorithm, spec: QuantSpec) -> object:
+    return ["rounded", _named(rounder), str(spec)]
 
 
 def _named(algorithm: Algorithm) -> object:

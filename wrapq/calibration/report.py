@@ -23,13 +23,13 @@ class Reporter:
     """
 
     def __init__(self, weight: Tensor, statistics: InputStatistics | None) -> None:
-        self._weight = weight.float()
+        self._weight = weight
         self._input = statistics if statistics is not None and "hessian" in statistics.sums else None
 
     @cached_property
     def _there(self) -> Tensor:
         """`tr(W H W^T)`, the same whatever it is rounded to."""
-        return self._of_output(self._weight)
+        return self._of_output(self._weight.float())
 
     def _of_output(self, rows: Tensor) -> Tensor:
         return quadratic(rows, cast(InputStatistics, self._input).sums["hessian"].float()).sum()
@@ -40,8 +40,9 @@ class Reporter:
         `weight_sqnr_db` is `10 log10(|W|^2 / |D|^2)` for the difference D; `output_error` is `tr(D H D^T) /
         tr(W H W^T)`.
         """
-        difference = rounded.qparams.dequantize(rounded.integers, torch.float32) - self._weight
-        noise, signal = difference.square().sum(), self._weight.square().sum()
+        weight = self._weight.float()
+        difference = rounded.qparams.dequantize(rounded.integers, torch.float32) - weight
+        noise, signal = difference.square().sum(), weight.square().sum()
         sqnr = (10 * torch.log10(signal / noise)).clamp(-SQNR_CEILING, SQNR_CEILING).nan_to_num(0)
         report = {"weight_sqnr_db": float(sqnr)}
         if self._input is not None:

@@ -150,7 +150,7 @@ def _assign(model: nn.Module, entries: Sequence[StackEntry]) -> tuple[dict[str, 
             usable = rounder is not None and (module.wrapper.multiplies(module) or not rounder.needs)
             chosen = rounder if rounder is not None and usable else nearest
             rounders[quantizer.where] = chosen
-            rows, groups = module.float_matrix().shape[0], module.wrapper.groups(module)
+            rows, groups = len(module.float_weight()), module.wrapper.groups(module)  # rows, where there are groups
             if (reason := unsupported(chosen, quantizer.spec, rows, groups)) is not None:
                 problems.append(Problem("calibrate", f"{quantizer.where}, {quantizer.spec}: {reason}"))
     if problems:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from wrapq.calibration.border import made_for_all
 from wrapq.calibration.data import Samples
 from wrapq.calibration.offload import Offload
 from wrapq.calibration.residency import Residency, run_blockwise
+from wrapq.engine.float_outputs import FloatOutputs
 from wrapq.errors import ModelError
 from wrapq.evaluation.quality import LayerErrorMeter, QualityMeter
 from wrapq.wrappers.model import iter_quantizers
@@ -54,7 +55,7 @@ def measure_stages(
     advance: Callable[[], None],
     residency: Residency | None = None,
     offload: Offload | None = None,
-    known: KnownOutputs | None = None,
+    known: FloatOutputs | None = None,
 ) -> Quality:
     """All stages side by side, batch by batch, so that nothing of the float model has to be held in memory.
 
@@ -88,23 +89,13 @@ def measure_stages(
     return Quality(stages, measuring.layers.curves("layer/"))
 
 
-class KnownOutputs(Protocol):
-    """What the float blocks gave on each batch when it was measured before."""
-
-    def get(self, batch: int) -> list[Tensor] | None:
-        """The output [B, T, D] of each block, or None."""
-
-    def keep(self, batch: int, outputs: Sequence[Tensor], seconds: float) -> None:
-        """Keep the outputs [B, T, D], for which the model ran so many seconds."""
-
-
 class _Measuring:
     """Forwards of several stages, of which one may be put aside in the middle for another; each batch's come in turn.
 
     What the float model gave is kept for as long as the others are compared with it.
     """
 
-    def __init__(self, model: nn.Module, stages: Sequence[str], known: KnownOutputs | None) -> None:
+    def __init__(self, model: nn.Module, stages: Sequence[str], known: FloatOutputs | None) -> None:
         self.model, self.stages, self.known = model, stages, known
         self.meters, self.layers = {stage: QualityMeter() for stage in stages}, LayerErrorMeter()
         self.blocks = find_blocks(model)
@@ -133,7 +124,7 @@ class _Measuring:
 
     def _float_logits(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         """Those of the float model, whose blocks run only where it is not known what they give."""
-        known, batch = cast(KnownOutputs, self.known), self._now[0]
+        known, batch = cast(FloatOutputs, self.known), self._now[0]
         blocks = [self.model.get_submodule(name) for name in self.blocks.names()]
         if outputs := known.get(batch):
             with _giving(blocks, [output.to(ids.device) for output in outputs]):
