@@ -15,7 +15,6 @@ import json
 import resource
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -85,7 +84,7 @@ def measure(threads: int, samples: int, length: int, batch: int, offload_gb: flo
     walker = Walker(wrapped, {f"{name}.weight": GPTQ() for name in names}, {})
     batches = [Batch({"input_ids": tokens[i : i + batch], "use_cache": False}) for i in range(0, samples, batch)]
     with tempfile.TemporaryDirectory() as folder:
-        walker.offload = Offload(Path(folder), offload_gb * 1e9, partial(shared_tensors, walker))
+        walker.offload = Offload(Path(folder), offload_gb * 1e9, shared_tensors(walker))
         seconds = cpu_seconds(lambda: walker.run(batches, "sequential"))
     rates.append(matrix_rate())
     return {

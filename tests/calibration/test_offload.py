@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -26,7 +28,7 @@ def everything_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def offloading(walker, folder: Path, limit: float = 0):
-    walker.offload = Offload(folder, limit, lambda: shared_tensors(walker))
+    walker.offload = Offload(folder, limit, shared_tensors(walker))
     return walker
 
 
@@ -51,6 +53,31 @@ def test_the_limit_decides_how_much_is_written(tmp_path: Path, token_batches: li
         walker.run(as_batches(token_batches), "sequential")
         written.append(walker.offload.written)
     assert written[0] > written[1] > written[2] == 0
+
+
+class Watched(Offload):
+    """Notes what waiting forwards hold in memory."""
+
+    most = 0
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        with super().aside():
+            self.most = max(self.most, sum(self._in_memory.values()))
+            yield
+
+
+def test_no_more_is_written_than_exceeds_the_limit(tmp_path: Path, token_batches: list[Tensor]):
+    def watched(limit: float) -> Watched:
+        walker = gptq_walker(prepare(build_model("llama"), WEIGHTS))
+        walker.offload = Watched(tmp_path, limit, shared_tensors(walker))
+        walker.run(as_batches(token_batches), "sequential")
+        return walker.offload
+
+    most = watched(1e9).most
+    tight = watched(most - 1)
+    of_a_batch = most / len(token_batches)
+    assert tight.most < most and 0 < tight.written < of_a_batch
 
 
 @pytest.mark.parametrize("schedule", ["sequential", "parallel"])

@@ -129,10 +129,14 @@ class _Grids:
             self.lines += -self.lines % _VECTOR
             self.dtypes.append(spec.dtype)
             self.spans.append(slice(start, self.lines))
-        if len(self.dtypes) > 1:  # integers
-            self._low, self._high = torch.empty(2, self.lines, device=device)
+        self._ends: tuple[Tensor, Tensor] | tuple[int, int] | None = None  # of integers
+        if len(self.dtypes) > 1:
+            low, high = torch.empty(2, self.lines, device=device)
             for dtype, span in zip(self.dtypes, self.spans, strict=True):
-                self._low[span], self._high[span] = dtype.qmin, dtype.qmax
+                low[span], high[span] = dtype.qmin, dtype.qmax
+            self._ends = low, high
+        elif self.dtypes[0].kind == "int":
+            self._ends = self.dtypes[0].qmin, self.dtypes[0].qmax
 
     def side_by_side(self, each: Sequence[Tensor], between: float) -> Tensor:
         """What each range has [R, N], in its place [R, lines]."""
@@ -143,9 +147,9 @@ class _Grids:
 
     def round(self, steps: Tensor, zero: Tensor | None) -> Tensor:
         """The grid points nearest to `steps`, which are overwritten."""
-        if len(self.dtypes) == 1:
+        if self._ends is None:
             return round_to_grid(steps, zero, self.dtypes[0])
-        return round_to_levels(steps, zero, self._low, self._high)
+        return round_to_levels(steps, zero, *self._ends)
 
 
 def _round_columns(

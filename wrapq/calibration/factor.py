@@ -50,12 +50,18 @@ def factorize(hessian: Tensor, damp: float, act_order: bool) -> Factor | None:
 def inverse_of_triangle(lower: Tensor) -> Tensor:
     """The inverse of a lower triangular matrix [K, K], by halves: a solver that is given the identity does three times
     the work, as it does not know that half of it is zero."""
-    size = len(lower)
+    inverse = torch.zeros_like(lower)
+    _invert(lower, inverse)
+    return inverse
+
+
+def _invert(lower: Tensor, inverse: Tensor) -> None:
+    size, half = len(lower), len(lower) // 2
     if size <= _LEAF:
         eye = torch.eye(size, dtype=lower.dtype, device=lower.device)
-        return torch.linalg.solve_triangular(lower, eye, upper=False)
-    half, inverse = size // 2, torch.zeros_like(lower)
-    inverse[:half, :half] = first = inverse_of_triangle(lower[:half, :half])
-    inverse[half:, half:] = second = inverse_of_triangle(lower[half:, half:])
-    inverse[half:, :half] = -(second @ (lower[half:, :half] @ first))
-    return inverse
+        inverse.copy_(torch.linalg.solve_triangular(lower, eye, upper=False))
+        return
+    first, second = inverse[:half, :half], inverse[half:, half:]
+    _invert(lower[:half, :half], first)
+    _invert(lower[half:, half:], second)
+    torch.mm(second, lower[half:, :half] @ first, out=inverse[half:, :half]).neg_()

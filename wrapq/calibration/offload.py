@@ -29,6 +29,8 @@ from wrapq.errors import OutputError
 from wrapq.wrappers.quantizer import WeightQuantizer
 
 _LEAST_BYTES = 1 << 14  # what is smaller stays in memory
+_UNUSED = 0.04  # of the process's memory: how much may be freed without being given back to the system
+_Held = tuple[torch.UntypedStorage, list[Tensor]]  # a storage, and the tensors that view it
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Offload(TorchDispatchMode):
         self.written = 0
         self._made: dict[int, list[weakref.ref[Tensor]]] = {}
         self._in_memory: dict[int, int] = {}
+        self._most = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -66,13 +69,13 @@ class Offload(TorchDispatchMode):
     @contextmanager
     def paused(self) -> Iterator[None]:
         """While nothing is computed for a batch: the mode costs each call of torch several microseconds, and rounding a
-        weight makes thousands. What was freed goes back to the system afterwards."""
+        weight makes thousands."""
         self.__exit__(None, None, None)
         try:
             yield
         finally:
             self.__enter__()
-            _trim()
+            self._give_back()
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -82,29 +85,50 @@ class Offload(TorchDispatchMode):
             OutputError: the disk is full.
         """
         batch = batch_index()
-        held = self._held(batch)
-        size = sum(storage.nbytes() for storage, _ in held)
-        if sum(self._in_memory.values()) + size <= self.limit:
-            self._in_memory[batch] = size
+        going, self._in_memory[batch] = self._divide(self._held(batch))
+        if not going:
+            self._give_back()
             yield
             del self._in_memory[batch]
             return
         path = self.folder / f"batch-{batch}.bin"
         try:
-            away = self._write(path, held)
+            away = self._write(path, going)
         except OSError as error:
             remedy = "free some, or keep more in memory with runtime.offload_gb=..."
             raise OutputError(f"cannot put activations aside in {self.folder}: {error.strerror}; {remedy}") from error
-        pieces = [(storage.nbytes(), storage.device) for storage, _ in held]
-        del held
+        pieces = [(storage.nbytes(), storage.device) for storage, _ in going]
+        del going
+        self._give_back()
         try:
             yield
+            del self._in_memory[batch]
             _fill(path, pieces, away)  # not for a forward that is given up meanwhile
         finally:
             path.unlink()
 
-    def _held(self, batch: int) -> list[tuple[torch.UntypedStorage, list[Tensor]]]:
-        """The storages that the batch alone keeps alive, each with the tensors that view it."""
+    def _give_back(self) -> None:
+        """Let glibc return what it keeps of freed memory between tensors that live on, which is up to as much again as
+        those; but not what the waiting forwards have needed before and will again: fresh memory is slow."""
+        if (trim := _malloc_trim()) is not None and _resident() > (1 + _UNUSED) * self._most:
+            trim(0)
+            self._most = max(self._most, _resident())
+
+    def _divide(self, held: list[_Held]) -> tuple[list[_Held], int]:
+        """What goes to disk, the oldest first, and how many bytes stay in memory."""
+        stays = sum(storage.nbytes() for storage, _ in held)
+        excess = sum(self._in_memory.values()) + stays - self.limit
+        going = []
+        for storage, tensors in held:
+            if excess <= 0:
+                break
+            going.append((storage, tensors))
+            excess -= storage.nbytes()
+            stays -= storage.nbytes()
+        return going, stays
+
+    def _held(self, batch: int) -> list[_Held]:
+        """The storages that the batch alone keeps alive, in the order in which they were made."""
         alive = {
             id(t): t for ref in self._made.get(batch, []) if (t := ref()) is not None and t.layout == torch.strided
         }
@@ -117,7 +141,7 @@ class Offload(TorchDispatchMode):
                 found.setdefault(storage.data_ptr(), (storage, []))[1].append(tensor)
         return list(found.values())
 
-    def _write(self, path: Path, held: list[tuple[torch.UntypedStorage, list[Tensor]]]) -> list[_Away]:
+    def _write(self, path: Path, held: list[_Held]) -> list[_Away]:
         away = []
         with path.open("wb") as file:
             for storage, _ in held:
@@ -129,12 +153,6 @@ class Offload(TorchDispatchMode):
         return away
 
 
-def _trim() -> None:
-    """Give back what glibc keeps of freed memory, between tensors that live on: up to as much again as those."""
-    if (trim := _malloc_trim()) is not None:
-        trim(0)
-
-
 @cache
 def _malloc_trim() -> Callable[[int], int] | None:
     if sys.platform != "linux":
@@ -142,12 +160,22 @@ def _malloc_trim() -> Callable[[int], int] | None:
     return cast("Callable[[int], int] | None", getattr(ctypes.CDLL(None), "malloc_trim", None))  # musl has none
 
 
-def shared_tensors(walk: Any) -> Iterator[Tensor]:
-    """What a walker and its model hold on behalf of all batches."""
-    yield from walk.model.parameters()
-    for point in walk.points():
-        if isinstance(point, WeightQuantizer) and point.dequantized is not None:
-            yield point.dequantized
+def _resident() -> int:
+    """Pages of memory that the process has."""
+    return int(Path("/proc/self/statm").read_text().split()[1])
+
+
+def shared_tensors(walk: Any) -> Callable[[], Iterator[Tensor]]:
+    """What a walker and its model hold on behalf of all batches, by the time it is asked for: weights come and go."""
+    modules = list(walk.model.modules())  # to search the model for them takes longer than all else at a suspension
+    weights = [point for point in walk.points() if isinstance(point, WeightQuantizer)]
+
+    def now() -> Iterator[Tensor]:
+        for module in modules:
+            yield from (tensor for tensor in module._parameters.values() if tensor is not None)
+        yield from (point.dequantized for point in weights if point.dequantized is not None)
+
+    return now
 
 
 def _fill(path: Path, pieces: list[tuple[int, torch.device]], away: list[_Away]) -> None:

@@ -124,7 +124,7 @@ def _root(run: Run, model: nn.Module) -> dict[str, str]:
 def offloading(run: Run, walk: Walker) -> Iterator[Offload]:
     """What waiting forwards hold is kept within the limit that the settings set."""
     with tempfile.TemporaryDirectory(dir=run.folder.path, prefix=SCRATCH) as folder:
-        offload = Offload(Path(folder), run.settings.runtime.offload_gb * 1e9, partial(shared_tensors, walk))
+        offload = Offload(Path(folder), run.settings.runtime.offload_gb * 1e9, shared_tensors(walk))
         yield offload
     if offload.written:
         run.note(f"{offload.written / 1e9:.1f} GB of activations went through the disk (runtime.offload_gb)")

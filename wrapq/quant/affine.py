@@ -309,13 +309,15 @@ def round_to_grid(steps: Tensor, zero_point: Tensor | None, dtype: DType) -> Ten
     """
     if dtype.kind != "int":
         return casts.round_to_format(steps, dtype)
-    return round_to_levels(steps, zero_point, dtype.qmin, dtype.qmax)
+    points = round_to_levels(steps, zero_point, dtype.qmin, dtype.qmax)
+    return points.add_(0.0) if zero_point is None else points  # integers have no negative zero
 
 
 def round_to_levels(steps: Tensor, zero_point: Tensor | None, low: Tensor | int, high: Tensor | int) -> Tensor:
-    """As `round_to_grid`, for integers from `low` to `high`, which may differ from element to element."""
+    """As `round_to_grid`, for integers from `low` to `high`, which may differ from element to element; what is rounded
+    to zero from below is a negative zero without a zero point."""
     codes = _round_to_codes(steps, zero_point, low, high)
-    return codes.add_(0.0) if zero_point is None else codes.sub_(zero_point)  # integers have no negative zero
+    return codes if zero_point is None else codes.sub_(zero_point)
 
 
 def _round_to_codes(steps: Tensor, zero_point: Tensor | None, low: Tensor | int, high: Tensor | int) -> Tensor:
