@@ -116,14 +116,12 @@ class Offload(TorchDispatchMode):
 
     def _divide(self, held: list[_Held]) -> tuple[list[_Held], int]:
         """What goes to disk, the oldest first, and how many bytes stay in memory."""
-        stays = sum(storage.nbytes() for storage, _ in held)
-        excess = sum(self._in_memory.values()) + stays - self.limit
-        going = []
+        room = self.limit - sum(self._in_memory.values())
+        stays, going = sum(storage.nbytes() for storage, _ in held), []
         for storage, tensors in held:
-            if excess <= 0:
+            if stays <= room:
                 break
             going.append((storage, tensors))
-            excess -= storage.nbytes()
             stays -= storage.nbytes()
         return going, stays
 
