@@ -1,6 +1,8 @@
 """What all tests share: no network, a seed, tiny models of many families, and the folder of shared models."""
 
+import gc
 import os
+import shutil
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
@@ -17,6 +19,9 @@ from torch import Tensor, nn
 VOCABULARY, HIDDEN, LAYERS = 96, 64, 2
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
 FAMILIES = (*LLAMA_LIKE, "gemma2", "phi3", "gpt2", "opt", "bert")
+_LIKE_OTHERS = ("llama", "mistral", "qwen2", "phi3")
+KINDS = [pytest.param(family, marks=pytest.mark.slow if family in _LIKE_OTHERS else ()) for family in FAMILIES]
+"""All families, for tests that take a second for each; slow are those of which Qwen3 and the others have every part."""
 
 _COMMON = {
     "vocab_size": VOCABULARY,
@@ -66,6 +71,16 @@ _FORMS = {
         | {"moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 32, "moe_latent_size": None},
     ),
 }
+
+
+gc.disable()  # until all is imported
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector leave alone what importing made, instead of looking through it again and again."""
+    gc.enable()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -140,6 +155,22 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def new_store(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], None]:
+    """Puts an MLflow database at a path, its tables made and empty: to make them takes longer than many a run."""
+    made = tmp_path_factory.mktemp("store") / "mlflow.db"
+
+    def place(path: Path) -> None:
+        if not made.exists():
+            from mlflow import MlflowClient
+
+            MlflowClient(tracking_uri=f"sqlite:///{made}").search_experiments()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(made, path)
+
+    return place
 
 
 @pytest.fixture

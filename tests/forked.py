@@ -1,18 +1,22 @@
 """The command line in a process of its own that has everything imported already.
 
 Importing torch and transformers takes longer than most commands do. A forked process differs from a started one in
-nothing that a command can see; what is about starting, signals or two versions of the code starts a real one.
+nothing that a command can see; what is about starting, signals or two versions of the code starts a real one. What the
+child would import again and again is imported by the parent first, once.
 """
 
 from __future__ import annotations
 
 import atexit
+import importlib
 import io
 import multiprocessing
 import os
+import pkgutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import cache
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,10 +24,23 @@ from tempfile import TemporaryDirectory
 TIMEOUT = 240
 
 
+@cache
+def prepare() -> None:
+    """Import what commands import: all of wrapq, the tables of the terminal, and the demo model's code."""
+    import wrapq
+
+    for module in pkgutil.walk_packages(wrapq.__path__, "wrapq."):
+        if not module.name.startswith(("wrapq.__main__", "wrapq.examples")):
+            importlib.import_module(module.name)
+    for name in ("rich.console", "rich.table", "rich.progress", "transformers.models.llama.modeling_llama"):
+        importlib.import_module(name)
+
+
 def start(arguments: Sequence[str], folder: Path, outputs: Sequence[Path]) -> BaseProcess:
     """`wrapq ARGUMENTS` in `folder`, its standard output and error in the files `outputs`."""
     import torch
 
+    prepare()
     # CUDA that is in use does not survive a fork
     process = multiprocessing.get_context("spawn" if torch.cuda.is_initialized() else "fork").Process(
         target=_main, args=(arguments, folder, outputs)
@@ -47,6 +64,7 @@ def wrapq(arguments: Sequence[str], folder: Path | None = None) -> subprocess.Co
 
 
 def _main(arguments: Sequence[str], folder: Path, outputs: Sequence[Path]) -> None:
+    """What `start` runs; after `-c` the next argument is a program, as it is to Python, and no command of wrapq's."""
     import torch
 
     from wrapq.cli import main
@@ -65,7 +83,10 @@ def _main(arguments: Sequence[str], folder: Path, outputs: Sequence[Path]) -> No
     code = 0
     sys.argv = ["wrapq", *arguments]
     try:
-        main()
+        if arguments[0] == "-c":
+            exec(compile(arguments[1], "<string>", "exec"), {"__name__": "__main__"})
+        else:
+            main()
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:

@@ -23,7 +23,7 @@ from wrapq.resolve.plan import Plan
 from wrapq.resolve.resolve import resolve
 from wrapq.wrappers.model import iter_wrapped
 
-SMALL = ("evaluation.tokens=1024", "calibration.samples=4", "tracking=none")
+SMALL = ("evaluation.tokens=512", "calibration.samples=4", "tracking=none", "runtime.kernels=reference")
 IDS = torch.randint(3, 96, (2, 12), generator=torch.Generator().manual_seed(0))
 
 

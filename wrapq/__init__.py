@@ -6,36 +6,30 @@ The names below are imported when they are first used, so that `import wrapq` co
 from __future__ import annotations
 
 import importlib
-import os
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-
-# A walk makes and frees tensors of many megabytes all the time. torch asks Linux for pages of 2 MiB where this is set
-# before its first tensor: GPTQ on a CPU takes a twentieth less time and a fifth less memory.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
 _EXPORTS = {
-    "PTQConfig": "wrapq.engine.api",
+    "PTQConfig": "wrapq.api",
     "QuantSpec": "wrapq.quant.spec",
     "WrapqError": "wrapq.errors",
-    "calibrate": "wrapq.engine.calibrate_api",
-    "convert": "wrapq.engine.api",
-    "load": "wrapq.engine.checkpoint",
-    "padding": "wrapq.engine.api",
-    "prepare": "wrapq.engine.api",
-    "restore": "wrapq.engine.api",
+    "calibrate": "wrapq.api",
+    "convert": "wrapq.api",
+    "load": "wrapq.runs.checkpoint",
+    "padding": "wrapq.api",
+    "prepare": "wrapq.api",
+    "restore": "wrapq.api",
     "run": "wrapq.engine.run",
+    "__version__": "wrapq.version",
 }
-__all__ = ["__version__", *_EXPORTS]
+__all__ = [*_EXPORTS]
 
 if TYPE_CHECKING:
-    from wrapq.engine.api import PTQConfig, convert, padding, prepare, restore
-    from wrapq.engine.calibrate_api import calibrate
-    from wrapq.engine.checkpoint import load
+    from wrapq.api import PTQConfig, calibrate, convert, padding, prepare, restore
     from wrapq.engine.run import run
     from wrapq.errors import WrapqError
     from wrapq.quant.spec import QuantSpec
+    from wrapq.runs.checkpoint import load
+    from wrapq.version import __version__
 
 
 def __getattr__(name: str) -> Any:

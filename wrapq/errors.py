@@ -7,7 +7,8 @@ class's `exit_code`. A message says where, what, with which value, and what woul
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 
@@ -19,19 +20,26 @@ class WrapqError(Exception):
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake in a recipe or plan.
+    """One mistake in a recipe, a plan or a sweep.
 
     Attributes:
-        where: the file and line or the override that set the value, then the dotted path of the key.
+        source: what set the value, `recipes/mine.yaml:12` or `override a.b=c`; empty when nothing in particular did.
+        path: the dotted path of the key; empty when it is no key's.
         what: what is wrong, with the value.
         nearest: valid names, nearest first.
         remedy: what to do, when the nearest names do not say it.
     """
 
-    where: str
+    source: str
+    path: str
     what: str
     nearest: tuple[str, ...] = ()
     remedy: str = ""
+
+    @property
+    def where(self) -> str:
+        """The source and the path as a message shows them."""
+        return ": ".join(filter(None, (self.source, self.path)))
 
     def __str__(self) -> str:
         lines = [f"{self.where}: {self.what}" if self.where else self.what]
@@ -43,58 +51,58 @@ class Problem:
 
 
 _SHOWN = 50  # of all the mistakes of one kind
+_REASON = 300
+_NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "failed to map segment", "can't start new thread")
 ALIKE = 0.5  # from what likeness on a name may have been meant
 
 
 @dataclass(frozen=True)
 class Unread(Problem):
-    """A key that is right and that nothing in this recipe reads."""
+    """A key that is right and that nothing in this recipe reads.
+
+    Attributes:
+        override: the override that sets it; empty when a file does.
+    """
+
+    override: str = ""
 
 
 class ProblemsError(WrapqError):
-    """All the mistakes of one kind, raised together."""
+    """All the mistakes of one kind, raised together.
 
-    exit_code = 2
-    title = "problem"
+    Attributes:
+        problems: the mistakes.
+        titles: what one is called, and what several are.
+    """
+
+    titles = ("problem", "problems")
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = tuple(problems)
         count = len(self.problems)
-        head = f"{count} {self.title}{'s' if count != 1 else ''}:"
         more = [f"  - and {count - _SHOWN} more"] if count > _SHOWN else []
-        super().__init__("\n".join([head, *(f"  - {p}" for p in self.problems[:_SHOWN]), *more]))
+        lines = [f"{count} {self.titles[count != 1]}:", *(f"  - {p}" for p in self.problems[:_SHOWN]), *more]
+        super().__init__("\n".join(lines))
 
 
 class RecipeError(ProblemsError):
     """The recipe does not compose, does not fit the schema, or names something no registry holds."""
 
-    title = "mistake in the recipe"
-
-    def __init__(self, problems: Sequence[Problem]) -> None:
-        super().__init__(problems)
-        self.args = (str(self).replace("mistake in the recipes", "mistakes in the recipe", 1),)
+    titles = ("mistake in the recipe", "mistakes in the recipe")
 
 
 class PlanError(ProblemsError):
     """The recipe does not fit the model, or asks for something that cannot work."""
 
-    title = "problem in the plan"
-
-    def __init__(self, problems: Sequence[Problem]) -> None:
-        super().__init__(problems)
-        self.args = (str(self).replace("problem in the plans", "problems in the plan", 1),)
+    titles = ("problem in the plan", "problems in the plan")
 
 
 class SpecError(WrapqError, ValueError):
     """A quantization spec that cannot be parsed or that contradicts itself."""
 
-    exit_code = 2
-
 
 class UnknownNameError(WrapqError, KeyError):
     """A name that a registry does not hold."""
-
-    exit_code = 2
 
     def __init__(self, kind: str, name: str, names: Iterable[str]) -> None:
         self.kind, self.name, self.names = kind, name, tuple(names)
@@ -127,12 +135,44 @@ class OutputError(WrapqError):
     exit_code = 5
 
 
-def nearest(name: str, names: Iterable[str], count: int = 3) -> tuple[str, ...]:
+def reason_of(error: Exception) -> str:
+    """Why a library cannot read something, in a line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if "validation error" in lines[0] and len(lines) > 2:  # as pydantic counts them: the first of them
+        return f"{lines[1]}: {lines[2].partition(' [type=')[0]}"[:_REASON]
+    reason = " ".join(lines[: 2 if lines[0].endswith(":") else 1])  # a heading alone says nothing
+    return f"KeyError {reason}" if type(error) is KeyError else reason[:_REASON]
+
+
+@contextmanager
+def reading(failure: str, kind: type[WrapqError], why: Callable[[Exception], str] = reason_of) -> Iterator[None]:
+    """Raise what a library raises in the block as a `kind`: `failure`, and `why`. The block hands the library data of
+    the user's to read, and does nothing else: libraries raise anything on data that nobody thought of.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, WrapqError) or out_of_memory(error):
+            raise
+        raise kind(f"{failure}: {why(error)}") from error
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that there is no more memory, of the machine or of a GPU."""
+    names = [each.__name__ for each in type(error).__mro__]
+    return {"MemoryError", "OutOfMemoryError"} & {*names} != set() or any(word in str(error) for word in _NO_MEMORY)
+
+
+def nearest(name: str, names: Iterable[str]) -> tuple[str, ...]:
     """The valid names most like `name`, best first; the first few of all when none is alike."""
     names = tuple(dict.fromkeys(names))
-    scored = [(likeness(name, other), other) for other in names]
-    close = sorted((s for s in scored if s[0][0] >= ALIKE), reverse=True)
-    return tuple(other for _, other in close[:count]) or names[: max(count, 8)]
+    return alike(name, names) or names[:8]
+
+
+def alike(name: str, names: Iterable[str]) -> tuple[str, ...]:
+    """The names so much like `name` that they may have been meant, best first."""
+    scored = ((likeness(name, other), other) for other in dict.fromkeys(names))
+    return tuple(other for score, other in sorted(scored, reverse=True)[:3] if score[0] >= ALIKE)
 
 
 def likeness(name: str, other: str) -> tuple[float, float]:
@@ -142,3 +182,17 @@ def likeness(name: str, other: str) -> tuple[float, float]:
     start = "_".join(other.split("_")[: name.count("_") + 1])
     whole, begun = (difflib.SequenceMatcher(None, text, name).ratio() for text in (other, start))
     return max(whole, begun), whole
+
+
+def unknown(source: str, path: str, kind: str, name: str, names: Iterable[str], remedy: str = "") -> Problem:
+    """The problem that `name` is no `kind`: with the nearest of `names`, or with all of them when none is alike."""
+    names = tuple(dict.fromkeys(names))
+    close = alike(name, names)
+    if not close and names:
+        remedy = "\n    ".join(filter(None, (f"there is: {', '.join(names)}", remedy)))
+    return Problem(source, path, f"unknown {kind} {name!r}", close, remedy)
+
+
+def and_more(names: Sequence[str]) -> str:
+    """The first of `names`, and how many others there are: `lm_head and 3 more`."""
+    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]

@@ -10,25 +10,25 @@ import torch
 from torch import Tensor, nn
 
 from tests.algorithms.transforming import outputs_moved, smooth_specs
-from tests.conftest import FAMILIES, build_model
+from tests.conftest import KINDS, build_model
 from tests.resolve.conftest import MakePlan, make_plan, refusal  # noqa: F401
 from wrapq import run
 from wrapq.algorithms.awq import AWQ, AWQOptions, awq_error
-from wrapq.calibration.forward import Batch
-from wrapq.calibration.graph import find_graph
 from wrapq.calibration.processes import Processes
-from wrapq.calibration.statistics import InputStatistics
-from wrapq.calibration.surgery import Surgeon
-from wrapq.engine.transform import walk
+from wrapq.engine.apply_transforms import apply_transform
+from wrapq.graph.blocks import Batch
+from wrapq.graph.dataflow import find_graph
+from wrapq.graph.rewriter import GraphRewriter
+from wrapq.statistics.input import InputStatistics
 
 TARGET, READERS = "model.layers.0.input_layernorm", ("q_proj", "k_proj", "v_proj")
 W4 = "l: {match: {type: Linear}, weight: 'int4:g64:sym'}\nhead: {match: {name: lm_head}, quantize: false}"
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "gemma3", "mixtral"])
+@pytest.mark.parametrize("family", [*KINDS, "gemma3", "mixtral"])
 def test_the_function_stays(family: str, token_batches: list[Tensor]) -> None:
     change, found = outputs_moved(build_model(family), [AWQ(AWQOptions(grid=4))], token_batches, "int4:g16:sym")
-    assert found[0].targets
+    assert found[0].names
     assert 1e-9 < change < 1e-5
 
 
@@ -62,8 +62,8 @@ def cost(x: Tensor, weights: list[Tensor], s: Tensor) -> float:
 def test_the_scales_are_those_of_a_search_that_runs_the_layer(duo: bool) -> None:
     model = build_model("llama", num_key_value_heads=4).double()
     graph = find_graph(model)
-    feed = graph.by_producer[TARGET]
-    surgeon = Surgeon(model, graph, smooth_specs(graph, "int4:g16:sym", None))
+    edge = graph.by_producer[TARGET]
+    rewriter = GraphRewriter(model, graph, smooth_specs(graph, "int4:g16:sym", None))
     modules = [model.get_submodule(f"model.layers.0.self_attn.{r}") for r in READERS]
     weights = [module.weight.detach().clone() for module in modules]
     x = torch.randn(300, 64, dtype=torch.float64) * torch.logspace(-1, 1, 64, dtype=torch.float64)
@@ -73,10 +73,10 @@ def test_the_scales_are_those_of_a_search_that_runs_the_layer(duo: bool) -> None
     statistics.add(x)
     given = dict.fromkeys(awq.inputs(graph, TARGET), statistics)
     expected = tried(x, weights, duo)
-    for ours, (scales, error) in zip(awq.candidates(surgeon, feed, given), expected, strict=True):
+    for ours, (scales, error) in zip(awq.candidates(rewriter, edge, given), expected, strict=True):
         torch.testing.assert_close(ours.double(), scales, rtol=1e-5, atol=0)
-        assert awq_error(surgeon, feed, ours.float(), given) == pytest.approx(error, rel=1e-2)
-    awq.apply(surgeon, TARGET, given)
+        assert awq_error(rewriter, edge, ours.float(), given) == pytest.approx(error, rel=1e-2)
+    awq.apply(rewriter, TARGET, given)
     chosen = (modules[0].weight.detach() / weights[0]).median(0).values
     least = min(error for _, error in expected)
     assert cost(x, weights, chosen) <= 1.01 * least < cost(x, weights, torch.ones_like(chosen))
@@ -131,14 +131,16 @@ def test_the_second_of_two_feeds_of_an_input_sees_it_as_the_first_left_it() -> N
     model, x, seen = Joined(), torch.randn(50, 4), {}
 
     class Watching(AWQ):
-        def apply(self, surgeon: Surgeon, target: str, statistics: Mapping[str, InputStatistics]) -> dict[str, float]:
+        def apply(
+            self, rewriter: GraphRewriter, target: str, statistics: Mapping[str, InputStatistics]
+        ) -> dict[str, float]:
             y = torch.cat([model.one(x), model.two(x)], -1).detach()
             seen[target] = statistics["both"].get("hessian", "both"), y.t() @ y
-            surgeon.scale(surgeon.graph.by_producer[target], torch.tensor([1.0, 2.0, 3.0, 4.0]))
+            rewriter.scale(rewriter.graph.by_producer[target], torch.tensor([1.0, 2.0, 3.0, 4.0]))
             return {}
 
-    surgeon = Surgeon(model, find_graph(model, {"x": x}))
-    walk(surgeon, Watching(), ("one", "two"), [Batch({"x": x})], Processes())
+    rewriter = GraphRewriter(model, find_graph(model, {"x": x}))
+    apply_transform(rewriter, Watching(), ("one", "two"), [Batch({"x": x})], Processes())
     assert list(seen) == ["one", "two"]
     for found, expected in seen.values():
         torch.testing.assert_close(found, expected)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from wrapq import PTQConfig, calibrate, convert, prepare
 from wrapq.algorithms.cle import CLE
 from wrapq.algorithms.fold_norms import FoldNorms
-from wrapq.calibration.batch_norm import is_identity
-from wrapq.calibration.graph import Graph, find_graph
-from wrapq.calibration.surgery import Surgeon
 from wrapq.errors import ModelError
+from wrapq.graph.batch_norm import is_identity
+from wrapq.graph.dataflow import Graph, find_graph
+from wrapq.graph.rewriter import GraphRewriter
 from wrapq.observers.base import observe_tensor
 from wrapq.quant.spec import QuantSpec
 
@@ -72,49 +72,49 @@ def channel_error(model: nn.Module) -> float:
 
 
 def specs(graph: Graph) -> dict[str, dict[str, QuantSpec]]:
-    return {name: {"weight": SPEC} for feed in graph.feeds for name in (feed.producer, feed.readers[0].module)}
+    return {name: {"weight": SPEC} for edge in graph.edges for name in (edge.producer, edge.consumers[0].module)}
 
 
 def test_every_batch_norm_becomes_part_of_its_convolution_and_back() -> None:
     model, x = Mobile(), images()
     before, expected, graph = {k: v.clone() for k, v in model.state_dict().items()}, model(x), find_graph(model, [x])
-    found, surgeon = FoldNorms().find(graph, {}), Surgeon(model, graph)
-    assert len(found.targets) == 6 and not found.left
-    for target in found.targets:
-        FoldNorms().apply(surgeon, target, {})
+    found, rewriter = FoldNorms().find_targets(graph, {}), GraphRewriter(model, graph)
+    assert len(found.names) == 6 and not found.skipped
+    for target in found.names:
+        FoldNorms().apply(rewriter, target, {})
         assert is_identity(model.get_submodule(target))
     inputs = torch.randn(2, 16, 5, 5)
     torch.testing.assert_close(model.stem[1](inputs), inputs, rtol=1e-6, atol=0)
     assert relative(model(x), expected) < 1e-5
-    surgeon.restore()
+    rewriter.undo_log.restore()
     assert set(model.state_dict()) == set(before)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_depthwise_and_grouped_convolutions_are_followed_without_weights() -> None:
-    feeds = find_graph(Mobile().to("meta"), [images().to("meta")]).by_producer
+    edges = find_graph(Mobile().to("meta"), [images().to("meta")]).by_producer
     for made, norm, read in (("stem", "stem.1", "depthwise"), ("depthwise", "depthwise.1", "pointwise")):
-        feed = feeds[f"{made}.0"]
-        assert (feed.norm, feed.path, feed.closed) == (norm, {"positive"}, True)
-        assert [reader.module for reader in feed.readers] == [f"{read}.0"]
-    assert feeds["widen.0"].readers[0].columns.tolist() == list(range(32))
+        edge = edges[f"{made}.0"]
+        assert (edge.norm, edge.ops_between, edge.fully_owned) == (norm, {"positive"}, True)
+        assert [consumer.module for consumer in edge.consumers] == [f"{read}.0"]
+    assert edges["widen.0"].consumers[0].columns.tolist() == list(range(32))
 
 
 def test_equalizing_evens_the_ranges_and_keeps_the_function() -> None:
     model, x = Mobile(), images()
     before, expected, graph = {k: v.clone() for k, v in model.state_dict().items()}, model(x), find_graph(model, [x])
-    folded, surgeon = copy.deepcopy(model), Surgeon(model, graph, specs(graph))
-    for target in FoldNorms().find(graph, {}).targets:
-        FoldNorms().apply(Surgeon(folded, graph), target, {})
-    assert CLE().find(graph, surgeon.specs).targets == ("stem.0",)
-    CLE().apply(surgeon, "stem.0", {})
+    folded, rewriter = copy.deepcopy(model), GraphRewriter(model, graph, specs(graph))
+    for target in FoldNorms().find_targets(graph, {}).names:
+        FoldNorms().apply(GraphRewriter(folded, graph), target, {})
+    assert CLE().find_targets(graph, rewriter.specs).names == ("stem.0",)
+    CLE().apply(rewriter, "stem.0", {})
     assert relative(model(x), expected) < 1e-5
     for first, second in (("stem", "depthwise"), ("depthwise", "pointwise"), ("strided", "widen")):
         made, read = (model.get_submodule(f"{name}.0").weight.abs() for name in (first, second))
         of_reader = read.amax((1, 2, 3)) if second == "depthwise" else read.amax((0, 2, 3))
         assert (made.amax((1, 2, 3)) / of_reader).log().abs().amax() < 0.05
     assert channel_error(model) < 0.3 * channel_error(folded)
-    surgeon.restore()
+    rewriter.undo_log.restore()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
@@ -137,13 +137,13 @@ def test_a_run_from_python_loses_far_less_after_it_and_absorbs_high_biases() -> 
 def test_what_a_relu6_clips_is_left_with_the_reason() -> None:
     model, x = Mobile(nn.ReLU6), images()
     graph = find_graph(model, [x])
-    why = CLE().find(graph, specs(graph)).left["grouped.0"]
+    why = CLE().find_targets(graph, specs(graph)).skipped["grouped.0"]
     assert why == "its output is also seen by a function that clips at a constant, as ReLU6 does"
-    assert "grouped.1" in FoldNorms().find(graph, {}).targets
+    assert "grouped.1" in FoldNorms().find_targets(graph, {}).names
 
 
 class Branching(nn.Module):
-    """Batch norms that cannot be folded: behind a ReLU, beside another reader, before anything; and one that can."""
+    """Batch norms that cannot be folded: behind a ReLU, beside another consumer, before anything; and one that can."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -162,10 +162,10 @@ def test_batch_norms_that_others_compete_with_are_left() -> None:
     model, x = Branching(), torch.randn(2, 3, 4, 4)
     graph = find_graph(model, [x])
     assert graph.batch_norms == {"entry": None, "late": None, "one": None, "two": None, "good": "third"}
-    found = FoldNorms().find(graph, {})
-    assert found.targets == ("good",) and "alone reads" in found.left["late"]
+    found = FoldNorms().find_targets(graph, {})
+    assert found.names == ("good",) and "alone reads" in found.skipped["late"]
     with pytest.raises(ModelError, match="late follows no linear or convolution that it alone reads"):
-        Surgeon(model, graph).fold_batch_norm("late")
+        GraphRewriter(model, graph).fold_batch_norm("late")
     assert find_graph(model.train(), [x]).batch_norms == {}
 
 
@@ -173,10 +173,10 @@ def test_batch_norms_that_others_compete_with_are_left() -> None:
 def test_scaling_every_feed_keeps_the_function(kind: type[nn.Module]) -> None:
     model, x = kind().requires_grad_(False), torch.randn(2, 3, 24, 24)
     expected, graph = model(x), find_graph(model, [x])
-    surgeon, scaled = Surgeon(model, graph), []
-    for feed in (feed for feed in graph.feeds if not feed.open):
-        surgeon.scale(feed, torch.where(feed.channels, torch.rand(len(feed.channels)) + 0.5, 1.0))
-        scaled.append(feed.producer)
+    rewriter, scaled = GraphRewriter(model, graph), []
+    for edge in (edge for edge in graph.edges if not edge.unowned):
+        rewriter.scale(edge, torch.where(edge.owned, torch.rand(edge.width) + 0.5, 1.0))
+        scaled.append(edge.producer)
     assert len(scaled) == 6 if kind is Mobile else scaled == ["entry", "late", "third"]
     assert relative(model(x), expected) < 1e-5
 
@@ -187,11 +187,11 @@ def test_a_batch_norm_behind_a_linear_and_in_half_precision() -> None:
     model[1].running_mean.normal_()
     model, x = model.to(torch.bfloat16), torch.randn(7, 6).to(torch.bfloat16)
     expected, graph = model(x).float(), find_graph(model, [x])
-    surgeon = Surgeon(model, graph)
-    surgeon.fold_batch_norm("1")
+    rewriter = GraphRewriter(model, graph)
+    rewriter.fold_batch_norm("1")
     assert is_identity(model[1]) and relative(model(x).float(), expected) < 2e-2
     kept = model[0].weight.clone()
-    surgeon.fold_batch_norm("1")  # nothing is left to fold
+    rewriter.fold_batch_norm("1")  # nothing is left to fold
     assert torch.equal(model[0].weight, kept)
 
 
@@ -212,14 +212,14 @@ class Grouped(nn.Module):
 def test_a_weight_that_is_computed_from_others_is_nobodys_to_scale() -> None:
     conv = nn.utils.parametrizations.weight_norm(nn.Conv1d(8, 8, 3, groups=8))
     model = nn.Sequential(nn.Conv1d(4, 8, 1), conv, nn.Conv1d(8, 2, 1))
-    assert find_graph(model, [torch.randn(2, 4, 6)]).feeds == ()
+    assert find_graph(model, [torch.randn(2, 4, 6)]).edges == ()
 
 
 def test_a_bias_goes_through_groups_but_not_past_padding() -> None:
     model, x = Grouped(0), torch.randn(2, 5, 8)
     expected, graph = model(x), find_graph(model, [x])
-    FoldNorms().apply(Surgeon(model, graph), "norm", {})
+    FoldNorms().apply(GraphRewriter(model, graph), "norm", {})
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
     assert bool((model.norm.weight == 1).all()) and not model.norm.bias.any()
-    found = FoldNorms().find(find_graph(Grouped(1), [x]), {})
-    assert found.left == {"norm": "conv pads with zeros, which its bias would have to be added to as well"}
+    found = FoldNorms().find_targets(find_graph(Grouped(1), [x]), {})
+    assert found.skipped == {"norm": "conv pads with zeros, which its bias would have to be added to as well"}

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.calibration.test_graph import weightless
 from tests.conftest import build_model
+from tests.graph.test_dataflow import weightless
 from tests.resolve.conftest import MakePlan, make_plan, refusal  # noqa: F401
 from wrapq import load
 from wrapq.algorithms.fold_norms import FoldNorms, FoldOptions
-from wrapq.calibration.graph import find_graph
-from wrapq.calibration.norms import norm_gain
-from wrapq.calibration.surgery import Surgeon
+from wrapq.graph.dataflow import find_graph
+from wrapq.graph.norms import norm_gain
+from wrapq.graph.rewriter import GraphRewriter
 
 FOLDED = {"llama": 5, "qwen2": 5, "qwen3": 5, "mistral": 5, "gemma2": 5, "gemma3": 5, "phi3": 5, "gpt2": 5, "opt": 5}
 FOLDED |= {"bert": 2, "mixtral": 5, "qwen2_moe": 5}
@@ -28,11 +28,11 @@ def test_the_function_stays(family: str, token_batches: list[Tensor]) -> None:
     model = build_model(family)
     expected = model(token_batches[0]).logits.double()
     fold = FoldNorms(FoldOptions(untie=True))
-    surgeon = Surgeon(model, find_graph(model))
-    found = fold.find(find_graph(weightless(family)), {})
-    assert len(found.targets) == FOLDED[family]
-    for target in found.targets:
-        fold.apply(surgeon, target, {})
+    rewriter = GraphRewriter(model, find_graph(model))
+    found = fold.find_targets(find_graph(weightless(family)), {})
+    assert len(found.names) == FOLDED[family]
+    for target in found.names:
+        fold.apply(rewriter, target, {})
         norm = model.get_submodule(target)
         assert bool((norm_gain(norm, target) == 1).all())
         assert norm._parameters.get("bias") is None or not norm.bias.any()
@@ -43,15 +43,15 @@ def test_the_function_stays(family: str, token_batches: list[Tensor]) -> None:
 
 def test_tied_heads_are_left_alone_unless_asked_for() -> None:
     graph = find_graph(weightless("gemma2"))
-    found = FoldNorms().find(graph, {})
-    assert len(found.targets) == 4
-    assert found.left["model.norm"].startswith("lm_head is tied to model.embed_tokens")
+    found = FoldNorms().find_targets(graph, {})
+    assert len(found.names) == 4
+    assert found.skipped["model.norm"].startswith("lm_head is tied to model.embed_tokens")
 
 
 def test_of_an_encoder_only_the_last_norms_can_be_folded() -> None:
-    found = FoldNorms().find(find_graph(weightless("bert")), {})
-    assert found.targets == ("bert.encoder.layer.1.output.LayerNorm",)
-    assert found.left["bert.embeddings.LayerNorm"] == "its output is also seen by a sum"
+    found = FoldNorms().find_targets(find_graph(weightless("bert")), {})
+    assert found.names == ("bert.encoder.layer.1.output.LayerNorm",)
+    assert found.skipped["bert.embeddings.LayerNorm"] == "its output is also seen by a sum"
 
 
 def test_the_plan_shows_what_will_be_folded(make_plan: MakePlan) -> None:  # noqa: F811

@@ -7,19 +7,18 @@ import math
 import pytest
 import torch
 
-from wrapq.algorithms import gptq as gptq_module
-from wrapq.algorithms.columns import gptq, stacks
+from wrapq.algorithms.columns import gptq
 from wrapq.algorithms.gptq import GPTQ, GPTQOptions
 from wrapq.algorithms.rtn import RTN
 from wrapq.algorithms.seqmse import SeqMSE, output_error, search_ranges
-from wrapq.calibration.factor import factorize
-from wrapq.calibration.statistics import InputStatistics
 from wrapq.errors import CalibrationError
 from wrapq.observers.base import observe_tensor
 from wrapq.quant.affine import range_to_qparams, reduce_range, storage_dtype
 from wrapq.quant.packing import pack, unpack
 from wrapq.quant.qparams import QParams
 from wrapq.quant.spec import QuantSpec
+from wrapq.statistics.cholesky import factorize
+from wrapq.statistics.input import InputStatistics
 
 SPECS = ["int4:g16:sym", "int4:channel:sym", "uint4:g32:asym", "int3:channel:sym", "int8:tensor:sym", "uint2:g16:asym"]
 SPECS += ["int2:g16:sym:signed:mse", "uint4:g16:asym:zero=float", "int3:channel:asym:zero=float:scale=bfloat16"]
@@ -291,39 +290,3 @@ def test_columns_that_no_data_reached_do_not_choose_the_range():
     with_any[:, 5] *= 0.5
     ranges = [observe_tensor(weight, spec, "w")]
     torch.testing.assert_close(gptq(weight, ranges, factor)[0].lost, gptq(with_any, ranges, factor)[0].lost)
-
-
-@pytest.mark.parametrize("rows", [1, 24, 37])
-@pytest.mark.parametrize("options", [{}, {"ranges": "observer"}, {"act_order": False, "block_size": 48}])
-def test_several_specs_on_one_factorization_give_what_each_gives_alone(rows, options, monkeypatch):
-    """To the bit, whichever specs stand side by side."""
-    several = [f"{kind}{bits}:g16:{how}" for bits in (2, 4, 8) for kind, how in (("int", "sym"), ("uint", "asym"))]
-    several += [*SPECS, *OTHER_SPECS, "int3:channel:sym:signed", "int16:g16:sym"]
-    specs, (weight, hessian) = [QuantSpec.parse(text) for text in several], problem(rows, 96)
-    specs = [spec for spec in specs if spec.block_size is None or rows > 1]
-    algorithm, stacked = GPTQ(GPTQOptions(**options)), []
-    monkeypatch.setattr(gptq_module, "gptq", lambda *args: stacked.append(len(args[1])) or gptq(*args))
-    together = algorithm.round_each(weight, specs, "w", hessian)
-    assert max(stacked) >= 9 * min(stacked), "some go side by side"
-    assert len(hessian._factors) == 1
-    for spec, its in zip(specs, together, strict=True):
-        alone = algorithm.round(weight, spec, "w", hessian)
-        assert torch.equal(its.integers, alone.integers), spec
-        assert its.integers.dtype == alone.integers.dtype
-        assert its.qparams.digest() == alone.qparams.digest(), spec
-        assert its.report == alone.report
-    ranges = [algorithm._ranges(weight, spec, hessian.get("hessian", "w"), "w") for spec in specs]
-    factor = hessian.factor(0.01, algorithm.options.act_order, "w")
-    assert sorted(index for stack in stacks(weight, ranges) for index in stack) == list(range(len(specs)))
-    for stack in stacks(weight, ranges):
-        beside = gptq(weight, [its for index in stack for its in ranges[index]], factor)
-        alone = [solved for index in stack for solved in gptq(weight, ranges[index], factor)]
-        assert all(torch.equal(a.lost, b.lost) for a, b in zip(beside, alone, strict=True))
-
-
-def test_stacks_are_no_taller_than_a_cache_holds():
-    specs = [QuantSpec.parse(f"int{bits}:channel:sym") for bits in range(2, 9)]
-    weight, _ = problem(1000, 8)
-    ranges = [[observe_tensor(weight, spec, "w")] for spec in specs]
-    assert stacks(weight, ranges) == [[0, 1, 2, 3], [4, 5, 6]]
-    assert stacks(torch.cat([weight] * 5), ranges) == [[index] for index in range(7)]

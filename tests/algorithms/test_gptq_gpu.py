@@ -9,11 +9,11 @@ import torch
 
 from wrapq.algorithms import columns as loop
 from wrapq.algorithms.columns import gptq
-from wrapq.calibration.factor import factorize
 from wrapq.observers.base import observe_tensor
 from wrapq.quant.affine import round_to_grid
 from wrapq.quant.dtypes import DTYPES
 from wrapq.quant.spec import QuantSpec
+from wrapq.statistics.cholesky import factorize
 
 ON_GPU = torch.cuda.is_available()
 CASES = [(40, 70, "int4", None), (128, 33, "uint4", "int"), (17, 16, "uint2", "float"), (1, 5, "int8", None)]
@@ -21,7 +21,7 @@ CASES = [(40, 70, "int4", None), (128, 33, "uint4", "int"), (17, 16, "uint2", "f
 
 def check(size: int, width: int, name: str, zero_point: str | None, device: str) -> None:
     """Each point is the nearest to its column, less the errors of those before it, in float64."""
-    from wrapq.algorithms.gpu.gptq import round_columns
+    from wrapq.algorithms.gpu.gptq_kernel import round_columns
 
     torch.manual_seed(size)
     dtype, lines, scale = DTYPES[name], torch.randn(size, width), torch.rand(size, width) * 0.2 + 0.1

@@ -14,18 +14,18 @@ from torch.nn.functional import unfold
 import wrapq
 from tests.algorithms.test_gptq import literal_gptq
 from wrapq import PTQConfig
+from wrapq.algorithms.base import Rounded
 from wrapq.algorithms.gptq import GPTQ
 from wrapq.algorithms.low_rank import LowRank
-from wrapq.algorithms.seqmse import SeqMSE
-from wrapq.calibration.algorithm import Rounded, Rounder
-from wrapq.calibration.by_group import correct_by_group, round_by_group, unsupported
-from wrapq.calibration.statistics import InputStatistics, UnusableStatisticsError
+from wrapq.calibration.grouped_conv import correct_by_group, round_by_group, unsupported
 from wrapq.observers.base import observe_tensor
 from wrapq.quant.spec import QuantSpec
+from wrapq.statistics.input import InputStatistics, UnusableStatisticsError
 
 KINDS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 EXACT = {"algorithm": "gptq", "precision": "float64"}
 OBSERVED = {**EXACT, "ranges": "observer"}
+LEARNED = {"algorithm": "adaround", "iterations": 200}
 
 
 def config(weight: str = "int4:channel:sym", **more: object) -> PTQConfig:
@@ -120,9 +120,9 @@ def test_gptq_is_the_papers_algorithm_for_each_group_by_itself(name: str, weight
 @pytest.mark.parametrize(
     ("algorithm", "weight"),
     [
-        *((algorithm, "int4:channel:sym") for algorithm in (EXACT, "seqmse", "adaround", {**EXACT, "asymmetric": 1.0})),
+        *((algorithm, "int4:channel:sym") for algorithm in (EXACT, "seqmse", LEARNED, {**EXACT, "asymmetric": 1.0})),
         *(("seqmse", weight) for weight in ("uint4:g3:asym", "int3:b1x4:sym")),
-        ("adaround", "uint4:g3:asym"),
+        (LEARNED, "uint4:g3:asym"),
     ],
 )
 @pytest.mark.parametrize("name", LAYERS)
@@ -303,29 +303,16 @@ def test_groups_whose_statistics_cannot_be_used_are_rounded_to_nearest_and_count
     weight[2:4], weight[4:] = -weight[2:4], -weight[4:]
     statistics, said = InputStatistics(), []
     statistics.add(torch.randn(3, 50, 9))
-    (rounded,) = round_by_group(Partly(), weight, [spec], "conv.weight", statistics, said)
+    rounded = round_by_group(Partly(), weight, spec, "conv.weight", statistics, said)
     nearest, best = (observe_tensor(weight, spec, "w"), GPTQ().round(weight[:2], spec, "w", statistics.group(0)))
     assert torch.equal(rounded.integers, torch.cat([best.integers, nearest.quantize(weight)[2:]]))
     assert torch.equal(rounded.qparams.scale, torch.cat([best.qparams.scale, nearest.scale[2:]]))
     assert rounded.report["fallback"] == 2
     reason = "conv.weight: its Hessian is not positive definite whatever the damping"
     assert said == [f"{reason}; 2 of its 3 groups are rounded to nearest"]
-    with pytest.raises(UnusableStatisticsError):
-        round_by_group(Partly(), -weight.abs(), [spec], "conv.weight", statistics, said)
-    assert len(said) == 1
-
-
-@pytest.mark.parametrize("rounder", [GPTQ(), SeqMSE()], ids=["gptq", "seqmse"])
-def test_several_specs_give_what_each_gives_alone(rounder: Rounder) -> None:
-    weight, statistics, said = torch.randn(6, 9), InputStatistics(), []
-    statistics.add(torch.randn(3, 50, 9))
-    specs = [QuantSpec.parse(text) for text in ("int4:channel:sym", "uint2:channel:asym", "int3:g3:sym", "nf4:g9")]
-    together = round_by_group(rounder, weight, specs, "conv.weight", statistics, said)
-    for spec, its in zip(specs, together, strict=True):
-        (alone,) = round_by_group(rounder, weight, [spec], "conv.weight", statistics, said)
-        assert torch.equal(its.integers, alone.integers) and its.report == alone.report
-        assert its.qparams.digest() == alone.qparams.digest()
-    assert not said
+    rounded = round_by_group(Partly(), -weight.abs(), spec, "conv.weight", statistics, said)
+    assert torch.equal(rounded.integers, observe_tensor(-weight.abs(), spec, "w").quantize(-weight.abs()))
+    assert rounded.report == {"fallback": 1} and said[1:] == [f"{reason}; it is rounded to nearest"]
 
 
 @pytest.mark.parametrize("algorithm", ["gptq", "seqmse", "adaround"])

@@ -10,17 +10,17 @@ from torch import Tensor
 
 from tests.algorithms.outliers import loss
 from tests.algorithms.transforming import outputs_moved
-from tests.calibration.test_graph import weightless
-from tests.conftest import FAMILIES, build_model
+from tests.conftest import KINDS, build_model
+from tests.graph.test_dataflow import weightless
 from tests.resolve.conftest import MakePlan, make_plan, refusal  # noqa: F401
 from wrapq.algorithms.fold_norms import FoldNorms, FoldOptions
 from wrapq.algorithms.rotate import Rotate, RotateOptions
-from wrapq.calibration.graph import find_graph
-from wrapq.calibration.surgery import Surgeon
-from wrapq.calibration.transport import carry_hessian
 from wrapq.errors import ModelError
+from wrapq.graph.dataflow import find_graph
+from wrapq.graph.rewriter import GraphRewriter
+from wrapq.statistics.transport import transform_hessian
 
-EVERY = (*FAMILIES, "gemma3", "mixtral", "qwen2_moe")
+EVERY = (*KINDS, "gemma3", "mixtral", "qwen2_moe")
 POST_NORMS = ("gemma2", "gemma3", "bert")
 LINEAR = "l: {match: {type: Linear}, weight: int8:channel}"
 TAIL = "round: {algorithm: rtn}"
@@ -37,7 +37,7 @@ def test_the_function_stays(family: str, options: dict[str, object], token_batch
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     change, found = outputs_moved(model, [fold(), Rotate(RotateOptions(**options))], token_batches)  # type: ignore[arg-type]
     assert 1e-9 < change < 1e-5
-    assert len(found[1].targets) == (2 if family in POST_NORMS else 3)  # the stream, and the values of two blocks
+    assert len(found[1].names) == (2 if family in POST_NORMS else 3)  # the stream, and the values of two blocks
     wide = [
         name
         for name, tensor in before.items()
@@ -49,7 +49,7 @@ def test_the_function_stays(family: str, options: dict[str, object], token_batch
 @pytest.mark.parametrize("family", POST_NORMS)
 def test_streams_that_norms_write_into_are_left_alone_with_the_reason(family: str) -> None:
     graph = find_graph(weightless(family))
-    left = Rotate(RotateOptions(rotations=("R1",))).find(graph, {}).left
+    left = Rotate(RotateOptions(rotations=("R1",))).find_targets(graph, {}).skipped
     assert left
     assert all("norm" in reason for reason in left.values())
 
@@ -57,33 +57,33 @@ def test_streams_that_norms_write_into_are_left_alone_with_the_reason(family: st
 def test_a_stream_is_turned_as_the_paper_says(token_batches: list[Tensor]) -> None:
     model = build_model("llama")
     graph = find_graph(model)
-    surgeon = Surgeon(model, graph)
-    for target in fold().find(graph, {}).targets:
-        fold().apply(surgeon, target, {})
-    surgeon.transports.clear()
+    rewriter = GraphRewriter(model, graph)
+    for target in fold().find_targets(graph, {}).names:
+        fold().apply(rewriter, target, {})
+    rewriter.input_changes.clear()
     name = "model.layers.1.self_attn.k_proj"
     seen: list[Tensor] = []
     model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].reshape(-1, 64)))
     model(token_batches[0])
-    figures = Rotate().apply(surgeon, graph.streams[0].name, {})
+    figures = Rotate().apply(rewriter, graph.streams[0].name, {})
     assert figures == {"writers": 5, "readers": 11}
     model(token_batches[0])
-    (edit,) = surgeon.transports[name]
+    (edit,) = rewriter.input_changes[name]
     torch.testing.assert_close(seen[1].double(), seen[0].double() @ edit.matrix, rtol=1e-4, atol=1e-4)  # type: ignore[union-attr]
-    carried = carry_hessian(seen[0].t() @ seen[0], surgeon.transports[name])
+    carried = transform_hessian(seen[0].t() @ seen[0], rewriter.input_changes[name])
     torch.testing.assert_close(carried, seen[1].t() @ seen[1], rtol=1e-3, atol=1e-3)
 
 
 def test_heads_carry_their_hessians_along(token_batches: list[Tensor]) -> None:
     model = build_model("phi3")
-    surgeon, seen = Surgeon(model, find_graph(model)), []
+    rewriter, seen = GraphRewriter(model, find_graph(model)), []
     name = "model.layers.0.self_attn.o_proj"
     model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].reshape(-1, 64)))
     model(token_batches[0])
-    Rotate().apply(surgeon, "model.layers.0.self_attn.qkv_proj", {})
+    Rotate().apply(rewriter, "model.layers.0.self_attn.qkv_proj", {})
     model(token_batches[0])
     assert float((seen[1] - seen[0]).norm() / seen[0].norm()) > 0.5
-    carried = carry_hessian(seen[0].t() @ seen[0], surgeon.transports[name])
+    carried = transform_hessian(seen[0].t() @ seen[0], rewriter.input_changes[name])
     torch.testing.assert_close(carried, seen[1].t() @ seen[1], rtol=1e-4, atol=1e-4)
 
 
@@ -91,26 +91,26 @@ def test_heads_carry_their_hessians_along(token_batches: list[Tensor]) -> None:
 def test_all_can_be_undone(family: str) -> None:
     model = build_model(family)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    surgeon = Surgeon(model, find_graph(model))
+    rewriter = GraphRewriter(model, find_graph(model))
     for transform in (fold(), Rotate()):
-        for target in transform.find(surgeon.graph, {}).targets:
-            transform.apply(surgeon, target, {})
-    surgeon.restore()
+        for target in transform.find_targets(rewriter.graph, {}).names:
+            transform.apply(rewriter, target, {})
+    rewriter.undo_log.restore()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert set(model.state_dict()) == set(before)
 
 
 @pytest.mark.parametrize(("family", "what"), [("llama", "does more than normalize"), ("opt", "take its mean away")])
-def test_the_surgeon_refuses_what_changes_the_function(family: str, what: str) -> None:
+def test_the_rewriter_refuses_what_changes_the_function(family: str, what: str) -> None:
     model = build_model(family)
-    surgeon = Surgeon(model, find_graph(model))
+    rewriter = GraphRewriter(model, find_graph(model))
     if family == "opt":
-        for target in fold().find(surgeon.graph, {}).targets:
-            for name in surgeon.graph.by_producer[target].readers:
-                surgeon.untie(name.module)
-            fold().apply(surgeon, target, {})
+        for target in fold().find_targets(rewriter.graph, {}).names:
+            for name in rewriter.graph.by_producer[target].consumers:
+                rewriter.untie(name.module)
+            fold().apply(rewriter, target, {})
     with pytest.raises(ModelError, match=what):
-        surgeon.rotate_stream(surgeon.graph.streams[0], torch.arange(64)[None], torch.eye(64).double().flip(0) * -1)
+        rewriter.rotate_stream(rewriter.graph.streams[0], torch.arange(64)[None], torch.eye(64).double().flip(0) * -1)
 
 
 def test_the_plan_shows_what_will_be_turned(make_plan: MakePlan) -> None:  # noqa: F811

@@ -9,21 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from tests.algorithms.transforming import outputs_moved, smooth_specs
-from tests.calibration.test_graph import weightless
-from tests.conftest import FAMILIES, build_model
+from tests.conftest import KINDS, build_model
+from tests.graph.test_dataflow import weightless
 from tests.resolve.conftest import MakePlan, make_plan, refusal  # noqa: F401
 from wrapq import PTQConfig, calibrate, convert, load, prepare
 from wrapq.algorithms.rotate import Rotate, RotateOptions
-from wrapq.calibration.graph import find_graph
-from wrapq.calibration.surgery import Surgeon
-from wrapq.calibration.transport import carry_hessian
-from wrapq.engine.checkpoint import save_model
-from wrapq.engine.folder import RunFolder
 from wrapq.errors import ModelError
+from wrapq.graph.dataflow import find_graph
+from wrapq.graph.rewriter import GraphRewriter
 from wrapq.quant.hadamard import factors, hadamard
 from wrapq.quant.spec import QuantSpec
-from wrapq.runtime import choose_kernels
+from wrapq.runs.checkpoint import save_model
+from wrapq.runs.folder import RunFolder
+from wrapq.runtime.choose import choose_kernels
 from wrapq.runtime.rotation import OnlineRotation
+from wrapq.statistics.transport import transform_hessian
 from wrapq.wrappers.attention import Attention
 from wrapq.wrappers.model import iter_wrapped
 
@@ -60,18 +60,18 @@ def test_factors_are_the_cheapest() -> None:
     assert factors(92) is None and hadamard(92) is None
 
 
-@pytest.mark.parametrize("family", (*FAMILIES, "gemma3"))
+@pytest.mark.parametrize("family", (*KINDS, "gemma3"))
 def test_the_function_stays_when_all_inputs_are_turned(family: str, token_batches: list[Tensor]) -> None:
     model = build_model(family)
     change, (found,) = outputs_moved(model, [online("R4")], token_batches)
     assert 1e-9 < change < 1e-5
-    assert len(found.targets) == 2  # what neither a norm nor attention gives: the second linear of each block's MLP
-    assert all(target.endswith(".input") for target in found.targets)
+    assert len(found.names) == 2  # what neither a norm nor attention gives: the second linear of each block's MLP
+    assert all(target.endswith(".input") for target in found.names)
 
 
 def test_mixtral_says_why_there_is_nothing() -> None:
     graph = find_graph(weightless("mixtral"))
-    assert online("R4").find(graph, smooth_specs(graph)).targets == ()
+    assert online("R4").find_targets(graph, smooth_specs(graph)).names == ()
 
 
 @pytest.mark.parametrize("options", [{}, {"block": 16}, {"matrix": "orthogonal"}], ids=str)
@@ -79,19 +79,19 @@ def test_points_see_turned_inputs_and_hessians_go_along(
     options: dict[str, object], token_batches: list[Tensor]
 ) -> None:
     model, seen = build_model("llama"), list[Tensor]()
-    surgeon = Surgeon(model, find_graph(model), {DOWN: {}})
+    rewriter = GraphRewriter(model, find_graph(model), {DOWN: {}})
     before = model(token_batches[0]).logits
     down = model.get_submodule(DOWN)
     weight = down.weight.clone()
     handle = down.register_forward_pre_hook(lambda _, args: seen.append(args[0].reshape(-1, 96).double()))
     model(token_batches[0])
     handle.remove()
-    assert online("R4", **options).apply(surgeon, f"{DOWN}.input", {})
+    assert online("R4", **options).apply(rewriter, f"{DOWN}.input", {})
     down.register_forward_pre_hook(lambda _, args: seen.append(args[0].reshape(-1, 96).double()))
     torch.testing.assert_close(model(token_batches[0]).logits, before, rtol=1e-4, atol=1e-4)
     assert float((seen[1] - seen[0]).norm() / seen[0].norm()) > 0.5
     assert not torch.allclose(down.weight, weight)
-    carried = carry_hessian(seen[0].t() @ seen[0], surgeon.transports[DOWN])
+    carried = transform_hessian(seen[0].t() @ seen[0], rewriter.input_changes[DOWN])
     torch.testing.assert_close(carried, seen[1].t() @ seen[1], rtol=1e-4, atol=1e-3)
 
 
@@ -99,13 +99,13 @@ def test_points_see_turned_inputs_and_hessians_go_along(
 def test_it_can_be_undone(family: str, token_batches: list[Tensor]) -> None:
     model = build_model(family)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    surgeon = Surgeon(model, find_graph(model), smooth_specs(find_graph(model)))
+    rewriter = GraphRewriter(model, find_graph(model), smooth_specs(find_graph(model)))
     rotate = Rotate(RotateOptions(rotations=("R3", "R4")))
     names = [n for n, m in model.named_modules() if Attention.matches(m)]
-    for target in rotate.find(surgeon.graph, {**surgeon.specs, names[0]: KEYS}).targets:
-        rotate.apply(surgeon, target, {})
+    for target in rotate.find_targets(rewriter.graph, {**rewriter.specs, names[0]: KEYS}).names:
+        rotate.apply(rewriter, target, {})
     assert set(model.state_dict()) > set(before)
-    surgeon.restore()
+    rewriter.undo_log.restore()
     assert set(model.state_dict()) == set(before)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not any(m._forward_pre_hooks for m in model.modules())
@@ -113,9 +113,9 @@ def test_it_can_be_undone(family: str, token_batches: list[Tensor]) -> None:
 
 def test_twice_is_once_too_often() -> None:
     model = build_model("llama")
-    surgeon = Surgeon(model, find_graph(model))
+    rewriter = GraphRewriter(model, find_graph(model))
     for name in (DOWN, "model.layers.0.self_attn"):
-        turn = surgeon.turn_inputs if name == DOWN else surgeon.turn_scores
+        turn = rewriter.rotate_input_online if name == DOWN else rewriter.rotate_scores_online
         turn(name, OnlineRotation.make(16, "hadamard", 0))
         with pytest.raises(ModelError, match="turns what comes to it already"):
             turn(name, OnlineRotation.make(16, "hadamard", 0))

@@ -6,15 +6,15 @@ import pytest
 from torch import Tensor
 
 from tests.algorithms.transforming import outputs_moved
-from tests.conftest import FAMILIES, build_model
+from tests.conftest import KINDS, build_model
 from wrapq.algorithms.awq import AWQ
 from wrapq.algorithms.cle import CLE
 from wrapq.algorithms.fold_norms import FoldNorms, FoldOptions
 from wrapq.algorithms.rotate import Rotate, RotateOptions
 from wrapq.algorithms.smoothquant import SmoothQuant, SmoothQuantOptions
-from wrapq.calibration.algorithm import Transform
+from wrapq.algorithms.transform import Transform
 
-EVERY = (*FAMILIES, "gemma3", "mixtral", "qwen2_moe")
+EVERY = (*KINDS, "gemma3", "mixtral", "qwen2_moe")
 ALL = SmoothQuantOptions(feeds="all")
 
 
@@ -32,5 +32,5 @@ def stack(name: str) -> list[Transform]:
 def test_the_function_stays(family: str, name: str, token_batches: list[Tensor]) -> None:
     change, found = outputs_moved(build_model(family), stack(name), token_batches)
     assert 1e-9 < change < 2e-5
-    for transform, its in zip(stack(name), found, strict=True):
-        assert its.targets or its.left, f"{type(transform).__name__} neither does anything nor says why"
+    for transform, targets in zip(stack(name), found, strict=True):
+        assert targets.names or targets.skipped, f"{type(transform).__name__} neither does anything nor says why"

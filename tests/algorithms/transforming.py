@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from wrapq.calibration.algorithm import Found, Transform
-from wrapq.calibration.forward import Batch
-from wrapq.calibration.graph import Graph, find_graph
+from wrapq.algorithms.transform import Targets, Transform
 from wrapq.calibration.processes import Processes
-from wrapq.calibration.surgery import Surgeon
-from wrapq.engine.transform import walk
+from wrapq.engine.apply_transforms import apply_transform
+from wrapq.graph.blocks import Batch
+from wrapq.graph.dataflow import Graph, find_graph
+from wrapq.graph.rewriter import GraphRewriter
 from wrapq.quant.spec import QuantSpec
 from wrapq.wrappers.model import Specs
 
@@ -27,14 +27,16 @@ def smooth_specs(graph: Graph, weight: str = "int8:channel", given: str | None =
 @torch.no_grad()
 def outputs_moved(
     model: nn.Module, transforms: Sequence[Transform], batches: Sequence[Tensor], weight: str = "int8:channel"
-) -> tuple[float, list[Found]]:
+) -> tuple[float, list[Targets]]:
     """How far the outputs moved, relative to their norm, and what each transform found."""
     graph = find_graph(model)
-    surgeon = Surgeon(model, graph, smooth_specs(graph, weight))
+    rewriter = GraphRewriter(model, graph, smooth_specs(graph, weight))
     before = model(batches[0]).logits.double()
     found = []
     for transform in transforms:
-        found.append(transform.find(graph, surgeon.specs))
-        walk(surgeon, transform, found[-1].targets, [Batch({"input_ids": ids}) for ids in batches], Processes())
-        surgeon.commit()
+        found.append(transform.find_targets(graph, rewriter.specs))
+        apply_transform(
+            rewriter, transform, found[-1].names, [Batch({"input_ids": ids}) for ids in batches], Processes()
+        )
+        rewriter.undo_log.commit()
     return float((model(batches[0]).logits - before).norm() / before.norm()), found

@@ -37,8 +37,8 @@ from transformers.utils.logging import disable_progress_bar
 import wrapq
 from tests.models import DEMO
 from tests.peers.environment import peer_python, run_oneshots
-from wrapq.calibration.data import build_samples
-from wrapq.calibration.sources.base import make_source
+from wrapq.data.samples import build_samples
+from wrapq.data.sources.base import make_source
 from wrapq.evaluation.quality import QualityMeter
 from wrapq.runtime.module import QuantizedWeight
 

@@ -21,8 +21,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from wrapq.algorithms.gptq import GPTQ
-from wrapq.calibration.offload import Offload, shared_tensors
-from wrapq.calibration.walker import Batch, Walker
+from wrapq.calibration.assignments import Assignments
+from wrapq.calibration.offload import Offload
+from wrapq.calibration.walker import Walker, WalkOptions
+from wrapq.graph.blocks import Batch
+from wrapq.large_pages import use_large_pages
 from wrapq.quant.spec import QuantSpec
 from wrapq.wrappers.model import wrap_model
 
@@ -81,21 +84,23 @@ def measure(threads: int, samples: int, length: int, batch: int, offload_gb: flo
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     names = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
     wrapped = wrap_model(model, {name: {"weight": QuantSpec.parse("int4:g128:sym")} for name in names})
-    walker = Walker(wrapped, {f"{name}.weight": GPTQ() for name in names}, {})
+    assignments = Assignments({f"{name}.weight": GPTQ() for name in names})
     batches = [Batch({"input_ids": tokens[i : i + batch], "use_cache": False}) for i in range(0, samples, batch)]
     with tempfile.TemporaryDirectory() as folder:
-        walker.offload = Offload(Path(folder), offload_gb * 1e9, shared_tensors(walker))
+        offload = Offload(Path(folder), offload_gb * 1e9, wrapped)
+        walker = Walker(wrapped, assignments, WalkOptions(offload=offload))
         seconds = cpu_seconds(lambda: walker.run(batches, "sequential"))
     rates.append(matrix_rate())
+    errors = [report["output_error"] for report in walker.result.reports.values()]
     return {
         "threads": threads,
         "gflops": [round(rate / 1e9) for rate in rates],
         "cpu_seconds": round(seconds, 1),
         "floor": {name: round(value, 1) for name, value in floor.items()},
-        "offloaded_gb": round(walker.offload.written / 1e9, 2),
+        "offloaded_gb": round(offload.written / 1e9, 2),
         "ratio_to_floor": round(seconds / sum(floor.values()), 2),
         "extra_mib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024,
-        "mean_output_error": sum(r["output_error"] for r in walker.reports.values()) / len(walker.reports),
+        "mean_output_error": sum(errors) / len(errors),
     }
 
 
@@ -111,4 +116,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    use_large_pages()  # as the command line does
     main()

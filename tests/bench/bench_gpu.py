@@ -26,11 +26,13 @@ from torch import Tensor, nn
 import wrapq
 from tests.bench.bench_runtime import FLOAT, llama, sqnr
 from tests.bench.bench_stages import INPUT, STAGES, WEIGHT
+from tests.runtime.sizes import resident_bytes
 from wrapq.algorithms import columns as algorithm
-from wrapq.calibration.factor import factorize
 from wrapq.observers.base import observe_tensor
 from wrapq.quant.spec import QuantSpec
-from wrapq.runtime import KERNELS, choose_kernels, resident_bytes
+from wrapq.runtime.choose import choose_kernels
+from wrapq.runtime.kernel import KERNELS
+from wrapq.statistics.cholesky import factorize
 
 ROWS = (1, 16, 64, 128, 2048)
 SCHEMES = {

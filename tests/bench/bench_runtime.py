@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import wrapq
-from tests.runtime.sizes import weight_bytes
-from wrapq.runtime import choose_kernels, resident_bytes
+from tests.runtime.sizes import resident_bytes, weight_bytes
+from wrapq.runtime.choose import choose_kernels
 from wrapq.runtime.module import QuantizedWeight
 
 PROMPT, ROUNDS, DECODED = 128, 8, 8
@@ -76,7 +76,8 @@ def prepare(points: dict[str, str], ids: Tensor) -> nn.Module:
 
 def fake(points: dict[str, str], ids: Tensor) -> nn.Module:
     """The model as it is just before conversion: float tensors, rounded at each forward."""
-    from wrapq.calibration.algorithm import ALGORITHMS
+    from wrapq.algorithms.base import ALGORITHMS
+    from wrapq.calibration.assignments import Assignments
     from wrapq.calibration.walker import Walker
     from wrapq.wrappers.model import iter_quantizers
     from wrapq.wrappers.quantizer import WeightQuantizer
@@ -84,7 +85,7 @@ def fake(points: dict[str, str], ids: Tensor) -> nn.Module:
     model = prepare(points, ids)
     rounders = {q.where: ALGORITHMS.get("rtn")() for q in iter_quantizers(model) if isinstance(q, WeightQuantizer)}
     ranges = {q.where: ALGORITHMS.get("ranges")() for q in iter_quantizers(model) if q.where not in rounders}
-    Walker(model, rounders, ranges).run([], "parallel")
+    Walker(model, Assignments(rounders, ranges)).run([], "parallel")
     return model
 
 

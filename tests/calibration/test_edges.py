@@ -10,10 +10,10 @@ from tests.calibration.conftest import as_batches, gptq_walker
 from tests.calibration.test_walker import Mixture, expert_batches
 from tests.conftest import build_model
 from wrapq import PTQConfig, prepare
+from wrapq.algorithms.base import Rounded
 from wrapq.algorithms.rtn import RTN
-from wrapq.calibration.algorithm import Rounded
-from wrapq.calibration.statistics import InputStatistics
-from wrapq.calibration.walker import Batch
+from wrapq.graph.blocks import Batch
+from wrapq.statistics.input import InputStatistics
 from wrapq.wrappers.model import convert_model, iter_quantizers, iter_wrapped
 
 WEIGHTS = PTQConfig(weight="int4:channel:sym", activation=None)
@@ -36,13 +36,13 @@ def test_an_expert_that_no_token_reaches_is_rounded_to_nearest_counted_and_named
     walker.run(expert_batches((0,), (0, 1), (0,)), schedule)
     missed = [f"layers.{block}.mlp.experts.2.weight" for block in (0, 1)]
     said = "no calibration token reached this weight"
-    assert walker.fallbacks == [f"{where}: {said}; it is rounded to nearest" for where in missed]
-    assert {where for where, report in walker.reports.items() if "fallback" in report} == set(missed)
+    assert walker.result.fallbacks == [f"{where}: {said}; it is rounded to nearest" for where in missed]
+    assert {where for where, report in walker.result.reports.items() if "fallback" in report} == set(missed)
     for where in missed:
         assert torch.equal(codes(model)[where], nearest(model, where))
     tokens = 2 * 3
     for block in (0, 1):
-        reached = [walker.reports[f"layers.{block}.mlp.experts.{i}.weight"]["rows"] for i in (0, 1)]
+        reached = [walker.result.reports[f"layers.{block}.mlp.experts.{i}.weight"]["rows"] for i in (0, 1)]
         assert reached == [3 * tokens, tokens]  # each expert has a Hessian of its own tokens
 
 
@@ -55,12 +55,12 @@ class Indefinite(InputStatistics):
 
 
 def test_a_hessian_that_no_damping_saves_is_a_fallback_by_name(token_batches: list[Tensor], monkeypatch):
-    monkeypatch.setattr("wrapq.calibration.forward.InputStatistics", Indefinite)
+    monkeypatch.setattr("wrapq.calibration.forwards.InputStatistics", Indefinite)
     model = prepare(build_model("llama"), WEIGHTS)
     walker = gptq_walker(model)
     walker.run(as_batches(token_batches), "sequential")
-    assert len(walker.fallbacks) == 2 * 7 + 1
-    assert all("is not positive definite whatever the damping" in reason for reason in walker.fallbacks)
+    assert len(walker.result.fallbacks) == 2 * 7 + 1
+    assert all("is not positive definite whatever the damping" in reason for reason in walker.result.fallbacks)
     where = "model.layers.1.mlp.down_proj.weight"
     assert torch.equal(codes(model)[where], nearest(model, where))
 
@@ -77,7 +77,7 @@ def test_inputs_that_are_all_the_same(value: float, schedule: str):
     expected = model(x)
     walker = gptq_walker(model)
     walker.run([Batch({"input": x}) for _ in range(2)], schedule)
-    assert not walker.fallbacks
+    assert not walker.result.fallbacks
     got = convert_model(model)(x)
     assert torch.isfinite(got).all()
     torch.testing.assert_close(got, expected, rtol=0.1, atol=0.02)
@@ -90,11 +90,13 @@ def test_one_sample_of_two_tokens():
     walker, nearest_walker = gptq_walker(model), gptq_walker(plain, _ReportingRTN())
     walker.run(as_batches([ids]), "parallel")
     nearest_walker.run(as_batches([ids]), "parallel")
-    assert not walker.fallbacks
-    errors = {where: report["output_error"] for where, report in walker.reports.items() if "output_error" in report}
+    assert not walker.result.fallbacks
+    errors = {
+        where: report["output_error"] for where, report in walker.result.reports.items() if "output_error" in report
+    }
     assert len(errors) == 2 * 7 + 1
     for where, error in errors.items():
-        assert error <= nearest_walker.reports[where]["output_error"] * 1.001, where
+        assert error <= nearest_walker.result.reports[where]["output_error"] * 1.001, where
 
 
 class _ReportingRTN(RTN):

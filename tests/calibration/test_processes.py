@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -11,29 +12,55 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.calibration import two_processes
+from tests.tracking.server import free_port
 
-def run(folder: Path, count: int) -> list[dict]:
-    script = Path(__file__).with_name("two_processes.py")
-    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count > 1 else []
-    command = [sys.executable, *(("-m", *launch) if launch else ()), str(script), str(folder)]
+
+def read(folder: Path, count: int) -> list[dict]:
+    return [json.loads((folder / f"{rank}-of-{count}.json").read_text()) for rank in range(count)]
+
+
+def forked(folder: Path, count: int) -> list[dict]:
+    """With the variables that torchrun sets, and all that is imported already."""
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_initialized() else "fork")
+    port = free_port()
+    processes = [context.Process(target=one_of, args=(folder, rank, count, port)) for rank in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(200)
+        assert process.exitcode == 0
+    return read(folder, count)
+
+
+def one_of(folder: Path, rank: int, count: int, port: int) -> None:
+    os.environ.update(WORLD_SIZE=str(count), RANK=str(rank), LOCAL_RANK=str(rank))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    two_processes.main(folder)
+
+
+def by_torchrun(folder: Path, count: int) -> list[dict]:
+    script = Path(two_processes.__file__)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     root = Path(__file__).resolve().parents[2]
+    command += [str(script), str(folder)]
     done = subprocess.run(command, cwd=root, env=_environment(root), capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    return [json.loads((folder / f"{rank}-of-{count}.json").read_text()) for rank in range(count)]
+    return read(folder, count)
 
 
 def _environment(root: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"}
 
 
-@pytest.fixture(scope="module")
-def walks(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict, dict]:
+@pytest.fixture(scope="module", params=[forked, pytest.param(by_torchrun, marks=pytest.mark.slow)])
+def walks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict, dict]:
     folder = tmp_path_factory.mktemp("walks")
-    return (*run(folder, 1), *run(folder, 2))
+    return (*forked(folder, 1), *request.param(folder, 2))
 
 
 def test_two_processes_scale_experts_as_one_does(walks: tuple[dict, dict, dict]):
-    one, first, second = (walk["parallel"] for walk in walks)  # some experts are reached in one process only
+    one, first, second = (walk["transform"] for walk in walks)  # some experts are reached in one process only
     assert first["scaled"] == second["scaled"] and first["unreached"] == second["unreached"] == one["unreached"]
     assert len(one["scaled"]) > 6 and one["scaled"].keys() == first["scaled"].keys()
     for target, figures in one["scaled"].items():

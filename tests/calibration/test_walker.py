@@ -11,27 +11,32 @@ from greenlet import greenlet
 from torch import Tensor, nn
 
 from tests.calibration.conftest import gptq_walker
-from tests.conftest import FAMILIES, build_model
+from tests.conftest import KINDS, build_model
 from wrapq import PTQConfig, convert, prepare, restore
+from wrapq.algorithms.base import Rounded
 from wrapq.algorithms.gptq import GPTQ, GPTQOptions
 from wrapq.algorithms.ranges import Ranges
 from wrapq.algorithms.rtn import RTN
-from wrapq.calibration.algorithm import Rounded
-from wrapq.calibration.statistics import InputStatistics
-from wrapq.calibration.walker import Batch, Walker
+from wrapq.calibration.assignments import Assignments
+from wrapq.calibration.walker import Walker
 from wrapq.errors import CalibrationError, LifecycleError
+from wrapq.graph.blocks import Batch
 from wrapq.observers.base import OBSERVERS
+from wrapq.observers.forward_context import ForwardContext, forward_context, in_context
 from wrapq.observers.minmax import MinMax
+from wrapq.quant.spec import QuantSpec
+from wrapq.registry import Options
+from wrapq.statistics.input import InputStatistics
 from wrapq.wrappers.model import convert_model, iter_quantizers, iter_wrapped
-from wrapq.wrappers.quantizer import PADDING, STREAM, Quantizer, State, WeightQuantizer
+from wrapq.wrappers.quantizer import Quantizer, State, WeightQuantizer
 
 COARSE = PTQConfig(weight="int4:channel:sym", activation="uint5:tensor:asym")
 """Few bits, so that what is quantized earlier shows in all that comes later."""
 
 
-def walker(model: nn.Module, advance: Callable[[], None] = lambda: None) -> Walker:
+def walker(model: nn.Module) -> Walker:
     names = [quantizer.where for quantizer in iter_quantizers(model)]
-    return Walker(model, dict.fromkeys(names, RTN()), dict.fromkeys(names, Ranges()), advance)
+    return Walker(model, Assignments(dict.fromkeys(names, RTN()), dict.fromkeys(names, Ranges())))
 
 
 def as_batches(tokens: list[Tensor]) -> list[Batch]:
@@ -55,20 +60,17 @@ class Order:
     def __init__(self) -> None:
         self.met: list[Quantizer] = []
 
-    def observe(self, point: Quantizer, x: Tensor) -> None:
+    def on_activation(self, point: Quantizer, x: Tensor) -> None:
         self.met.append(point)
 
-    def meet(self, module: nn.Module, raw: Tensor, x: Tensor) -> None:
+    def on_weight_input(self, module: nn.Module, raw: Tensor, x: Tensor) -> None:
         pass
 
 
 def execution_order(model: nn.Module, batch: Batch) -> list[Quantizer]:
     stream = Order()
-    token = STREAM.set(stream)
-    try:
+    with in_context(calibration=stream):
         model(**batch.inputs)
-    finally:
-        STREAM.reset(token)
     return stream.met
 
 
@@ -85,13 +87,12 @@ def literal_reference(model: nn.Module, batches: list[Batch]) -> None:
     for quantizer in order:
         quantizer.observe()
         for batch in batches:
-            token = PADDING.set(batch.mask)
-            model(**batch.inputs)
-            PADDING.reset(token)
+            with in_context(padding=batch.mask):
+                model(**batch.inputs)
         quantizer.freeze()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_sequential_is_the_literal_reference_to_the_bit(family: str, token_batches: list[Tensor], threads: None):
     overrides = {"lm_head": None} if family in ("llama", "mistral") else {}
     config = PTQConfig(weight=COARSE.weight, activation=COARSE.activation, overrides=overrides)
@@ -119,7 +120,7 @@ def test_sequential_with_padding_dynamic_points_and_float_weights(token_batches:
     literal_reference(reference, batches)
     walker(walked).run(batches, "sequential")
     assert parameters(walked) == parameters(reference)
-    assert PADDING.get() is None and STREAM.get() is None
+    assert forward_context() == ForwardContext()
 
 
 def test_what_comes_before_matters(token_batches: list[Tensor]):
@@ -151,7 +152,7 @@ def test_parallel_does_not_mind_the_order_and_the_size_of_batches(threads: None)
         model = prepare(build_model("llama"), COARSE)
         run = walker(model)
         run.run(as_batches(way), "parallel")
-        ranges.append(run.statistics)
+        ranges.append(run.result.statistics)
     for other in ranges[1:]:
         assert set(other) == set(ranges[0])
         for name, value in other.items():
@@ -169,8 +170,8 @@ def test_twice_the_same_is_the_same(token_batches: list[Tensor]):
 class Counting(MinMax):
     """A real observer that also counts its updates."""
 
-    def __init__(self, spec: object) -> None:
-        super().__init__(spec)
+    def __init__(self, spec: QuantSpec, options: Options | None = None) -> None:
+        super().__init__(spec, options)
         self.updates = 0
 
     def update(self, x: Tensor) -> None:
@@ -219,9 +220,9 @@ def test_without_static_activations_no_batch_runs():
 def test_progress_comes_to_its_end(schedule: str, overrides: dict, token_batches: list[Tensor]):
     ticks = []
     model = prepare(build_model("llama"), PTQConfig(overrides=overrides))
-    run = walker(model, lambda: ticks.append(1))
+    run = walker(model)
     count, _ = run.steps()
-    run.run(as_batches(token_batches), schedule)
+    run.run(as_batches(token_batches), schedule, lambda: ticks.append(1))
     assert len(ticks) == count == 2
 
 
@@ -243,7 +244,7 @@ def test_an_exception_in_a_forward_leaves_nothing_behind(schedule: str, token_ba
     with pytest.raises(KeyboardInterrupt):
         walker(prepared).run(as_batches(token_batches), schedule)
     hook.remove()
-    assert not alive() and PADDING.get() is None and STREAM.get() is None
+    assert not alive() and forward_context() == ForwardContext()
     assert not prepared.model.layers[0]._forward_pre_hooks and not prepared.model.layers[1]._forward_pre_hooks
     prepared(input_ids=token_batches[0])
     assert torch.equal(restore(prepared)(input_ids=token_batches[0]).logits, expected)
@@ -334,7 +335,7 @@ def test_an_expert_nobody_came_to_has_the_widest_range_of_the_others(schedule: s
         others = {f"experts.{i}.{point}": float(points[f"experts.{i}.{point}"].scale) for i in (0, 1, 3)}
         widest = max(others, key=others.__getitem__)
         assert float(points[f"experts.2.{point}"].scale) == others[widest]
-        assert f"experts.2.{point}: no token came to it; it has the range of {widest}" in decided.fallbacks
+        assert f"experts.2.{point}: no token came to it; it has the range of {widest}" in decided.result.fallbacks
     nobody = prepare(nn.Sequential(nn.Linear(4, 4)), COARSE)
     with pytest.raises(LifecycleError, match=r"0\.input .* saw no data"):
         walker(nobody).run([], schedule)
@@ -457,7 +458,7 @@ def test_parallel_waits_for_the_end_where_blocks_run_again(rounder: type, thread
         name, _, point = where.rpartition(".")
         assert torch.equal(quantizer.scale, expected.get_submodule(name).qparams(point).scale)
     if rounder is GPTQ:
-        assert {report["rows"] for report in run.reports.values()} == {2 * 3 * 4}
+        assert {report["rows"] for report in run.result.reports.values()} == {2 * 3 * 4}
 
 
 def test_a_model_without_blocks():

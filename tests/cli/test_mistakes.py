@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
+from wrapq.errors import alike
 from wrapq.recipe.presets import list_presets
 from wrapq.recipe.spec_patch import SpecFields
-from wrapq.recipe.suggest import alike
 
 OUTPUTS = "paths.outputs=out"
 
@@ -168,8 +168,16 @@ def data(cli: Callable[..., Result]) -> None:
     (folder / "calib.txt").write_text("text\n")
 
 
-@pytest.mark.parametrize("command", ["run", "plan"])
-@pytest.mark.parametrize("mistake", [*IN_THE_RECIPE, *IN_THE_PLAN])
+PLANNED = ("several at once", "a data file that does not exist", "a layer that does not exist")
+"""Of these `plan` is asked too in the plain tests; what it says of the others is slow."""
+PAIRS = [
+    pytest.param(mistake, command, marks=() if command == "run" or mistake in PLANNED else pytest.mark.slow)
+    for mistake in (*IN_THE_RECIPE, *IN_THE_PLAN)
+    for command in ("run", "plan")
+]
+
+
+@pytest.mark.parametrize(("mistake", "command"), PAIRS)
 def test_names_the_place(mistake: str, command: str, cli: Callable[..., Result], weightless: Path) -> None:
     overrides, message = (IN_THE_RECIPE | IN_THE_PLAN)[mistake]
     # there will be more schemes and keys: the message lists those there are
@@ -212,6 +220,7 @@ def test_without_a_mistake_the_missing_weights_are_what_fails(cli: Callable[...,
     assert [path.name for path in Path("out/demo").glob("*/run.json")] == ["run.json"]
 
 
+@pytest.mark.slow
 def test_the_installed_command_says_the_same(weightless: Path, tmp_path: Path) -> None:
     overrides, message = IN_THE_RECIPE["an algorithm that does not exist"]
     command = [sys.executable, "-m", "wrapq", "run", f"model.path={weightless}", OUTPUTS, *overrides]

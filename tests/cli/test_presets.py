@@ -64,6 +64,7 @@ def test_names_no_package_can_have(name: str, cli: Cli) -> None:
     assert (result.exit_code, list(Path().iterdir())) == (2, [])
 
 
+@pytest.mark.slow
 def test_a_new_package_is_built_installed_and_passes_its_test(tmp_path: Path) -> None:
     new_package("acme_quant", tmp_path)
     site = tmp_path / "site"

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import torch
 
-from wrapq.calibration.algorithm import ALGORITHMS, Algorithm
+from wrapq.algorithms.base import ALGORITHMS, Algorithm
 
 A = TypeVar("A", bound=Algorithm)
 

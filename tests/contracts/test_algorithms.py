@@ -6,12 +6,12 @@ import pytest
 from pydantic import ValidationError
 
 from tests.contracts.algorithm import variants
-from wrapq.calibration.algorithm import PHASES, RUNS, Algorithm
-from wrapq.calibration.blockwise import BLOCK
-from wrapq.calibration.statistics import PARTS, PRECISIONS
+from wrapq.algorithms.base import BLOCK, PHASES, Algorithm
+from wrapq.algorithms.transform import BATCHES
+from wrapq.statistics.input import PARTS, PRECISIONS
 
 EVERY = variants(Algorithm)
-KNOWN = {*PARTS, *PRECISIONS, RUNS, BLOCK}
+KNOWN = {*PARTS, *PRECISIONS, BATCHES, BLOCK}
 
 
 @pytest.mark.parametrize("name", EVERY)

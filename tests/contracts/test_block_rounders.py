@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from tests.contracts.algorithm import DEVICES, variants
 from wrapq import PTQConfig, prepare
+from wrapq.algorithms.base import BLOCK, BlockProblem, BlockRounder, Rounded
 from wrapq.algorithms.rtn import RTN
-from wrapq.calibration.algorithm import Rounded
-from wrapq.calibration.blockwise import BLOCK, BlockProblem, BlockRounder, Visit
+from wrapq.calibration.block_reconstruction import BlockInput, BlockReconstruction
 from wrapq.quant.spec import QuantSpec
 from wrapq.wrappers.model import iter_wrapped
 
@@ -47,15 +47,23 @@ def problem(
     """The block's weights whose names hold `only`, its inputs [B, T, K] and what the float block makes of them."""
     torch.manual_seed(8)
     block = Block().requires_grad_(False).to(device)
-    visits = [torch.randn(2, 12, 16, device=device) * torch.linspace(0.2, 3, 16, device=device) for _ in range(batches)]
-    targets = [block(x) for x in visits]
+    inputs = [torch.randn(2, 12, 16, device=device) * torch.linspace(0.2, 3, 16, device=device) for _ in range(batches)]
+    targets = [block(x) for x in inputs]
     prepared = prepare(block, PTQConfig(weight=spec, activation=None))
-    modules = {f"{n}.weight": (m, QuantSpec.parse(spec)) for n, m in iter_wrapped(prepared) if only in n}
-    return BlockProblem(prepared, modules, [Visit((x,), {}) for x in visits], targets, seed)
+    modules = {f"{n}.weight": m for n, m in iter_wrapped(prepared) if only in n}
+    return BlockReconstruction(prepared, modules, [BlockInput((x,), {}) for x in inputs], targets, seed)
 
 
 def dequantized(rounded: Mapping[str, Rounded]) -> dict[str, Tensor]:
     return {where: r.qparams.dequantize(r.integers, torch.float32) for where, r in rounded.items()}
+
+
+def hasty(name: str) -> BlockRounder:
+    """The rounder with few steps, where it has steps, for tests that do not ask how well it learns."""
+    rounder = EVERY[name]
+    if "iterations" not in type(rounder).Options.model_fields:
+        return rounder
+    return type(rounder)(rounder.options.model_copy(update={"iterations": 20}))
 
 
 def nearest(given: BlockProblem) -> dict[str, Tensor]:
@@ -74,7 +82,7 @@ def same(first: Mapping[str, Rounded], second: Mapping[str, Rounded]) -> bool:
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 @pytest.mark.parametrize("spec", SPECS)
 def test_rounds_every_weight_on_each_grid_that_it_does_not_refuse(name: str, spec: str, device: torch.device) -> None:
-    rounder, parsed = EVERY[name], QuantSpec.parse(spec)
+    rounder, parsed = hasty(name), QuantSpec.parse(spec)
     assert (rounder.phase, rounder.handles) == ("round", "weight") and BLOCK in rounder.needs
     reason = rounder.unsupported(parsed)
     if reason is not None:
@@ -107,11 +115,12 @@ def test_one_batch_is_enough(name: str) -> None:
 
 def test_the_same_is_the_same_to_the_bit_whatever_the_random_state(name: str, threads: None) -> None:
     torch.manual_seed(1)
-    first = EVERY[name].round_block(problem())
+    rounder = hasty(name)
+    first = rounder.round_block(problem())
     given = problem()
     torch.manual_seed(2)
     state = torch.get_rng_state()
-    assert same(first, EVERY[name].round_block(given))
+    assert same(first, rounder.round_block(given))
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -122,7 +131,7 @@ def test_changes_nothing_that_it_is_given(name: str, grad: bool) -> None:
     held = [*parameters, *given._targets, *(w.matrix for w in given.weights.values())]
     before = [tensor.clone() for tensor in held]
     with torch.set_grad_enabled(grad):
-        rounded = EVERY[name].round_block(given)
+        rounded = hasty(name).round_block(given)
         assert torch.is_grad_enabled() is grad
     assert all(torch.equal(tensor, kept) for tensor, kept in zip(held, before, strict=True))
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in parameters)

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from tests.contracts.algorithm import DEVICES, variants
-from wrapq.calibration.algorithm import Correction, Corrector
-from wrapq.calibration.statistics import InputStatistics, UnusableStatisticsError
+from wrapq.algorithms.base import Correction, Corrector
 from wrapq.errors import CalibrationError
 from wrapq.observers.base import observe_tensor
 from wrapq.quant.spec import QuantSpec
+from wrapq.statistics.input import InputStatistics, UnusableStatisticsError
 
 EVERY = variants(Corrector)
 SHAPES = [(12, 20), (20, 12), (1, 16), (16, 1)]

@@ -12,7 +12,7 @@ from wrapq.runtime.module import QuantizedModule
 from wrapq.wrappers.base import QuantModuleBase, Wrapper
 from wrapq.wrappers.model import iter_quantizers
 from wrapq.wrappers.quantizer import State
-from wrapq.wrappers.registry import WRAPPERS
+from wrapq.wrappers.wrapper_registry import WRAPPERS
 
 CONFIGS = {
     "static": ("int8:channel:sym", "uint8:tensor:asym"),
@@ -130,7 +130,8 @@ def round_weights(model: nn.Module) -> None:
     """Fix every point of a calibrated model, as `convert` would, without converting it."""
     from wrapq.algorithms.ranges import Ranges
     from wrapq.algorithms.rtn import RTN
+    from wrapq.calibration.assignments import Assignments
     from wrapq.calibration.walker import Walker
 
     names = [quantizer.where for quantizer in iter_quantizers(model)]
-    Walker(model, dict.fromkeys(names, RTN()), dict.fromkeys(names, Ranges())).run([], "parallel")
+    Walker(model, Assignments(dict.fromkeys(names, RTN()), dict.fromkeys(names, Ranges()))).run([], "parallel")

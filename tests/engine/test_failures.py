@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy
@@ -23,17 +24,19 @@ import wrapq
 from tests.engine.record import SMALL, only_run, partial_files, recorded, status
 from tests.models import DEMO, damaged, model_with_unused_modules, without_weights
 from wrapq.errors import CalibrationError, LifecycleError, ModelError, OutputError, PlanError, WrapqError
-from wrapq.tracking import TrackingError
+from wrapq.tracking.base import TrackingError
 
 LONG = ("evaluation.tokens=65536", "calibration.samples=128")
 """A run long enough to be stopped in the middle."""
 
 
 @pytest.fixture
-def failing(tmp_path: Path) -> Callable[..., WrapqError]:
+def failing(tmp_path: Path, new_store: Callable[[Path], None]) -> Callable[..., WrapqError]:
     """Runs a recipe that fails, and checks what every failed run leaves; returns the error."""
 
     def run(*overrides: str, recipe: str = "demo", small: Sequence[str] = SMALL, tracking: str = "none") -> WrapqError:
+        if tracking == "mlflow":
+            new_store(tmp_path / "out" / "mlflow.db")
         with pytest.raises(WrapqError) as caught:
             wrapq.run(recipe, [*small, f"tracking={tracking}", f"paths.outputs={tmp_path / 'out'}", *overrides])
         check_failed(tmp_path / "out", f"{type(caught.value).__name__}: {caught.value}")
@@ -78,7 +81,7 @@ def test_nan_in_the_data_names_the_first_point_it_reaches(
     rows = numpy.full((8, 256), 300)
     rows[5, 3] = 7
     numpy.save(tmp_path / "rows.npy", rows)
-    data = ("calibration=tokens", f"calibration.path={tmp_path / 'rows.npy'}")
+    data = ("calibration=tokens", f"calibration.path={tmp_path / 'rows.npy'}", "calibration.samples=8")
     error = failing(f"model.path={model}", *data, recipe="w8a8_static")
     assert isinstance(error, CalibrationError)
     assert re.match(r"model\.layers\.0\.self_attn\.q_proj\.input: the data holds (NaN|inf)", str(error))
@@ -191,8 +194,9 @@ def test_an_outputs_folder_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "out").touch()
     with pytest.raises(OutputError) as caught:
         wrapq.run("demo", [*SMALL, f"paths.outputs={tmp_path / 'out'}"])
+    place = tmp_path / "out"
     assert str(caught.value) == (
-        f"cannot write runs to {tmp_path / 'out' / 'demo'}: Not a directory; choose another with paths.outputs=FOLDER"
+        f"cannot write {place / 'demo'}: {place} is a file; choose another with paths.outputs=FOLDER"
     )
 
 
@@ -215,13 +219,16 @@ def test_a_disk_that_is_too_small_from_the_start(small_disk: Callable[[int], Pat
         r"another with paths\.outputs=FOLDER",
         str(caught.value),
     )
-    assert [path.name for path in disk.rglob("*")] == ["demo"]
+    assert list(disk.rglob("*")) == []
 
 
-@pytest.mark.parametrize("moment", ["Calibrating", "Saving"])
-def test_a_disk_that_fills_up_during_the_run(moment: str, small_disk: Callable[[int], Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("moment", [pytest.param("Calibrating", marks=pytest.mark.slow), "Saving"])
+def test_a_disk_that_fills_up_during_the_run(
+    moment: str, small_disk: Callable[[int], Path], new_store: Callable[[Path], None], tmp_path: Path
+) -> None:
     """Another takes what is left of the disk as a step begins; the record is elsewhere."""
     disk = small_disk(40)
+    new_store(tmp_path / "runs.db")
     hog, log = Hog(disk, moment), logging.getLogger("wrapq.engine.context")
     log.addHandler(hog)
     try:
@@ -265,7 +272,11 @@ def start(outputs: Path, *, ignore_interrupts: bool = False) -> subprocess.Popen
     shell = "trap '' INT; exec " if ignore_interrupts else "exec "
     words = [sys.executable, "-m", "wrapq", "run", *LONG, f"paths.outputs={outputs}"]
     line = shell + " ".join(f"'{word}'" for word in words)
-    return subprocess.Popen(["sh", "-c", line], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # tests that a shell put in the background ignore Ctrl-C, and what they start would inherit that
+    default = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(
+        ["sh", "-c", line], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=default
+    )
 
 
 def wait_for(moment: str, outputs: Path, process: subprocess.Popen[str]) -> None:
@@ -285,10 +296,14 @@ def wait_for(moment: str, outputs: Path, process: subprocess.Popen[str]) -> None
         pytest.param(signal.SIGINT, "Measuring quality", False, marks=pytest.mark.slow),
         # as a shell starts what it puts in the background
         pytest.param(signal.SIGTERM, "Calibrating", True, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, "Calibrating", True, marks=pytest.mark.slow),  # its terminal is gone
     ],
-    ids=["ctrl-c-calibrating", "ctrl-c-measuring", "terminated-in-background"],
+    ids=["ctrl-c-calibrating", "ctrl-c-measuring", "terminated-in-background", "hung-up"],
 )
-def test_interrupted(number: signal.Signals, moment: str, ignore_interrupts: bool, tmp_path: Path) -> None:
+def test_interrupted(
+    number: signal.Signals, moment: str, ignore_interrupts: bool, new_store: Callable[[Path], None], tmp_path: Path
+) -> None:
+    new_store(tmp_path / "out" / "mlflow.db")
     process = start(tmp_path / "out", ignore_interrupts=ignore_interrupts)
     wait_for(moment, tmp_path / "out", process)
     process.send_signal(number)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 
-from wrapq.engine.goals import all_met, figures, judge
+from wrapq.engine.goals import all_met, judge
 from wrapq.errors import RecipeError
+from wrapq.metrics import Measured, metrics
 from wrapq.recipe.compose import compose
 from wrapq.recipe.schema import Goals
 
@@ -13,11 +16,11 @@ STAGES = {
     "float": {"perplexity": 20.0},
     "quantized": {"perplexity": 20.5, "kl": 0.01, "top1_agreement": 0.95},
 }
-REACHED = figures(STAGES, {"quantized": 5_500_000}, {"total": 3.0}, 4.25)
+REACHED = Measured(STAGES, {"quantized": 5_500_000}, {"total": 3.0}, 4.25).figures()
 
 
 def test_figures_are_those_that_goals_name() -> None:
-    assert REACHED.keys() == set(Goals.model_fields)
+    assert REACHED.keys() == {metric.name for metric in metrics()}
     assert REACHED["perplexity_increase"] == pytest.approx(0.025)
     assert REACHED["size_mb"] == 5.5
 
@@ -43,7 +46,8 @@ def test_verdict(goals: dict[str, object], met: bool) -> None:
 
 
 def test_a_figure_that_is_not_there_meets_no_goal() -> None:
-    (verdict,) = judge(Goals(bits_per_weight=8), figures(STAGES, {"quantized": 1}, {"total": 1}, None)).values()
+    reached = Measured(STAGES, {"quantized": 1}, {"total": 1}).figures()
+    (verdict,) = judge(Goals.model_validate({"bits_per_weight": 8}), reached).values()
     assert (verdict.value, verdict.met) == (None, False)
 
 
@@ -60,6 +64,14 @@ def test_a_goal_that_makes_no_sense_is_refused(override: str, said: str) -> None
     with pytest.raises(RecipeError) as caught:
         compose([override])
     assert said in str(caught.value)
+
+
+def test_goals_are_written_as_they_were_given() -> None:
+    goals = compose(["goals.seconds=200", "goals.perplexity_increase=2%"]).recipe.goals
+    with warnings.catch_warnings(action="error"):
+        given = {name: value for name, value in goals.model_dump(mode="json").items() if value is not None}
+    assert given == {"seconds": 200, "perplexity_increase": "2%"}
+    assert type(given["seconds"]) is int
 
 
 def test_goals_do_not_decide_the_result() -> None:

@@ -9,12 +9,15 @@ import torch
 from torch import nn
 
 from tests.conftest import build_model
-from wrapq.calibration.algorithm import ALGORITHMS
-from wrapq.calibration.data import Samples
-from wrapq.calibration.walker import Batch, Walker
-from wrapq.engine.api import PTQConfig, convert, prepare
-from wrapq.engine.measure import FLOAT, QUANTIZED, WEIGHTS, forward_logits, measure, measure_stages, stages_of
+from wrapq.algorithms.base import ALGORITHMS
+from wrapq.api import PTQConfig, convert, prepare
+from wrapq.calibration.assignments import Assignments
+from wrapq.calibration.walker import Walker
+from wrapq.data.samples import Samples
+from wrapq.engine.measure import forward_logits, measure, measure_stages, stages_of
 from wrapq.errors import ModelError
+from wrapq.graph.blocks import Batch
+from wrapq.metrics import FLOAT, QUANTIZED, WEIGHTS
 from wrapq.wrappers.model import iter_quantizers
 from wrapq.wrappers.quantizer import WeightQuantizer
 
@@ -34,7 +37,7 @@ def quantized_model(config: PTQConfig) -> nn.Module:
     rounders = {q.where: ALGORITHMS.get("rtn")() for q in iter_quantizers(model) if isinstance(q, WeightQuantizer)}
     setters = {q.where: ALGORITHMS.get("ranges")() for q in iter_quantizers(model) if q.where not in rounders}
     data = Batch({"input_ids": samples().input_ids, "use_cache": False}, None)
-    Walker(model, rounders, setters).run([data], "parallel")
+    Walker(model, Assignments(rounders, setters)).run([data], "parallel")
     return model
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,12 +22,12 @@ from tests.conftest import LLAMA_LIKE
 from tests.engine.conftest import TOKEN
 from tests.engine.record import SMALL, recorded
 from tests.models import random_model
-from wrapq.engine.checkpoint import tensors_digest
 from wrapq.engine.measure import forward_logits
-from wrapq.engine.run import RunResult
+from wrapq.engine.record import RunResult
 from wrapq.errors import WrapqError
 from wrapq.recipe.compose import compose
 from wrapq.resolve.plan import Plan
+from wrapq.runs.checkpoint import tensors_digest
 from wrapq.runtime.module import QuantizedModule
 from wrapq.tracking.base import flatten
 
@@ -57,7 +58,7 @@ def test_record_has_every_parameter_of_the_recipe(finished: RunResult, outputs: 
     run = recorded(outputs / "runs.db")
     recipe = compose(["recipe=demo", *SMALL]).recipe
     assert run.data.params.keys() == dict(flatten(recipe.model_dump())).keys()
-    assert run.data.params["evaluation.tokens"] == "2048"
+    assert run.data.params["evaluation.tokens"] == "512"
     assert run.data.params["rules.head.quantize"] == "False"
     assert run.data.params["stack.round.algorithm"] == "rtn"
 
@@ -108,7 +109,7 @@ def test_record_has_both_data_sets(finished: RunResult, outputs: Path) -> None:
     assert found.keys() == {"calibration", "evaluation"}
     for context, data in found.items():
         assert {tag.key: tag.value for tag in data.tags}["digest"] == finished.digests[context]
-    assert json.loads(found["calibration"].dataset.profile) == {"tokens": 2048, "windows": 8, "seq_len": 256}
+    assert json.loads(found["calibration"].dataset.profile) == {"tokens": 1024, "windows": 4, "seq_len": 256}
     assert found["evaluation"].dataset.name == "demo/heldout"
 
 
@@ -127,13 +128,16 @@ def test_no_secret_is_written_anywhere(finished: RunResult, outputs: Path) -> No
 
 
 @pytest.fixture(scope="module")
-def secretive(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+def secretive(tmp_path_factory: pytest.TempPathFactory, new_store: Callable[[Path], None]) -> RunResult:
     """A run with a secret in the address of its store, and another in its recipe."""
     folder = tmp_path_factory.mktemp("secretive")
-    text = (Path(__file__).resolve().parents[2] / "recipes" / "demo.yaml").read_text()
+    new_store(folder / "runs.db")
+    text = (Path(__file__).resolve().parents[2] / "recipes" / "w8a16.yaml").read_text()
     (folder / "mine.yaml").write_text(text.replace("description: ", f"description: made with {TOKEN_TEXT}, "))
     uri = f"sqlite:///{folder}/runs.db?password=swordfish123"
-    return wrapq.run(f"{folder}/mine.yaml", [*SMALL, f"paths.outputs={folder}", f"tracking.uri='{uri}'"])
+    return wrapq.run(
+        f"{folder}/mine.yaml", ["evaluation.tokens=256", f"paths.outputs={folder}", f"tracking.uri='{uri}'"]
+    )
 
 
 def test_secrets_in_the_settings_do_not_reach_the_record(secretive: RunResult) -> None:
@@ -189,11 +193,11 @@ def test_loaded_model_has_the_outputs_of_the_run(finished: RunResult) -> None:
 
 
 def test_output_digest_is_that_of_the_loaded_model(finished: RunResult) -> None:
-    from wrapq.calibration.data import build_samples
-    from wrapq.calibration.sources.base import make_source
+    from wrapq.data.samples import build_samples
+    from wrapq.data.sources.base import make_source
 
     tokenizer = AutoTokenizer.from_pretrained(finished.folder)
-    samples = build_samples(make_source("demo", {"split": "heldout"}), tokenizer, 8, 256, seed=None)
+    samples = build_samples(make_source("demo", {"split": "heldout"}), tokenizer, 2, 256, seed=None)
     assert samples.digest == finished.digests["evaluation"]
     device = "cuda" if torch.cuda.is_available() else "cpu"  # as `auto` chose
     with torch.no_grad():
@@ -214,7 +218,7 @@ def test_padded_samples_run_too(tmp_path: Path) -> None:
     text = ("calibration=text", f"calibration.path={tmp_path / 'lines.txt'}", "calibration.pack=false")
     result = run_small("w8a8_static", tmp_path / "out", *text, '+calibration.separator="|"')
     assert result.notes == (
-        f"calibration: text:{tmp_path / 'lines.txt'} gives 3 samples of 256 tokens, 8 were asked for",
+        f"calibration: text:{tmp_path / 'lines.txt'} gives 3 samples of 256 tokens, 4 were asked for",
     )
 
 
@@ -255,8 +259,14 @@ def test_calibrating_on_what_is_measured_is_noted(tmp_path: Path) -> None:
 # --- families
 
 
-@pytest.mark.parametrize("recipe", ["w8a8_static", "int16_activations"])
-@pytest.mark.parametrize("family", LLAMA_LIKE)
+PLAIN = {("llama", "w8a8_static"), ("qwen3", "int16_activations")}
+"""Said of each recipe and of each kind of block; the others are slow."""
+PAIRS = [(family, recipe) for family in LLAMA_LIKE for recipe in ("w8a8_static", "int16_activations")]
+
+
+@pytest.mark.parametrize(
+    ("family", "recipe"), [pytest.param(*pair, marks=() if pair in PLAIN else pytest.mark.slow) for pair in PAIRS]
+)
 def test_families_run_and_reload(family: str, recipe: str, tmp_path: Path) -> None:
     path = random_model(family, tmp_path / family)
     result = run_small(recipe, tmp_path / "out", "model=hf", f"model.path={path}")
@@ -276,7 +286,7 @@ def test_families_run_and_reload(family: str, recipe: str, tmp_path: Path) -> No
     assert abs(result.metrics["quantized"]["kl"]) < 0.05
 
 
-@pytest.mark.parametrize("family", ["qwen2", "llama"])
+@pytest.mark.parametrize("family", ["qwen2", pytest.param("llama", marks=pytest.mark.slow)])
 def test_tied_embeddings_stay_tied(family: str, tmp_path: Path) -> None:
     path = random_model(family, tmp_path / family, tie_word_embeddings=True)
     result = run_small("int16_activations", tmp_path / "out", "model=hf", f"model.path={path}")

@@ -18,14 +18,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import wrapq
-from wrapq.engine.run import RunResult
+from wrapq.engine.record import RunResult
 from wrapq.errors import ModelError
 from wrapq.export import compressed_tensors as exporter_module
 from wrapq.export import reload
+from wrapq.export.base import EXPORTERS, Reading
 from wrapq.export.compressed_tensors import CompressedTensors
 from wrapq.export.scheme import Scheme, linear_scheme
 from wrapq.quant.spec import QuantSpec
-from wrapq.resolve.exporter import EXPORTERS, Reading
 
 pytest.importorskip("compressed_tensors")
 
@@ -121,8 +121,8 @@ CASES = {
     "fp8": Case(layers("fp8_e4m3:tensor:sym", "fp8_e4m3:tensor:sym"), "float-quantized", error=TIES),
     "fp8_dynamic": Case(layers("fp8_e4m3:channel:sym", "fp8_e4m3:token:sym:dyn"), "float-quantized"),
 }
-SLOW = ("w4a16_signed", "w8a16", "w8a8_dynamic", "w8a8_static", "kv8", "w4a8", "fp8_block", "mxfp4a16")
-SLOW += ("mxfp4", "mxfp8", "nvfp4", "fp8", "fp8_dynamic")
+SLOW = ("nvfp4a16", "w4a16_signed", "w8a16", "w8a8_dynamic", "w8a8_static", "kv8", "w4a8", "fp8_block", "mxfp4a16")
+SLOW += ("mxfp4", "mxfp8", "nvfp4", "fp8", "fp8_dynamic", "w4a16_asym", "w4afp8")
 """Said by the others already, and each run takes seconds."""
 APART = "w4a16"
 """The case that is read in a process of its own."""

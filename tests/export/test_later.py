@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 import wrapq
 from tests.export.conftest import EXPORT, HERE, SMALL, ReadHere, Runner, weights
 from wrapq.cli import main
-from wrapq.engine.finished import export_run, find_run
+from wrapq.engine.export import export_run
 from wrapq.engine.progress import Progress
 from wrapq.errors import ModelError, OutputError, PlanError
+from wrapq.export.base import EXPORTERS
 from wrapq.export.compressed_tensors import CompressedTensors
 from wrapq.recipe.schema import Export, Settings
-from wrapq.resolve.exporter import EXPORTERS
 
 FORMAT = Export(format="compressed_tensors")
 
@@ -50,6 +50,7 @@ class OneTensorLost(CompressedTensors):
         save_file(tensors, path, metadata={"format": "pt"})
 
 
+@pytest.mark.slow  # the plain tests export later, too; this one compares every byte
 def test_it_is_the_same_bytes_later(exported: Runner, tmp_path: Path) -> None:
     run, target = exported("w4a16"), tmp_path / "later"
     options = ["export=compressed_tensors", "--to", str(target)]
@@ -88,19 +89,6 @@ def test_the_plan_is_asked_again(exported: Runner) -> None:
             export_run(str(copy), FORMAT, Settings(), Progress())
     finally:
         shutil.rmtree(copy)
-
-
-def test_a_run_is_found_by_folder_recipe_and_newest(tmp_path: Path) -> None:
-    for name in ("first/2026-01-01_00-00-00", "first/2026-01-02_00-00-00", "first/2026-01-03_00-00-00"):
-        (tmp_path / name).mkdir(parents=True)
-    newest = tmp_path / "first" / "2026-01-02_00-00-00"
-    for run in (newest, tmp_path / "first" / "2026-01-01_00-00-00"):
-        (run / "manifest.json").write_text("{}")
-    assert find_run("first", tmp_path) == find_run(str(newest), tmp_path) == find_run(str(tmp_path / "first"), tmp_path)
-    with pytest.raises(ModelError, match=r"frst is neither .*; did you mean: first"):
-        find_run("frst", tmp_path)
-    with pytest.raises(ModelError, match="holds no finished run"):
-        find_run("first", tmp_path / "none")
 
 
 def test_the_command_says_what_it_takes() -> None:

@@ -52,7 +52,7 @@ from tests.models import DEMO
 from tests.peers.environment import peer_python, run_oneshots
 from wrapq.quant.qparams import QParams
 from wrapq.quant.spec import QuantSpec
-from wrapq.wrappers.siblings import siblings
+from wrapq.wrappers.fused_layers import siblings
 
 pytest.importorskip("compressed_tensors")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]

@@ -99,6 +99,7 @@ def test_metadata(built: tuple[Path, Path]) -> None:
     assert any(line.replace(" ", "") == "torch<2.14,>=2.9" for line in metadata.get_all("Requires-Dist"))
 
 
+@pytest.mark.slow
 def test_the_wheel_is_what_is_imported(installed: Path, tmp_path: Path) -> None:
     code = "import wrapq, wrapq.recipe.presets as p; print(wrapq.__file__); print(*p.preset_roots(), sep='\\n')"
     result = call([str(installed / "python"), "-c", code], tmp_path)
@@ -120,6 +121,7 @@ def test_the_default_recipe_runs_from_an_empty_folder(installed: Path, tmp_path:
     assert call([str(installed / "python"), "-c", loading], tmp_path).stdout.strip() == "LlamaForCausalLM"
 
 
+@pytest.mark.slow
 def test_presets_come_from_the_wheel(installed: Path, tmp_path: Path) -> None:
     listed = call([str(installed / "python"), "-m", "wrapq", "presets"], tmp_path).stdout
     assert {f"recipe={path.stem}" for path in ROOT.glob("recipes/*.yaml")} <= set(listed.split())

@@ -1,4 +1,4 @@
 from hypothesis import settings
 
-settings.register_profile("wrapq", deadline=None, max_examples=60)
+settings.register_profile("wrapq", deadline=None, max_examples=30)
 settings.load_profile("wrapq")

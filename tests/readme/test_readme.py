@@ -1,4 +1,4 @@
-"""The examples of README.md do what they say.
+"""The examples of README.md and of the pages in docs/ do what they say.
 
 Each section is a folder of its own and its code blocks run in order. A block with a path after its language is a file;
 other `python` blocks are executed. `console` blocks hold commands after `$`; the lines below one must be among what it
@@ -18,18 +18,26 @@ import time
 import tomllib
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from tests import forked
+from tests.installed import write_package
+from wrapq.cli.command import _DEFECT, _INTERRUPTED, _MEMORY, _UNREAD, GOALS_MISSED, JOBS_FAILED
+from wrapq.cli.comparison import _DIFFERS
+from wrapq.errors import CalibrationError, ModelError, OutputError, WrapqError
 from wrapq.recipe.compose import compose
 from wrapq.resolve.resolve import resolve
+from wrapq.tracking.base import TrackingError
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+ROOT = Path(__file__).resolve().parents[2]
+README = ROOT / "README.md"
+PAGES = (README, *sorted((ROOT / "docs").glob("*.md")))
 BLOCK = re.compile(r"^```(\w+) ?(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-SMALL = "evaluation.tokens=1024 evaluation.seq_len=128"
+SMALL = "evaluation.tokens=1024 evaluation.seq_len=128 runtime.kernels=reference"
 SMALL_CALIBRATION = "calibration.samples=4 calibration.seq_len=64"
 
 
@@ -43,25 +51,58 @@ class Block:
 
 
 def sections() -> dict[str, list[Block]]:
-    """The blocks under each heading of the second level."""
-    parts = re.split(r"^## (.+)$", README.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    found = {
-        title: [Block(*match.groups()) for match in BLOCK.finditer(text)]
-        for title, text in zip(parts[1::2], parts[2::2], strict=True)
-    }
-    return {title: blocks for title, blocks in found.items() if blocks}
+    """The blocks under each heading of the second level of each page."""
+    found = {}
+    for page in PAGES:
+        parts = re.split(r"^## (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        for title, text in zip(parts[1::2], parts[2::2], strict=True):
+            found[f"{page.stem}: {title}"] = [Block(*match.groups()) for match in BLOCK.finditer(text)]
+    run = {title: [b for b in blocks if b.language != "text"] for title, blocks in found.items()}  # text is to be read
+    return {title: blocks for title, blocks in run.items() if blocks}
 
 
-@pytest.mark.parametrize("title", sections())
-def test_section(title: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+PLUGINS = [title for title in sections() if title.startswith("extending: ")]
+"""Each starts several interpreters, since plug-ins are found as one starts: all but the first are slow."""
+TRACKED = "README: Tracking"
+"""The section that is about records: the others run without them."""
+
+
+@pytest.mark.parametrize(
+    "title", [pytest.param(title, marks=pytest.mark.slow if title in PLUGINS[1:] else ()) for title in sections()]
+)
+def test_section(
+    title: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, new_store: Callable[[Path], None]
+) -> None:
+    if title == TRACKED:
+        new_store(tmp_path / "outputs" / "mlflow.db")
+    follow(title, Reader(tmp_path, tracked=title == TRACKED, typed=False), monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("title", [TRACKED, "README: Recipes", "README: What a run leaves", "README: Sweeps"])
+def test_section_as_it_is_typed(title: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each command by a shell and the installed `wrapq`, recorded, and the server of the records with it."""
+    follow(title, Reader(tmp_path, tracked=True, typed=True), monkeypatch)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Where commands are given, whether runs are recorded, and whether each command is a process of its own."""
+
+    folder: Path
+    tracked: bool
+    typed: bool
+
+
+def follow(title: str, reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(reader.folder)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(reader.folder))
     for block in sections()[title]:
         if block.path:
-            write_file(block, tmp_path)
+            write_file(block, reader.folder)
         else:
-            RUNNERS[block.language](block.text, tmp_path)
+            RUNNERS[block.language](block.text, reader)
 
 
 def write_file(block: Block, folder: Path) -> None:
@@ -75,47 +116,54 @@ def write_file(block: Block, folder: Path) -> None:
             assert resolve(composed.recipe, composed.sources).modules
 
 
-def run_python(text: str, folder: Path) -> None:
-    run([sys.executable, "-c", text], folder)
+def run_python(text: str, reader: Reader) -> None:
+    if list(reader.folder.rglob("*.py")):  # plug-ins of the reader's
+        run([sys.executable, "-c", text], reader.folder)
+    else:
+        result = forked.wrapq(["-c", text], reader.folder)
+        assert result.returncode == 0, f"{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
 
 
-def run_toml(text: str, folder: Path) -> None:
-    """Let `folder`, which is on the path, be an installed package with the entry points of `text`."""
-    (folder / "team-1.dist-info").mkdir()
-    lines = ["Metadata-Version: 2.1", "Name: team", "Version: 1", ""]
-    (folder / "team-1.dist-info" / "METADATA").write_text("\n".join(lines))
-    groups = tomllib.loads(text)["project"]["entry-points"]
-    entries = (f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in names.items()) for group, names in groups.items())
-    (folder / "team-1.dist-info" / "entry_points.txt").write_text("\n".join(entries))
+def run_toml(text: str, reader: Reader) -> None:
+    """Let the folder, which is on the path, be an installed package with the entry points of `text`."""
+    write_package(reader.folder, "team", tomllib.loads(text)["project"]["entry-points"])
 
 
-def run_console(text: str, folder: Path) -> None:
+def run_console(text: str, reader: Reader) -> None:
     for part in re.split(r"^\$ ", text, flags=re.MULTILINE)[1:]:
         command, _, shown = part.partition("\n")
         if command.startswith("wrapq ui"):
-            check_server(command, folder)
+            if reader.typed:
+                check_server(command, reader.folder)
             continue
         assert command.startswith(("wrapq ", "python -c ")), command
-        result = run_command(small(command), folder)
+        result = run_command(small(command, reader.tracked), reader)
         said = f"{command}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
         assert result.returncode == (2 if shown.startswith("error:") else 0), said
         assert_shown(shown, result.stdout + result.stderr, command)
 
 
-def run_command(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """What the shell runs; a plain command without plug-ins of the reader's needs no new interpreter."""
-    if set(command) & set("*>|$;&") or command.startswith("python") or list(folder.rglob("*.py")):
+def run_command(command: str, reader: Reader) -> subprocess.CompletedProcess[str]:
+    """What the shell runs; without plug-ins of the reader's a `wrapq` that is not typed needs no new interpreter."""
+    simple = re.fullmatch(r"(wrapq [^>|$;&]*?)(?: > (\S+)| \|\| test \$\? = (\d))?", command)
+    folder = reader.folder
+    if reader.typed or not simple or command.startswith("wrapq schema") or list(folder.rglob("*.py")):
         return run(["bash", "-c", command], folder, status=None)
-    return forked.wrapq(shlex.split(command)[1:], folder)
+    words = [sorted(map(str, folder.glob(word))) if "/*" in word else [word] for word in shlex.split(simple[1])[1:]]
+    result = forked.wrapq([word for several in words for word in several], folder)
+    if simple[2]:
+        (folder / simple[2]).write_text(result.stdout, encoding="utf-8")
+    if simple[3]:
+        result.returncode = int(result.returncode not in (0, int(simple[3])))
+    return result
 
 
-def small(command: str) -> str:
+def small(command: str, tracked: bool) -> str:
     """The same command with less data; a recipe in which nothing is calibrated takes no such settings."""
     if not command.startswith(("wrapq run", "wrapq sweep")):
         return command
     reads_data = not re.search(r"w8a16|w4a16_rtn|mine", command)
-    untracked = "tracking=none" if re.search(r"gptq|w8a8|notes", command) else ""
-    return " ".join([command, SMALL, SMALL_CALIBRATION if reads_data else "", untracked])
+    return " ".join([command, SMALL, SMALL_CALIBRATION if reads_data else "", "" if tracked else "tracking=none"])
 
 
 def assert_shown(shown: str, printed: str, command: str) -> None:
@@ -138,6 +186,7 @@ def check_server(command: str, folder: Path) -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
+        env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},  # five more processes that nobody asks here
     )
     try:
         wait_for_page(f"http://127.0.0.1:{port}/", process)
@@ -185,5 +234,15 @@ def test_every_recipe_it_names_exists() -> None:
     text = README.read_text(encoding="utf-8")
     for name in set(re.findall(r"recipe=(\w+)(?![\w.])", text)):
         assert (README.parent / "recipes" / f"{name}.yaml").is_file(), name
-    for name in re.findall(r"python -m wrapq\.examples\.(\w+)", text):
-        assert (README.parent / "wrapq" / "examples" / f"{name}.py").is_file(), name
+    for path in re.findall(r"python (docs/examples/\w+\.py)", text):
+        assert (ROOT / path).is_file(), path
+
+
+def test_the_exit_statuses_are_those_of_the_errors() -> None:
+    section = README.read_text().split("## Exit statuses")[1].split("## ")[0]
+    listed = {
+        int(number) for row in re.findall(r"^\| ([\d, ]+) \|", section, re.MULTILINE) for number in row.split(",")
+    }
+    errors = {kind.exit_code for kind in (WrapqError, CalibrationError, ModelError, OutputError, TrackingError)}
+    answers = {0, _DIFFERS, GOALS_MISSED, JOBS_FAILED, _MEMORY, _DEFECT, _INTERRUPTED, _UNREAD}
+    assert listed == errors | answers

@@ -11,6 +11,8 @@ from wrapq.algorithms.fold_norms import FoldOptions
 from wrapq.algorithms.gptq import GPTQOptions
 from wrapq.algorithms.rotate import RotateOptions
 from wrapq.algorithms.smoothquant import SmoothQuantOptions
+from wrapq.observers.base import OBSERVERS
+from wrapq.quant.dtypes import DTYPES
 from wrapq.quant.short_form import ALIASES, PARTS
 from wrapq.quant.spec import QuantSpec
 from wrapq.recipe.json_schema import recipe_schema
@@ -39,6 +41,7 @@ TRANSFORMS = {"smoothquant": SmoothQuantOptions, "fold_norms": FoldOptions, "rot
 SCHEMA = recipe_schema(
     {"gptq": Gptq, "rtn": Empty, "ranges": Empty, **TRANSFORMS},
     {"text": Text, "demo": Text},
+    observers={name: OBSERVERS.get(name).Options for name in OBSERVERS},
 )
 
 
@@ -87,6 +90,8 @@ def test_the_short_form_is_described_by_the_parser():
         "stack: {round: {algorithm: gptq, damp: 0.1, order: act, inner: {depth: 2}}}",
         "stack: {round: {damp: 0.1}}",
         "rules: {a: {weight: {group_size: 64, observer: {name: mse, grid: 10}}, input: float}}",
+        "rules: {a: {weight: {observer: {name: percentile, percentile: 99, bins: 64}}}}",
+        "rules: {a: {weight: {observer: {compare: [minmax, mse], choose: mse}}}}",
         "calibration: {samples: 3, split: x}",
         "defaults: [override /model: hf, _self_]",
     ],
@@ -104,12 +109,22 @@ def test_what_is_right_passes(text):
         ("rules: {a: {weigth: int8}}", "$.rules.a"),
         ("rules: {a: {weight: 'int8:chan nel'}}", "$.rules.a.weight"),
         ("rules: {a: {weight: {weight_bit: 8}}}", "$.rules.a.weight"),
+        ("rules: {a: {weight: {observer: {name: mse, gird: 10}}}}", "$.rules.a.weight"),
+        ("rules: {a: {weight: {observer: {name: ema, grid: 10}}}}", "$.rules.a.weight"),
+        ("rules: {a: {weight: {observer: {name: percentile, percentile: 101}}}}", "$.rules.a.weight"),
         ("calibration: {source: demo, pth: x}", "$.calibration"),
         ("paths: {outputs: x}", "$"),
     ],
 )
 def test_what_is_wrong_is_underlined(text, place):
     assert place in mistakes(text)
+
+
+def test_observers_and_dtypes_are_those_of_the_registries():
+    fields = SCHEMA["$defs"]["SpecFields"]["properties"]
+    assert fields["observer"]["examples"] == SCHEMA["$defs"]["ObserverChoice"]["properties"]["name"]["examples"]
+    assert fields["observer"]["examples"] == list(OBSERVERS)
+    assert all(name in fields["dtype"]["description"] for name in DTYPES)
 
 
 def test_every_key_is_described():

@@ -35,9 +35,11 @@ def test_recipe_has_a_description(name: str) -> None:
     assert len(compose([f"recipe={name}"]).recipe.description) > 20
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name == "w4a16_autoround" else ()) for name in NAMES]
-)
+PLAIN = ("demo", "w4a16_gptq", "w8a8_dynamic")
+"""The others are slow; those that README shows run there."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in PLAIN else pytest.mark.slow) for n in NAMES])
 def test_recipe_runs_and_every_point_is_in_the_model(name: str, tmp_path: Path) -> None:
     result = wrapq.run(name, [*small(name), "tracking=none", f"paths.outputs={tmp_path}"])
     plan = Plan.model_validate_json((result.folder / "plan.json").read_text())

@@ -14,13 +14,12 @@ from transformers import LlamaConfig
 
 import wrapq
 from wrapq.algorithms.rtn import RTN
-from wrapq.engine.checkpoint import qparams_tensors
-from wrapq.engine.evaluate import unique_tensors
 from wrapq.quant.spec import QuantSpec
 from wrapq.recipe.compose import compose
 from wrapq.recipe.presets import list_presets
 from wrapq.resolve.estimate import weight_bytes
 from wrapq.resolve.resolve import resolve
+from wrapq.runs.checkpoint import qparams_tensors, unique_tensors
 from wrapq.wrappers.model import wrap_model
 
 PLAN_SECONDS, PLAN_GIGABYTES = 4, 1.5
@@ -73,13 +72,15 @@ def test_bits_per_weight_of_a_plan() -> None:
     assert resolve(composed.recipe, composed.sources).estimate.bits_per_weight == 4.25
 
 
-@pytest.mark.parametrize("recipe", ["demo", "w4a16_rtn", "int16_activations"])
+@pytest.mark.parametrize(
+    "recipe", ["demo", *(pytest.param(n, marks=pytest.mark.slow) for n in ("w4a16_rtn", "int16_activations"))]
+)
 def test_the_estimated_size_is_the_real_one(recipe: str, tmp_path: Path) -> None:
     few = ["calibration.samples=4"] if recipe != "w4a16_rtn" else []
     result = wrapq.run(recipe, ["evaluation.tokens=512", *few, f"paths.outputs={tmp_path}", "tracking=none"])
     plan = json.loads((result.folder / "plan.json").read_text())
     model = wrapq.load(result.folder)
-    real = sum(tensor.numel() * tensor.itemsize for tensor in unique_tensors(model))
+    real = sum(tensor.numel() * tensor.itemsize for tensor in unique_tensors(model)[0].values())
     ranges = sum(
         tensor.numel() * tensor.itemsize for name, tensor in qparams_tensors(model).items() if ".weight_" not in name
     )
@@ -88,6 +89,7 @@ def test_the_estimated_size_is_the_real_one(recipe: str, tmp_path: Path) -> None
     assert result.sizes["quantized"] == pytest.approx(real, rel=0.02)
 
 
+@pytest.mark.slow
 def test_seventy_billion_parameters_in_seconds(tmp_path: Path) -> None:
     config = LlamaConfig(
         num_hidden_layers=80,

@@ -14,11 +14,12 @@ import yaml
 from torch import Tensor, nn
 
 import wrapq
-from wrapq.engine.checkpoint import WEIGHTS, save_model
-from wrapq.engine.folder import RunFolder
 from wrapq.quant.affine import scale_shape
 from wrapq.quant.spec import QuantSpec
-from wrapq.runtime import KERNELS, resident_bytes
+from wrapq.runs.checkpoint import WEIGHTS, save_model
+from wrapq.runs.folder import RunFolder
+from wrapq.runtime.choose import tensor_bytes
+from wrapq.runtime.kernel import KERNELS
 from wrapq.runtime.module import QuantizedWeight
 
 _FOLDER = Path(__file__).parents[2] / "conf" / "scheme"
@@ -57,6 +58,14 @@ def bytes_on_kernels(model: nn.Module, ids: Tensor) -> dict[str, int]:
     for module in modules:
         module.use_kernel(None)
     return sizes
+
+
+def resident_bytes(model: nn.Module) -> int:
+    """Bytes of all tensors that `model` and the kernels made so far hold, shared ones once."""
+    made = [m._kernel for m in model.modules() if isinstance(m, QuantizedWeight) and m._kernel is not None]
+    held = (tensor for kernel in made for tensor in kernel.tensors())
+    hidden = sum(kernel.hidden_bytes for kernel in made)
+    return tensor_bytes([*model.parameters(), *model.buffers(), *held]) + hidden
 
 
 def ideal_bytes(floats: nn.Module, quantized: nn.Module) -> float:

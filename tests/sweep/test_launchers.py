@@ -12,19 +12,18 @@ import pytest
 
 from wrapq.errors import WrapqError
 from wrapq.recipe.axes import parse_axes
-from wrapq.recipe.schema import Launcher as Config
-from wrapq.sweep import options
-from wrapq.sweep.jobs import FAILED, FINISHED, Job, Outcome
+from wrapq.recipe.schema import LauncherSettings
+from wrapq.sweep.job import FAILED, FINISHED, Job, Outcome, SweepError
 from wrapq.sweep.launchers.base import LAUNCHERS, Launcher, make_launcher
-from wrapq.sweep.planner import Planner, SweepError
+from wrapq.sweep.planner import Planner
 
 OPTIONS = {"local": {}, "joblib": {"jobs": 2}, "slurm": {"cluster": "local", "jobs": 2}, "ray": {"jobs": 2}}
 SLOW = ("slurm", "ray")  # start interpreters for seconds
 WAIT = 300.0
 
 
-def named(*names: str) -> Callable:
-    params = [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in names]
+def named(*names: str, slow: tuple[str, ...] = SLOW) -> Callable:
+    params = [pytest.param(name, marks=[pytest.mark.slow] if name in slow else []) for name in names]
     return pytest.mark.parametrize("name", params)
 
 
@@ -35,7 +34,7 @@ def jobs() -> list[Job]:
 
 
 def launcher(name: str, folder: Path) -> Launcher:
-    made = make_launcher(Config(kind=name, **OPTIONS[name]))
+    made = make_launcher(LauncherSettings(kind=name, **OPTIONS[name]))
     made.folder = folder
     return made
 
@@ -62,7 +61,7 @@ def test_every_launcher_is_here() -> None:
     assert set(LAUNCHERS) == set(OPTIONS)
 
 
-@named("local", "joblib", "slurm", "ray")
+@named("local", "joblib", "slurm", "ray", slow=("joblib", *SLOW))  # the next test is of joblib, too
 def test_every_job_is_done_once(name: str, jobs: list[Job], tmp_path: Path) -> None:
     outcomes = list(launcher(name, tmp_path).run(finish, jobs))
     assert sorted((o.key, o.digest) for o in outcomes) == sorted((j.key, str(j.plan.recipe.seed)) for j in jobs)
@@ -75,6 +74,7 @@ def test_a_process_that_dies_fails_its_job_alone(name: str, jobs: list[Job], tmp
     outcomes = {o.key: o for o in launcher(name, tmp_path).run(die_in_the_second, jobs)}
     assert [outcomes[job.key].status for job in jobs] == [FINISHED, FAILED, FINISHED]
     assert outcomes[jobs[1].key].reason
+    assert str(os.getpid()) not in {outcomes[job.key].reason for job in jobs}
 
 
 @named("joblib", "slurm", "ray")
@@ -102,29 +102,32 @@ def _alive(pid: int) -> bool:
 
 
 def test_what_is_not_installed_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(options.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for name, extra in {"joblib": "joblib", "slurm": "slurm", "ray": "ray"}.items():
         with pytest.raises(WrapqError, match=rf"pip install 'wrapq\[{extra}\]'"):
-            make_launcher(Config(kind=name))
+            make_launcher(LauncherSettings(kind=name))
 
 
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        (Config(kind="jolib"), "launcher.kind=jolib: unknown launcher 'jolib'\n    did you mean: joblib"),
-        (Config(kind="joblib", job=3), "launcher joblib: launcher.job: unknown option 'job'\n    did you mean: jobs"),
-        (Config(kind="joblib", jobs=0), "launcher joblib: launcher.jobs=0"),
-        (Config(kind="local", jobs=2), "unknown option 'jobs'"),
+        (LauncherSettings(kind="jolib"), "launcher.kind: unknown launcher 'jolib'\n    did you mean: joblib"),
+        (
+            LauncherSettings(kind="joblib", job=3),
+            "launcher.job: launcher joblib has no option 'job'\n    did you mean: jobs",
+        ),
+        (LauncherSettings(kind="joblib", jobs=0), "launcher.jobs: 0: input should be"),
+        (LauncherSettings(kind="local", jobs=2), "launcher.jobs: launcher local has no option 'jobs'"),
     ],
 )
-def test_a_wrong_option_is_named(config: Config, said: str) -> None:
+def test_a_wrong_option_is_named(config: LauncherSettings, said: str) -> None:
     with pytest.raises(SweepError) as caught:
         make_launcher(config)
     assert said in str(caught.value)
 
 
 def test_options_that_submitit_does_not_take_are_named(jobs: list[Job], tmp_path: Path) -> None:
-    made = make_launcher(Config(kind="slurm", cluster="local", options={"timout_min": 3}))
+    made = make_launcher(LauncherSettings(kind="slurm", cluster="local", options={"timout_min": 3}))
     made.folder = tmp_path
     with pytest.raises(WrapqError, match=r"submitit takes no jobs here: .*timout_min"):
         list(made.run(finish, jobs))

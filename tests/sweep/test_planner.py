@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from wrapq.recipe.axes import parse_axes
-from wrapq.sweep.jobs import Job
-from wrapq.sweep.planner import Planner, SweepError
+from wrapq.sweep.job import Job, SweepError
+from wrapq.sweep.planner import Planner
 
 
 def jobs(*overrides: str) -> list[Job]:

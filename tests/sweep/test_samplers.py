@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from wrapq.engine.goals import Verdict
+from wrapq.engine.goals import GoalVerdict
 from wrapq.errors import WrapqError
 from wrapq.recipe.axes import parse_axes
 from wrapq.recipe.schema import Sweep as Config
-from wrapq.sweep.jobs import FAILED, FINISHED, Outcome
-from wrapq.sweep.planner import SweepError
+from wrapq.sweep.job import FAILED, FINISHED, Outcome, SweepError
 from wrapq.sweep.samplers.base import Sampler, Suggestion, make_sampler
 
 SPACE = ("x=interval(-4,4)", "k=a,b,c", "n=int(interval(1,8))")
@@ -27,7 +26,7 @@ def valley(suggestion: Suggestion, goal: float | None = None) -> Outcome:
     """The outcome of a job with one best place: x = 1, k = a."""
     x, far = float(suggestion.values["x"]), FAR[suggestion.values["k"]]
     reached = {"kl": (x - 1) ** 2 + far, "size_mb": x + 5}
-    goals = {} if goal is None else {"kl": Verdict(goal, reached["kl"], reached["kl"] <= goal)}
+    goals = {} if goal is None else {"kl": GoalVerdict(goal, reached["kl"], reached["kl"] <= goal)}
     return Outcome(str(suggestion.number), FINISHED, "", None, reached, goals)
 
 

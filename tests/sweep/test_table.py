@@ -10,26 +10,28 @@ from pathlib import Path
 import matplotlib.image
 import numpy
 
-from wrapq.engine.folder import RunFolder
-from wrapq.engine.goals import Verdict
-from wrapq.sweep.jobs import FAILED, FINISHED, Outcome
+from wrapq.engine.goals import GoalVerdict
+from wrapq.ownership import own
+from wrapq.runs.folder import RunFolder
+from wrapq.sweep.job import FAILED, FINISHED, Outcome
 from wrapq.sweep.plot import save_plot
-from wrapq.sweep.record import SweepRecord
-from wrapq.sweep.table import Row, Table, make_table
-from wrapq.tracking.null import NullTracker
+from wrapq.sweep.sweep_record import SweepRecord
+from wrapq.sweep.table import SweepRow, SweepTable, make_table
+from wrapq.tracking.base import Tracker
 
 
-def row(number: int, kl: float, size: float, seconds: float = 1.0, met: bool | None = None) -> Row:
+def row(number: int, kl: float, size: float, seconds: float = 1.0, met: bool | None = None) -> SweepRow:
     reached = {"kl": kl, "perplexity": 20 + kl, "perplexity_increase": kl, "size_mb": size, "seconds": seconds}
-    goals = {} if met is None else {"kl": Verdict(0.5, kl, met)}
-    return Row(number, {"seed": str(number)}, Outcome(f"key{number}", FINISHED, f"runs/{number}", None, reached, goals))
+    goals = {} if met is None else {"kl": GoalVerdict(0.5, kl, met)}
+    outcome = Outcome(f"key{number}", FINISHED, f"runs/{number}", None, reached, goals)
+    return SweepRow(number, {"seed": str(number)}, outcome)
 
 
-FAILURE = Row(9, {"seed": "9"}, Outcome("key9", FAILED, reason="no memory"))
+FAILURE = SweepRow(9, {"seed": "9"}, Outcome("key9", FAILED, reason="no memory"))
 ROWS = [row(1, 0.3, 4, 9), row(2, 0.1, 8, 5), row(3, 0.2, 6, 5), row(4, 0.3, 5, 9), row(5, 0.1, 8, 6), FAILURE]
 
 
-def numbers(rows: list[Row]) -> list[int]:
+def numbers(rows: list[SweepRow]) -> list[int]:
     return [r.number for r in rows]
 
 
@@ -80,9 +82,12 @@ def test_csv_gives_back_every_cell() -> None:
 
 def test_the_record_closes_with_everything_in_its_folder(tmp_path: Path) -> None:
     rows = [row(1, 0.6, 4, met=False), row(2, 0.4, 6, met=True), FAILURE]
-    record = SweepRecord(RunFolder(tmp_path), {"name": "mine"}, NullTracker(), continued=False, lock=None)
+    record = SweepRecord(
+        RunFolder(tmp_path), {"name": "mine"}, Tracker(), continued=False, owner=own(tmp_path / ".lock", "it")
+    )
     record.close(make_table(rows, ["kl"]))
-    assert {path.name for path in tmp_path.iterdir()} == {"sweep.json", "table.csv", "pareto.png", "report.html"}
+    left = {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")}
+    assert left == {"sweep.json", "table.csv", "pareto.png", "report.html"}
     said = json.loads((tmp_path / "sweep.json").read_text())
     assert (said["status"], said["winner"], said["quality"]) == ("FINISHED", 2, "kl")
     page = (tmp_path / "report.html").read_text()
@@ -91,7 +96,7 @@ def test_the_record_closes_with_everything_in_its_folder(tmp_path: Path) -> None
 
 
 def test_the_plot_shows_every_job(tmp_path: Path) -> None:
-    def ink(table: Table) -> int:
+    def ink(table: SweepTable) -> int:
         save_plot(table, tmp_path / "plot.png")
         return int((matplotlib.image.imread(tmp_path / "plot.png")[..., :3] < 0.9).sum())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ from mlflow import MlflowClient
 from tests.tracking.server import free_port
 from wrapq.tracking.mlflow import MLflowTracker
 from wrapq.tracking.outbox import PARENT, SWEEP, Outbox
+from wrapq.tracking.process import one_process
 from wrapq.tracking.sync import sync
 
 
@@ -22,11 +23,13 @@ def record(folder: Path, uri: str, tags: Mapping[str, str]) -> None:
     tracker.finish()
 
 
-@pytest.mark.parametrize("first", ["sweep", "job"])
-def test_a_job_is_linked_when_both_are_sent(first: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", [pytest.param("sweep", marks=pytest.mark.slow), "job"])
+def test_a_job_is_linked_when_both_are_sent(first: str, new_store: Callable[[Path], None], tmp_path: Path) -> None:
+    new_store(tmp_path / "team.db")
     away, uri = f"http://127.0.0.1:{free_port()}", f"sqlite:///{tmp_path}/team.db"
-    record(tmp_path / "sweep", away, {})
-    record(tmp_path / "a-job", away, {SWEEP: str(tmp_path / "sweep")})
+    with one_process():
+        record(tmp_path / "sweep", away, {})
+        record(tmp_path / "a-job", away, {SWEEP: str(tmp_path / "sweep")})
     if first == "job":
         (alone,) = sync(tmp_path / "a-job", uri)
         assert (alone.state, alone.left) == ("sent", 0)

@@ -1,5 +1,6 @@
 """The MLflow tracker on real stores: what is recorded reads back, nothing later than the start can stop a run."""
 
+import contextlib
 import math
 import os
 import re
@@ -8,43 +9,26 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from urllib.request import urlopen
 
 import pytest
-from mlflow import MlflowClient
+import sqlalchemy
 
-from wrapq.tracking import Tracker, TrackingError, make_tracker, store_uri, ui_command
-from wrapq.tracking.mlflow import MLflowTracker
-from wrapq.tracking.names import entity_key
-from wrapq.tracking.null import NullTracker
+from tests.tracking.local import client, settings
+from wrapq.tracking.base import Tracker, TrackingError
+from wrapq.tracking.mlflow import MLflowTracker, make_tracker
+from wrapq.tracking.process import one_process
+from wrapq.tracking.stores import store_uri, ui_command
 from wrapq.tracking.sync import sync
 
 
 @pytest.fixture(scope="module")
-def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("out puts")  # with a space: addresses must stand it
-
-
-@pytest.fixture
-def tracker(outputs: Path) -> Iterator[MLflowTracker]:
-    made = make_tracker(settings(outputs))
-    assert isinstance(made, MLflowTracker)
-    yield made
-    made.finish()
-
-
-def settings(outputs: Path, enabled: bool = True, uri: str | None = None) -> SimpleNamespace:
-    return SimpleNamespace(
-        tracking=SimpleNamespace(enabled=enabled, uri=uri, experiment="wrapq"),
-        paths=SimpleNamespace(outputs=str(outputs)),
-    )
-
-
-def client(outputs: Path) -> MlflowClient:
-    return MlflowClient(tracking_uri=f"sqlite:///{outputs / 'mlflow.db'}")
+def outputs(tmp_path_factory: pytest.TempPathFactory, new_store: Callable[[Path], None]) -> Path:
+    folder = tmp_path_factory.mktemp("out puts")  # with a space: addresses must stand it
+    new_store(folder / "mlflow.db")
+    return folder
 
 
 def test_a_whole_run_reads_back(tracker: MLflowTracker, outputs: Path, tmp_path: Path) -> None:
@@ -90,76 +74,6 @@ def test_a_whole_run_reads_back(tracker: MLflowTracker, outputs: Path, tmp_path:
     assert (files / "report" / "notes.txt").read_text() == "fine"
 
 
-def test_no_secret_is_recorded(tracker: MLflowTracker, outputs: Path, tmp_path: Path) -> None:
-    tracker.start(
-        "x", {"uri": "https://me:hunter22@host/"}, {"hub": {"token": "hunter22"}, "tokenizer": "demo"}, tmp_path
-    )
-    tracker.text("recipe.yaml", "hub: {token: hunter22}\ntracking: {uri: 'https://me:hunter22@host'}\n")
-    tracker.dataset("d", "0", "s3://me:hunter22@bucket", "calibration", {"password": "hunter22", "samples": 3})
-    tracker.finish("FAILED", "cannot reach https://me:hunter22@host")
-    assert tracker.problems == []
-    run = client(outputs).get_run(tracker.run_id)
-    assert run.data.params == {"hub.token": "[redacted]", "tokenizer": "demo"}
-    assert "hunter22" not in str(run.to_dictionary())
-    written = (outputs / "mlartifacts" / tracker.run_id / "artifacts" / "recipe.yaml").read_text()
-    assert "hunter22" not in written
-
-
-def test_long_values_are_cut_and_say_so(tracker: MLflowTracker, outputs: Path, tmp_path: Path) -> None:
-    tracker.start("x", {"long": "t" * 9000}, {"long": "p" * 7000, "k" * 300: 1, "odd!key": 2, "../up": 3}, tmp_path)
-    tracker.finish()
-    assert tracker.problems == []
-    run = client(outputs).get_run(tracker.run_id)
-    assert run.data.params["long"].endswith("p ... [cut, 7000 characters]")
-    assert run.data.tags["long"].endswith("t ... [cut, 9000 characters]")
-    assert {"odd_key", "up", entity_key("k" * 300)} < set(run.data.params)
-
-
-@pytest.mark.parametrize(
-    "error, status, reason",
-    [
-        (None, "FINISHED", None),
-        (ValueError("bad weights"), "FAILED", "ValueError: bad weights"),
-        (KeyboardInterrupt(), "KILLED", "interrupted"),
-    ],
-)
-def test_as_a_context_manager(tracker: MLflowTracker, outputs: Path, tmp_path: Path, error, status, reason) -> None:
-    def body() -> None:
-        with tracker:
-            tracker.start("x", {}, {}, tmp_path)
-            if error is not None:
-                raise error
-
-    if error is None:
-        body()
-    else:
-        with pytest.raises(type(error)):
-            body()
-    run = client(outputs).get_run(tracker.run_id)
-    assert run.info.status == status
-    assert run.data.tags.get("failure") == reason
-
-
-def test_trouble_after_the_start_is_remembered_not_raised(
-    tracker: MLflowTracker, outputs: Path, tmp_path: Path
-) -> None:
-    tracker.start("x", {}, {"a": 1}, tmp_path)
-    tracker.params({"a": 2})  # MLflow refuses to change a parameter
-    tracker.artifact(tmp_path / "nowhere.txt")
-    tracker.metrics({"late": 1.0})
-    tracker.finish()
-    tracker.metrics({"later": 1.0})
-    late, *rejected = reversed(tracker.problems)
-    assert late == "metrics after the run was finished"
-    assert len(rejected) == 2
-    assert any(problem.startswith("params: ") for problem in rejected)
-    assert any("nowhere.txt" in problem for problem in rejected)
-    run = client(outputs).get_run(tracker.run_id)
-    assert run.data.params == {"a": "1"}
-    assert run.data.metrics == {"late": 1.0}
-    assert run.info.status == "FINISHED"
-
-
 def test_what_a_killed_sender_did_not_send_is_sent_later(tracker: MLflowTracker, outputs: Path, tmp_path: Path) -> None:
     tracker.start("x", {}, {}, tmp_path)
     tracker.sender.process.kill()
@@ -180,7 +94,10 @@ def test_what_a_killed_sender_did_not_send_is_sent_later(tracker: MLflowTracker,
     assert client(outputs).get_run(tracker.run_id).info.status == "FINISHED"
 
 
-def test_a_run_whose_process_dies_is_closed_as_killed_and_can_go_on(tmp_path: Path) -> None:
+def test_a_run_whose_process_dies_is_closed_as_killed_and_can_go_on(
+    new_store: Callable[[Path], None], tmp_path: Path
+) -> None:
+    new_store(tmp_path / "mlflow.db")
     program = """
 import os, sys
 from pathlib import Path
@@ -218,25 +135,18 @@ def test_a_tracker_that_was_only_prepared_leaves_no_process(tracker: MLflowTrack
     assert tracker.sender.process.returncode == -signal.SIGKILL
 
 
-def test_started_without_waiting(tracker: MLflowTracker, outputs: Path, tmp_path: Path) -> None:
-    tracker.start("x", {}, {"a": 1}, tmp_path, wait=False)
-    tracker.metrics({"m": 1.0})
-    tracker.finish()
-    run = client(outputs).get_run(tracker.run_id)
-    assert (run.data.params, run.data.metrics, run.info.status) == ({"a": "1"}, {"m": 1.0}, "FINISHED")
-
-
 @pytest.mark.parametrize("uri", ["nonsense://x", "sqlite:////proc/no/mlflow.db"])
 def test_a_broken_address_is_one_clear_error(tmp_path: Path, uri: str) -> None:
-    made = make_tracker(settings(tmp_path, uri=uri))
-    with pytest.raises(TrackingError, match=rf"cannot open the tracking store '{uri}': .+\n +check tracking.uri"):
-        made.start("x", {}, {}, tmp_path)
-    made.finish("FAILED", "harmless")
-    (tmp_path / "b").mkdir()
-    background = make_tracker(settings(tmp_path, uri=uri))
-    background.start("x", {}, {}, tmp_path / "b", wait=False)
-    with pytest.raises(TrackingError, match="cannot open"):
-        background.ready()
+    with one_process():
+        made = make_tracker(settings(tmp_path, uri=uri))
+        with pytest.raises(TrackingError, match=rf"cannot open the tracking store '{uri}': .+\n +check tracking.uri"):
+            made.start("x", {}, {}, tmp_path)
+        made.finish("FAILED", "harmless")
+        (tmp_path / "b").mkdir()
+        background = make_tracker(settings(tmp_path, uri=uri))
+        background.start("x", {}, {}, tmp_path / "b", wait=False)
+        with pytest.raises(TrackingError, match="cannot open"):
+            background.ready()
 
 
 def test_a_file_that_is_no_database(tmp_path: Path) -> None:
@@ -256,25 +166,53 @@ def test_a_password_in_the_address_is_neither_shown_nor_kept(tmp_path: Path) -> 
     assert synced.reason.endswith("which is not kept: say it again with tracking.uri=...")
 
 
-def test_a_deleted_experiment_says_how_to_restore_it(tmp_path: Path) -> None:
-    first = make_tracker(settings(tmp_path))
-    first.start("x", {}, {}, tmp_path)
-    first.finish()
+def test_a_deleted_experiment_says_how_to_restore_it(new_store: Callable[[Path], None], tmp_path: Path) -> None:
+    new_store(tmp_path / "mlflow.db")
     store = client(tmp_path)
-    store.delete_experiment(store.get_experiment_by_name("wrapq").experiment_id)
-    (tmp_path / "second").mkdir()
+    store.delete_experiment(store.create_experiment("wrapq"))
     with pytest.raises(TrackingError, match=r"was deleted.*restore"):
-        make_tracker(settings(tmp_path)).start("x", {}, {}, tmp_path / "second")
+        make_tracker(settings(tmp_path)).start("x", {}, {}, tmp_path)
 
 
-def test_a_run_starts_once(tracker: MLflowTracker, tmp_path: Path) -> None:
-    with pytest.raises(TrackingError, match="has not been started"):
-        tracker.ready()
-    tracker.start("x", {}, {}, tmp_path)
-    with pytest.raises(TrackingError, match="started before"):
-        tracker.start("x", {}, {}, tmp_path)
+def test_one_process_sends_many_runs(outputs: Path, tmp_path: Path) -> None:
+    def begin(name: str) -> MLflowTracker:
+        tracker = make_tracker(settings(outputs))
+        (tmp_path / name).mkdir()
+        tracker.start(name, {}, {"seed": 1}, tmp_path / name)
+        return tracker
+
+    def ended(tracker: MLflowTracker, status: str = "FINISHED") -> tuple[str, dict[str, float]]:
+        tracker.metrics({"loss": 2.0})
+        tracker.finish(status)
+        assert tracker.outbox.sent().count == tracker.outbox.count() and not tracker.problems
+        run = client(outputs).get_run(tracker.run_id)
+        return run.info.status, run.data.metrics
+
+    with one_process():
+        outer, first = begin("outer"), begin("first")
+        assert ended(first, "FAILED") == ("FAILED", {"loss": 2.0})
+        second = begin("second")
+        processes = {id(tracker.sender.process) for tracker in (outer, first, second)}
+        assert len(processes) == 1 and not outer.sender.gone
+        second.sender.process.kill()
+        second.sender.process.wait()
+        second.finish()
+        assert "the tracking process ended early" in second.problems[-1]
+        third = begin("third")
+        assert ended(third) == ("FINISHED", {"loss": 2.0})
+        make_tracker(settings(outputs)).finish()  # one that was given nothing leaves it running
+        assert not third.sender.gone
+        forgotten = begin("forgotten")
+        outer.finish()
+    assert third.sender.gone and [synced.state for synced in sync(tmp_path / "outer")] == ["sent"]
+    assert client(outputs).get_run(forgotten.outbox.sent().run_id).info.status == "KILLED"
+    own = make_tracker(settings(outputs))
+    own.prepare()
+    assert own.sender.process is not third.sender.process
+    own.finish()
 
 
+@pytest.mark.slow
 def test_two_processes_in_one_fresh_store(tmp_path: Path) -> None:
     code = (
         "import sys, pathlib; from wrapq.tracking.mlflow import MLflowTracker as T\n"
@@ -342,7 +280,7 @@ def wait_for(address: str, seconds: float = 90) -> None:
 
 def test_off_means_nothing_is_written(tmp_path: Path) -> None:
     made = make_tracker(settings(tmp_path, enabled=False))
-    assert isinstance(made, NullTracker)
+    assert type(made) is Tracker
     with made:
         made.start("x", {}, {}, tmp_path)
         made.metrics({"a": 1.0})
@@ -368,6 +306,22 @@ def test_the_interface_is_light() -> None:
 def test_where_the_store_is(tmp_path: Path) -> None:
     assert store_uri(settings(tmp_path)) == f"sqlite:///{tmp_path}/mlflow.db"
     assert store_uri(settings(tmp_path, uri="http://team")) == "http://team"
+
+
+@pytest.mark.parametrize("name", ["a?b", "a%41", "a%2fb", "?", "a\udcff"])
+def test_a_folder_that_an_address_reads_otherwise_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(TrackingError, match="would mean another file"):
+        store_uri(settings(tmp_path / name))
+    assert store_uri(settings(tmp_path / name, uri="http://team")) == "http://team"
+
+
+@pytest.mark.parametrize("name", ["a#b", "100%", "a:b", "a;b", "a&b=c", "a@b", "[/]", "a b", "é", "a\x1bb"])
+def test_any_other_folder_holds_its_store(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir(parents=True)
+    uri = store_uri(settings(tmp_path / name))
+    with contextlib.closing(sqlalchemy.create_engine(uri).connect()) as connection:
+        connection.execute(sqlalchemy.text("create table x (y int)"))
+    assert (tmp_path / name / "mlflow.db").exists()
 
 
 def test_ui_command(outputs: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from mlflow import MlflowClient
 from tests.sweep.command import TINY, finished_runs
 from tests.tracking.postgres import postgres
 from tests.tracking.server import Server
+from wrapq.tracking.mlflow_store import MLflowStore, load_mlflow
 from wrapq.tracking.outbox import PARENT, Outbox
 
 WRITERS, RUNS, POINTS = 4, 3, 200
@@ -43,6 +45,45 @@ def server(tmp_path: Path) -> Iterator[Server]:
             yield made
         finally:
             made.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_two_runs_enter_one_data_set_at_once(tmp_path: Path) -> None:
+    """The database refuses the second one, which finds the row of the first when it tries again."""
+    load_mlflow()
+    with postgres() as uri:
+        import psycopg2
+
+        store = MLflowStore(uri, "team", tmp_path)
+        store.open("run", "key", {}, 0)
+        with psycopg2.connect(uri.replace("+psycopg2", "")) as other:
+            rows, watch = other.cursor(), psycopg2.connect(uri.replace("+psycopg2", "")).cursor()
+            (experiment,) = [e for e in store.client.search_experiments() if e.name == "team"]
+            values = ("id", experiment.experiment_id, "text", "123", "wrapq", "{}")
+            columns = "dataset_uuid, experiment_id, name, digest, dataset_source_type, dataset_source"
+            rows.execute(f"INSERT INTO datasets ({columns}) VALUES (%s, %s, %s, %s, %s, %s)", values)
+            errors: list[Exception] = []
+
+            def enter() -> None:
+                try:
+                    store.call("dataset", {"name": "text", "digest": "123", "source": "x", "profile": {}, "tags": {}})
+                except Exception as error:
+                    errors.append(error)
+
+            second = threading.Thread(target=enter)
+            second.start()
+            while second.is_alive():
+                watch.execute("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
+                if watch.fetchone() != (0,):
+                    break
+                watch.connection.commit()
+            assert second.is_alive()  # it waits for the first one, whose row it cannot see
+        second.join(60)
+        assert errors == []
+        (found,) = store.client.get_run(store.run_id).inputs.dataset_inputs
+        assert (found.dataset.name, found.dataset.digest) == ("text", "123")
+        store.client._tracking_client.store.engine.dispose()
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,7 +14,10 @@ from wrapq.tracking.outbox import Outbox, Sent
 from wrapq.tracking.sync import sync
 
 
-def test_a_registered_model_is_downloaded_by_its_alias_and_loads(tmp_path: Path) -> None:
+def test_a_registered_model_is_downloaded_by_its_alias_and_loads(
+    new_store: Callable[[Path], None], tmp_path: Path
+) -> None:
+    new_store(tmp_path / "out" / "mlflow.db")
     place = [f"paths.outputs={tmp_path / 'out'}", "tracking.register_as={name: demo-w8, alias: candidate}"]
     result = wrapq.run("w8a16", ["evaluation.tokens=512", *place])
     uri = f"sqlite:///{tmp_path / 'out' / 'mlflow.db'}"

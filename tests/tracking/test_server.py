@@ -20,6 +20,7 @@ from wrapq.tracking.mlflow import MLflowTracker
 from wrapq.tracking.outbox import Outbox
 from wrapq.tracking.sync import Synced, sync
 
+pytestmark = pytest.mark.slow  # a server takes as long to start as many other tests together
 POINTS = 300
 
 
@@ -120,7 +121,6 @@ def wait_until(holds: object, seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.slow
 def test_the_creation_of_a_run_that_was_not_confirmed_is_not_repeated(proxy: Proxy, tmp_path: Path) -> None:
     proxy.mode = "lose"
     tracker = begin(proxy.uri, tmp_path)
@@ -134,7 +134,6 @@ def test_the_creation_of_a_run_that_was_not_confirmed_is_not_repeated(proxy: Pro
     check(proxy.uri, tmp_path)
 
 
-@pytest.mark.slow
 def test_a_server_that_hangs_costs_seconds(proxy: Proxy, tmp_path: Path) -> None:
     proxy.mode = "hang"
     before = time.perf_counter()
@@ -152,7 +151,6 @@ def test_a_server_that_hangs_costs_seconds(proxy: Proxy, tmp_path: Path) -> None
     check(proxy.uri, tmp_path)
 
 
-@pytest.mark.slow
 def test_a_server_that_dies_in_the_middle_and_comes_back(tmp_path: Path) -> None:
     (tmp_path / "server").mkdir()
     own, folder = Server(tmp_path / "server").start(), tmp_path / "run"
@@ -173,7 +171,6 @@ def test_a_server_that_dies_in_the_middle_and_comes_back(tmp_path: Path) -> None
         own.kill()
 
 
-@pytest.mark.slow
 def test_a_whole_run_without_its_server_is_recorded_afterwards(tmp_path: Path) -> None:
     """From the command line to `wrapq sync`; the server starts when the run is long over, and its folder elsewhere."""
     port, outputs = free_port(), tmp_path / "outputs"
@@ -203,7 +200,6 @@ def test_a_whole_run_without_its_server_is_recorded_afterwards(tmp_path: Path) -
         own.kill()
 
 
-@pytest.mark.slow
 def test_a_run_killed_together_with_its_sender_is_closed_at_sync(proxy: Proxy, tmp_path: Path) -> None:
     program = """
 import os, sys, time

@@ -27,6 +27,7 @@ FUSED = ("mixtral", "qwen2_moe", "gpt_oss", "nemotron_h")
 LINEARS = {family: {"gate_proj", "up_proj", "down_proj"} for family in ("mixtral", "qwen2_moe")}
 LINEARS |= {"gpt_oss": {"gate_up_proj", "down_proj"}, "nemotron_h": {"up_proj", "down_proj"}}
 LAYER = "model.layers.0"
+EVALUATION = ("evaluation.tokens=128", "evaluation.seq_len=64", "runtime.kernels=reference")
 IDS = torch.randint(3, 96, (2, 12), generator=torch.Generator().manual_seed(3))
 WEIGHTS = PTQConfig("int4:g16:sym", None, {"*norm": None, "lm_head": None, "*embed*": None})
 
@@ -124,7 +125,7 @@ def test_an_expert_without_tokens_is_named(stack: dict[str, str]) -> None:
 def test_experts_without_tokens_are_named_also_where_statistics_come_from_the_store(
     recipe: str, said: str, folder: Path, tmp_path: Path
 ) -> None:
-    small = [f"model.path={folder}", "evaluation.tokens=512", "calibration.samples=1", "calibration.seq_len=4"]
+    small = [f"model.path={folder}", *EVALUATION, "calibration.samples=1", "calibration.seq_len=4"]
     small += ["tracking=none", f"paths.outputs={tmp_path}"]
     small += ["rules.linear.weight=int4:g32:sym"] if recipe == "w4a16_gptq" else []
     cold, warm = (wrapq.run(recipe, small) for _ in range(2))
@@ -147,7 +148,7 @@ def test_transforms_change_each_expert(token_batches: list[Tensor]) -> None:
 
 
 def test_a_run_whole_and_streamed_and_its_export(folder: Path, tmp_path: Path) -> None:
-    small = [f"model.path={folder}", "evaluation.tokens=512", "calibration.samples=8", "tracking=none"]
+    small = [f"model.path={folder}", *EVALUATION, "calibration.samples=4", "calibration.seq_len=64", "tracking=none"]
     small += ["rules.linear.weight=int4:g32:sym", f"paths.outputs={tmp_path}"]
     export = ["export=compressed_tensors", "export.reader=transformers"]
     whole = wrapq.run("w4a16_gptq", [*small, *export])
@@ -164,7 +165,7 @@ def test_a_run_whole_and_streamed_and_its_export(folder: Path, tmp_path: Path) -
 def test_runs_that_scale_experts_have_the_same_bits_also_where_few_tokens_reach_them(
     recipe: str, folder: Path, tmp_path: Path
 ) -> None:
-    small = [f"model.path={folder}", "evaluation.tokens=512", "calibration.samples=1", "calibration.seq_len=4"]
+    small = [f"model.path={folder}", *EVALUATION, "calibration.samples=1", "calibration.seq_len=4"]
     small += ["tracking=none", f"paths.outputs={tmp_path}"]
     small += ["rules.linear.weight=int4:g32:sym"] if recipe == "w4a16_awq" else []
     first, second = (wrapq.run(recipe, small) for _ in range(2))

@@ -6,8 +6,9 @@ from torch import nn
 
 from wrapq import PTQConfig, convert, padding, prepare
 from wrapq.errors import CalibrationError, LifecycleError
+from wrapq.observers.forward_context import forward_context, in_context
 from wrapq.quant.spec import QuantSpec
-from wrapq.wrappers.quantizer import PADDING, Quantizer, State, WeightQuantizer, real_tokens
+from wrapq.wrappers.quantizer import Quantizer, State, WeightQuantizer, real_tokens
 
 STATIC, DYNAMIC = QuantSpec.parse("uint8:tensor:asym"), QuantSpec.parse("int8:token:dyn")
 
@@ -113,11 +114,8 @@ MASK = torch.tensor([[True, True, False], [True, False, False]])
 def test_real_tokens(shape: tuple[int, ...], token_dim: int, count: int | None):
     x = torch.arange(float(torch.Size(shape).numel())).reshape(shape)
     assert real_tokens(x, token_dim) is x
-    token = PADDING.set(MASK)
-    try:
+    with in_context(padding=MASK):
         kept = real_tokens(x, token_dim)
-    finally:
-        PADDING.reset(token)
     if count is None:
         assert kept is x
         return
@@ -129,6 +127,6 @@ def test_real_tokens(shape: tuple[int, ...], token_dim: int, count: int | None):
 
 def test_padding_ends_with_its_block_even_after_an_error():
     with pytest.raises(KeyError), padding(MASK.int()):
-        assert PADDING.get().dtype == torch.bool
+        assert forward_context().padding.dtype == torch.bool
         raise KeyError
-    assert PADDING.get() is None
+    assert forward_context().padding is None

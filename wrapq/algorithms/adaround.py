@@ -10,24 +10,23 @@ from __future__ import annotations
 import math
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
+from wrapq.algorithms.base import ALGORITHMS, Rounded, Rounder
 from wrapq.algorithms.columns import spread
-from wrapq.calibration.algorithm import ALGORITHMS, Rounded, Rounder
-from wrapq.calibration.statistics import InputStatistics, quadratic
 from wrapq.observers.base import observe_tensor
 from wrapq.quant.affine import storage_dtype
 from wrapq.quant.spec import QuantSpec
+from wrapq.registry import Options
+from wrapq.statistics.input import InputStatistics, quadratic
 
 _LOW, _HIGH = -0.1, 1.1
 """The ends of the stretched sigmoid, so that it reaches 0 and 1."""
 
 
-class AdaRoundOptions(BaseModel):
+class AdaRoundOptions(Options):
     """Options of AdaRound."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     iterations: int = Field(500, ge=1, description="Steps of Adam.")
     lr: float = Field(0.05, gt=0, description="Adam's step.")
@@ -41,41 +40,29 @@ class AdaRoundOptions(BaseModel):
 
 @ALGORITHMS.register("adaround")
 class AdaRound(Rounder):
-    """AdaRound on integer grids, in the ranges of the spec's observer.
-
-    A row that learning left worse than rounding to nearest is rounded to nearest.
-    """
+    """AdaRound on integer grids, in the ranges of the spec's observer; a row that learning left worse than rounding to
+    nearest is rounded to nearest."""
 
     Options = AdaRoundOptions
     options: AdaRoundOptions
+    needs = ("hessian",)
     groups_at_once = True  # a step for the nine weights of a depthwise channel takes as long as for all channels
 
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """See `Algorithm.needs`."""
-        return ("hessian",)
-
     def unsupported(self, spec: QuantSpec) -> str | None:
-        """See `Rounding.unsupported`."""
         if spec.zero_point == "float":
             return "its neighbours are those of an integer zero point"
         return None if spec.dtype.kind == "int" else "the numbers of its grid are not evenly spaced"
 
     def round(self, weight: Tensor, spec: QuantSpec, where: str, statistics: InputStatistics | None = None) -> Rounded:
-        """See `Rounder.round`."""
         statistics, weight = statistics or InputStatistics(), weight.float()
         hessian = statistics.get("hessian", where).float() / statistics.rows
         qparams = observe_tensor(weight, spec, where)
-        rows, columns = weight.shape
-        scale = spread(qparams.effective_scale, rows, columns, spec)
-        zero = torch.zeros_like(scale)
-        if qparams.zero_point is not None:
-            zero = spread(qparams.zero_point, rows, columns, spec)
-        shape = (statistics.groups, -1, columns) if statistics.groups > 1 else (rows, columns)
-        its, its_scale, its_zero = (part.reshape(shape) for part in (weight, scale, zero))
-        up = learn_rounding(its, its_scale, its_zero, hessian, spec.dtype.qmin, spec.dtype.qmax, self.options)
-        up = up.reshape(rows, columns)
-        learned = (torch.floor(weight / scale) + up + zero).clamp(spec.dtype.qmin, spec.dtype.qmax)
+        scale, grid = spread(qparams.effective_scale, weight.shape, spec), (spec.dtype.qmin, spec.dtype.qmax)
+        zero = torch.zeros_like(scale) if qparams.zero_point is None else spread(qparams.zero_point, weight.shape, spec)
+        shape = (statistics.groups, -1, weight.shape[1]) if statistics.groups > 1 else weight.shape
+        parts = (weight.reshape(shape), scale.reshape(shape), zero.reshape(shape))
+        up = learn_rounding(*parts, hessian, grid, self.options)
+        learned = (torch.floor(weight / scale) + up.reshape(weight.shape) + zero).clamp(*grid)
         nearest = qparams.quantize(weight).float()
         lost, before = (quadratic((codes - zero) * scale - weight, hessian) for codes in (learned, nearest))
         worse = lost > before
@@ -84,32 +71,26 @@ class AdaRound(Rounder):
 
 
 def learn_rounding(
-    weight: Tensor, scale: Tensor, zero: Tensor, hessian: Tensor, low: int, high: int, options: AdaRoundOptions
+    weight: Tensor, scale: Tensor, zero: Tensor, hessian: Tensor, grid: tuple[int, int], options: AdaRoundOptions
 ) -> Tensor:
-    """For each weight [N, K], or [G, N, K] of G groups, whether it goes up from the grid point below it, as 0 or 1.
+    """For each `weight` [N, K], float32, whether it goes up from the grid point below it, as 0 or 1; `scale` and `zero`
+    are as wide as it, `hessian` is [K, K], `grid` has the ends. With G groups of rows all have G in front.
 
     The error of the output is counted relative to that of rounding to nearest, times the number of weights, so that the
     regularizer weighs the same whatever the layer's numbers are.
-
-    Args:
-        weight: float32 [N, K] or [G, N, K].
-        scale, zero: as wide as the weight.
-        hessian: [K, K] or [G, K, K].
-        low, high: the ends of the grid.
-        options: those of AdaRound.
     """
     steps = weight / scale
     below = steps.floor()
     rest = (steps - below).clamp(1e-4, 1 - 1e-4)
-    v = torch.log((rest - _LOW) / (_HIGH - rest)).requires_grad_(False)  # h(V) is the rest: the float weight itself
-    nearest = ((steps.round() + zero).clamp(low, high) - zero) * scale - weight
+    v = torch.log((rest - _LOW) / (_HIGH - rest))  # h(V) is the rest: the float weight itself
+    nearest = ((steps.round() + zero).clamp(*grid) - zero) * scale - weight
     lost = quadratic(nearest, hessian).sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
     unit = lost[..., None, None] / weight.shape[-2:].numel()
     optimizer = torch.optim.Adam([v], lr=options.lr)
     for step in range(options.iterations):
-        v.grad = gradient(v, weight, below, scale, zero, hessian / unit, (low, high), *_annealed(step, options))
+        v.grad = gradient(v, weight, below, scale, zero, hessian / unit, grid, *_annealed(step, options))
         optimizer.step()
-    return (_rectified(v) >= 0.5).float()
+    return (v.sigmoid() * (_HIGH - _LOW) + _LOW >= 0.5).float()
 
 
 def gradient(
@@ -146,8 +127,3 @@ def _annealed(step: int, options: AdaRoundOptions) -> tuple[float, float]:
     done = (step - warm) / max(options.iterations - warm, 1)
     beta = options.beta_end + 0.5 * (options.beta_start - options.beta_end) * (1 + math.cos(done * math.pi))
     return options.regularizer, beta
-
-
-def _rectified(v: Tensor) -> Tensor:
-    """`h(V) = clip(sigmoid(V) * 1.2 - 0.1, 0, 1)`."""
-    return (v.sigmoid() * (_HIGH - _LOW) + _LOW).clamp(0, 1)

@@ -1,4 +1,4 @@
-"""AWQ: the columns that large inputs meet are scaled up before rounding, which rounds them finer.
+"""AWQ: weight columns that multiply large inputs are scaled up before rounding, which gives them a finer grid.
 
 Lin et al., "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration", arXiv:2306.00978, equation
 5: the scales are `s = mean|x|^a`, and `a` is searched for the least error of `Q(W s) (x / s)` against `W x`. Here that
@@ -11,24 +11,29 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
-from wrapq.algorithms.replay import Replay
-from wrapq.algorithms.scaling import input_largest, scaled_error, scored, unscalable, usable
-from wrapq.calibration.algorithm import ALGORITHMS, RUNS, Found, Transform
-from wrapq.calibration.graph import Feed, Graph
-from wrapq.calibration.statistics import InputStatistics
-from wrapq.calibration.surgery import Surgeon
-from wrapq.observers.base import observe_tensor
+from wrapq.algorithms.base import ALGORITHMS
+from wrapq.algorithms.block_outputs import BlockOutputs
+from wrapq.algorithms.scaling import (
+    largest_per_channel,
+    quantized_linears,
+    round_scaled,
+    safe_factors,
+    scaled_error,
+    unscalable,
+)
+from wrapq.algorithms.transform import BATCHES, Statistics, Targets, Transform
+from wrapq.graph.dataflow import ChannelEdge, Graph
+from wrapq.graph.rewriter import GraphRewriter
 from wrapq.quant.spec import QuantSpec
+from wrapq.registry import Options
 from wrapq.wrappers.model import Specs
 
 
-class AWQOptions(BaseModel):
+class AWQOptions(Options):
     """Options of `awq`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     grid: int = Field(20, ge=1, description="How many exponents between 0 and 1 are tried.")
     duo: bool = Field(True, description="Try scales that take the weights' own magnitudes into account, too.")
@@ -39,10 +44,8 @@ class AWQOptions(BaseModel):
 
 @ALGORITHMS.register("awq")
 class AWQ(Transform):
-    """Scales what feeds linears with quantized weights, wherever a weight lies before that takes it back.
-
-    Clipping, the paper's second step, is a choice of ranges: `seqmse`, or `gptq` with `ranges: hessian`, after it.
-    """
+    """Scales the inputs of linears with quantized weights, wherever their producer can take the inverse. Clipping, the
+    paper's second step, is a choice of ranges: `seqmse`, or `gptq` with `ranges: hessian`, after it."""
 
     Options = AWQOptions
     options: AWQOptions
@@ -50,88 +53,74 @@ class AWQ(Transform):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """See `Algorithm.needs`."""
-        return ("hessian", "mean_abs", *((RUNS,) if self.options.replay else ()))
+        return ("hessian", "mean_abs", *((BATCHES,) if self.options.replay else ()))
 
-    def find(self, graph: Graph, specs: Specs) -> Found:
-        """See `Transform.find`."""
-        left = {f.producer: reason for f in graph.feeds if (reason := _unfit(f, graph, specs)) is not None}
-        return Found(tuple(feed.producer for feed in graph.feeds if feed.producer not in left), left)
+    def find_targets(self, graph: Graph, specs: Specs) -> Targets:
+        reasons = {edge.producer: unscalable(edge, graph) for edge in graph.edges}
+        for edge in graph.edges:
+            if not any(c.layer.kind == "linear" and "weight" in specs.get(c.module, {}) for c in edge.consumers):
+                reasons[edge.producer] = "no linear that reads it has a quantized weight"
+        return Targets.where_none(reasons)
 
-    def apply(self, surgeon: Surgeon, target: str, statistics: Mapping[str, InputStatistics]) -> Mapping[str, float]:
-        """See `Transform.apply`."""
-        feed = surgeon.graph.by_producer[target]
-        tried = [torch.ones(len(feed.channels)), *self.candidates(surgeon, feed, statistics)]
-        errors = [awq_error(surgeon, feed, factors, statistics) for factors in tried]
+    def apply(self, rewriter: GraphRewriter, target: str, statistics: Statistics) -> Mapping[str, float]:
+        edge = rewriter.graph.by_producer[target]
+        tried = [torch.ones(edge.width), *self.candidates(rewriter, edge, statistics)]
+        errors = [awq_error(rewriter, edge, factors, statistics) for factors in tried]
         order, figures = sorted(range(len(tried)), key=errors.__getitem__), {}
         best = order[0]
         if self.options.replay:
-            replay = Replay(surgeon, [reader.module for reader in feed.readers])
-            again = {i: replayed_error(surgeon, feed, replay, tried[i]) for i in {0, *order[: self.options.replay]}}
-            best = min(again, key=again.__getitem__)
-            figures["block_error"] = again[best] / again[0] if again[0] else 1.0
-        surgeon.scale(feed, tried[best])
+            block = BlockOutputs(rewriter, [consumer.module for consumer in edge.consumers])
+            rerun = {i: block_error(rewriter, edge, block, tried[i]) for i in {0, *order[: self.options.replay]}}
+            best = min(rerun, key=rerun.__getitem__)
+            figures["block_error"] = rerun[best] / rerun[0] if rerun[0] else 1.0
+        rewriter.scale(edge, tried[best])
         figures["error"] = errors[best] / errors[0] if errors[0] else 1.0
         return figures | {"largest_factor": float(tried[best].amax())}
 
-    def candidates(self, surgeon: Surgeon, feed: Feed, statistics: Mapping[str, InputStatistics]) -> Iterator[Tensor]:
+    def candidates(self, rewriter: GraphRewriter, edge: ChannelEdge, statistics: Statistics) -> Iterator[Tensor]:
         """The scales [N] that are tried, besides none."""
-        most = max(its.rows for its in statistics.values())  # of a mixture its router's: all tokens come to it
-        seen = {name: its for name, its in statistics.items() if its.rows == most}
-        x = input_largest(feed, {name: its.get("mean_abs", name) for name, its in seen.items()})
-        given = [(reader, relative_magnitude(weight, spec)) for reader, weight, spec in scored(surgeon, feed)]
-        w = torch.stack([reader.gather(its.cpu(), len(feed.channels)) for reader, its in given]).mean(0)
+        most = max(stats.rows for stats in statistics.values())  # of a mixture its router's: it gets all tokens
+        inputs = {name: stats.get("mean_abs", name) for name, stats in statistics.items() if stats.rows == most}
+        x = largest_per_channel(edge, inputs)
+        magnitudes = [(c, relative_magnitude(weight, spec)) for c, weight, spec in quantized_linears(rewriter, edge)]
+        w = torch.stack([c.reduce_max(magnitude.cpu(), edge.width) for c, magnitude in magnitudes]).mean(0)
         for step in range(self.options.grid):
             ratio = step / self.options.grid
-            yield centred(x**ratio, feed)
+            yield centred(x**ratio, edge)
             if self.options.duo:
-                yield centred(x**ratio / (w ** (1 - ratio) + 1e-4), feed)
+                yield centred(x**ratio / (w ** (1 - ratio) + 1e-4), edge)
 
 
-def centred(factors: Tensor, feed: Feed) -> Tensor:
+def centred(factors: Tensor, edge: ChannelEdge) -> Tensor:
     """`factors` [N] divided by the geometric mean of the largest and the smallest; 1 where there are none."""
-    own = factors[feed.channels].clamp(min=1e-4)
-    return usable(factors.clamp(min=1e-4) / (own.amax() * own.amin()).sqrt(), feed)
+    own = factors[edge.owned].clamp(min=1e-4)
+    return safe_factors(factors.clamp(min=1e-4) / (own.amax() * own.amin()).sqrt(), edge)
 
 
 def relative_magnitude(weight: Tensor, spec: QuantSpec) -> Tensor:
-    """How large the elements of each column [K] of a weight [N, K] are, as mean part of the largest that shares their
-    scale."""
+    """The mean magnitude of each column [K] of a weight [N, K], relative to the largest element that shares a scale."""
     size = spec.group_size if spec.granularity == "group" else weight.shape[1]
     parts = weight.abs().unflatten(1, (-1, size or 1))
     return (parts / parts.amax(-1, keepdim=True).clamp(min=1e-6)).flatten(1).mean(0)
 
 
-def awq_error(surgeon: Surgeon, feed: Feed, factors: Tensor, statistics: Mapping[str, InputStatistics]) -> float:
-    """The squared error in the outputs of all readers of `feed` with quantized weights, summed over the calibration
-    rows that come to each, for scales `factors` [N]."""
-    return sum(
-        scaled_error(
-            weight,
-            reader.spread(factors).to(weight.device),
-            spec,
-            statistics[reader.module].get("hessian", reader.module),
-            reader.module,
-        )
-        for reader, weight, spec in scored(surgeon, feed)
-        if reader.module in statistics
-    )
+def awq_error(rewriter: GraphRewriter, edge: ChannelEdge, factors: Tensor, statistics: Statistics) -> float:
+    """The squared error in the outputs of all consumers of `edge` with quantized weights, summed over the calibration
+    rows of each, for scales `factors` [N]."""
+    total = 0.0
+    for consumer, weight, spec in quantized_linears(rewriter, edge):
+        if (stats := statistics.get(consumer.module)) is not None:
+            hessian, scales = stats.get("hessian", consumer.module), consumer.expand(factors).to(weight.device)
+            total += scaled_error(weight, scales, spec, hessian, consumer.module)
+    return total
 
 
-def replayed_error(surgeon: Surgeon, feed: Feed, replay: Replay, factors: Tensor) -> float:
+def block_error(rewriter: GraphRewriter, edge: ChannelEdge, block: BlockOutputs, factors: Tensor) -> float:
     """The squared error in the output of the block, for scales `factors` [N]."""
     weights = {}
-    for reader, weight, spec in scored(surgeon, feed):
-        spread, slot = reader.spread(factors).to(weight.device), reader.leaf.reads
-        rounded = observe_tensor(weight * spread, spec, reader.module).fake_quantize(weight * spread) / spread
-        held = surgeon.model.get_submodule(reader.module).get_parameter("weight")
-        layout = rounded if slot is not None and slot.columns == 1 else rounded.t()
-        weights[f"{reader.module}.weight"] = layout.to(held.dtype)
-    return replay.error(weights)
-
-
-def _unfit(feed: Feed, graph: Graph, specs: Specs) -> str | None:
-    linears = [reader for reader in feed.readers if reader.leaf.kind == "linear"]
-    if not any("weight" in specs.get(reader.module, {}) for reader in linears):
-        return "no linear that reads it has a quantized weight"
-    return unscalable(feed, graph)
+    for consumer, weight, spec in quantized_linears(rewriter, edge):
+        rounded = round_scaled(weight, consumer.expand(factors).to(weight.device), spec, consumer.module)
+        dtype = rewriter.model.get_submodule(consumer.module).get_parameter("weight").dtype
+        as_held = rounded if consumer.layout.in_axis == 1 else rounded.t()
+        weights[f"{consumer.module}.weight"] = as_held.to(dtype)
+    return block.error(weights)

@@ -10,17 +10,16 @@ from __future__ import annotations
 import math
 from types import MappingProxyType
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
-from wrapq.calibration.algorithm import ALGORITHMS, Correction, Corrector
-from wrapq.calibration.statistics import InputStatistics
+from wrapq.algorithms.base import ALGORITHMS, Correction, Corrector
+from wrapq.registry import Options
+from wrapq.statistics.input import InputStatistics
 
 
-class BiasCorrectionOptions(BaseModel):
+class BiasCorrectionOptions(Options):
     """Options of bias correction."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     empirical: bool = Field(
         False, description="Make up for the mean error of the layer's input too; doubles the forwards."
@@ -38,16 +37,13 @@ class BiasCorrection(Corrector):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """See `Algorithm.needs`."""
         return ("mean", "mean_shift") if self.options.empirical else ("mean",)
 
     def correct(self, weight: Tensor, error: Tensor, where: str, statistics: InputStatistics) -> Correction:
-        """See `Corrector.correct`."""
         bias = error @ statistics.get("mean", where).float()
         if self.options.empirical:
             bias = bias + weight @ statistics.get("mean_shift", where).float()
         return Correction(bias=bias, report={"bias_shift": float(bias.square().mean().sqrt())})
 
     def added_elements(self, shape: tuple[int, int]) -> int:
-        """See `Corrector.added_elements`."""
         return shape[0]

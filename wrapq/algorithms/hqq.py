@@ -8,21 +8,20 @@ zero point, or the scale where there is none, in closed form, equation 8.
 from __future__ import annotations
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
-from wrapq.calibration.algorithm import ALGORITHMS, Rounded, Rounder
-from wrapq.calibration.statistics import InputStatistics
+from wrapq.algorithms.base import ALGORITHMS, Rounded, Rounder
 from wrapq.observers.base import observe_tensor, scale_rows
 from wrapq.quant.affine import TINY, round_scale, round_to_grid, round_zero_point
 from wrapq.quant.qparams import QParams
 from wrapq.quant.spec import QuantSpec
+from wrapq.registry import Options
+from wrapq.statistics.input import InputStatistics
 
 
-class HQQOptions(BaseModel):
+class HQQOptions(Options):
     """Options of HQQ."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     p: float = Field(0.7, gt=0, le=1, description="The norm of the error; the less, the more outliers are let go.")
     beta: float = Field(10.0, gt=0, description="How closely the error that stands apart follows the true one.")
@@ -32,48 +31,35 @@ class HQQOptions(BaseModel):
 
 @ALGORITHMS.register("hqq")
 class HQQ(Rounder):
-    """Rounding to nearest with zero points by HQQ, or with scales by it on symmetric grids.
-
-    Starts from the ranges of the spec's observer; zero points end as the spec has them, in the paper as
-    floats.
-    """
+    """Rounding to nearest with zero points by HQQ, or with scales by it on symmetric grids. Starts from the ranges of
+    the spec's observer; zero points end as the spec has them, in the paper as floats."""
 
     Options = HQQOptions
     options: HQQOptions
 
     def unsupported(self, spec: QuantSpec) -> str | None:
-        """See `Rounding.unsupported`."""
         fixed = spec.scale_dtype == "e8m0" or spec.global_scale
         return f"its scales are {'relative' if spec.global_scale else 'powers of two'}, not free" if fixed else None
 
     def round(self, weight: Tensor, spec: QuantSpec, where: str, statistics: InputStatistics | None = None) -> Rounded:
-        """See `Rounder.round`."""
         start = observe_tensor(weight, spec, where)
         rows = scale_rows(weight.float(), spec)
         zero = None if start.zero_point is None else start.zero_point.reshape(-1, 1).float()
-        scale, zero = half_quadratic(rows, start.scale.reshape(-1, 1), zero, spec, **self.options.model_dump())
-        shape = start.scale.shape
-        zero_point = None if zero is None else zero.reshape(shape)
-        qparams = QParams(spec, scale.reshape(shape).contiguous(), zero_point)
+        scale, zero = half_quadratic(rows, start.scale.reshape(-1, 1), zero, spec, self.options)
+        zero_point = None if zero is None else zero.reshape(start.scale.shape)
+        qparams = QParams(spec, scale.reshape(start.scale.shape).contiguous(), zero_point)
         return Rounded(qparams.quantize(weight), qparams)
 
 
 def half_quadratic(
-    rows: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    spec: QuantSpec,
-    p: float,
-    beta: float,
-    kappa: float,
-    iterations: int,
+    rows: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec, options: HQQOptions
 ) -> tuple[Tensor, Tensor | None]:
     """Better `scale` and `zero` [R, 1] for `rows` [R, M], each row under one scale; all rows at once.
 
     An asymmetric grid keeps its scale and moves its zero point, which becomes what the spec stores; a symmetric one
     keeps its zero and takes the scale that fits its codes best. Each row ends with what had the least `sum |W - W~|^p`.
     """
-    dtype = spec.dtype
+    dtype, p, beta = spec.dtype, options.p, options.beta
 
     def error(scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         stored = None if zero is None else round_zero_point(zero, spec)
@@ -83,7 +69,7 @@ def half_quadratic(
 
     best, lost, grid = error(scale, zero)
     kept_scale, kept_zero = scale, zero
-    for _ in range(iterations):
+    for _ in range(options.iterations):
         if spec.symmetric or zero is None:
             near = rows - _shrink(lost, beta, p)
             power = (grid * grid).sum(1, keepdim=True)
@@ -94,7 +80,7 @@ def half_quadratic(
             codes = (rows / scale).add_(zero).round_().clamp_(dtype.qmin, dtype.qmax)
             apart = _shrink(rows - (codes - zero) * scale, beta, p)
             zero = (codes - (rows - apart) / scale).mean(1, keepdim=True)
-        beta *= kappa
+        beta *= options.kappa
         found, lost, grid = error(scale, zero)
         better = found < best
         best = torch.where(better, found, best)

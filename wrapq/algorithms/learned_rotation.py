@@ -1,4 +1,4 @@
-"""A rotation of the residual stream that is learned: gradient descent over orthogonal matrices.
+"""A learned rotation of the residual stream: gradient descent over orthogonal matrices.
 
 Liu et al., "SpinQuant: LLM Quantization with Learned Rotations", arXiv:2405.16406, section 3.3: the loss of the model
 with weights and inputs quantized goes down by Cayley SGD (Li et al., "Efficient Riemannian Optimization on the Stiefel
@@ -10,7 +10,7 @@ texts are not learned by heart.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -19,44 +19,40 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import kl_div
 
-from wrapq.calibration.blockwise import leaving
-from wrapq.calibration.forward import Batch
-from wrapq.calibration.graph import Stream
-from wrapq.calibration.surgery import Surgeon
-from wrapq.calibration.transport import turned
 from wrapq.errors import CalibrationError
+from wrapq.graph.blocks import Batch, output_hidden_states
+from wrapq.graph.dataflow import ResidualStream
+from wrapq.graph.rewriter import GraphRewriter
 from wrapq.observers.base import observe_tensor
 from wrapq.quant.affine import dynamic_fake_quantize
 from wrapq.quant.spec import QuantSpec
+from wrapq.statistics.transport import rotate_blocks
 from wrapq.wrappers.model import Specs
-from wrapq.wrappers.registry import WRAPPERS
+from wrapq.wrappers.wrapper_registry import WRAPPERS
 
 _LENGTH = 0.6  # of the first step, `a |A|`, which falls to zero: measured the best of 0.2, 0.6 and 2 over 50 steps
 _JUDGING = 2  # batches by which start and end are compared
 
 
 def learn_rotation(
-    surgeon: Surgeon, stream: Stream, blocks: Tensor, start: Tensor, keep_ones: bool, steps: int
+    rewriter: GraphRewriter, stream: ResidualStream, blocks: Tensor, start: Tensor, keep_ones: bool, steps: int
 ) -> tuple[Tensor, Mapping[str, float]]:
-    """The orthogonal matrix [D, D], float64, that a stream is turned by, and the loss before and after.
+    """The orthogonal matrix [D, D], float64, to rotate a residual stream by, and the loss before and after.
 
     Args:
-        surgeon: with the float model, what will be quantized in it, and calibration data.
-        stream: whose writers and readers it turns; their weights are their own.
-        blocks: int64 [B, D], the channels that are turned together.
+        rewriter: with the float model, what will be quantized in it, and calibration data.
+        stream: whose writers and consumers it rotates; their weights are not tied.
+        blocks: int64 [B, D], the channels that are rotated together.
         start: [D, D], where the descent starts; it is the result where the descent ends no lower.
         keep_ones: the matrix must leave the vector of ones as it is.
-        steps: of the descent; each looks at one batch.
-
-    Raises:
-        CalibrationError: there is no data to learn from.
+        steps: of the descent; each looks at one batch. Without any batch it raises `CalibrationError`.
     """
-    if not surgeon.batches:
+    if not rewriter.batches:
         raise CalibrationError("a rotation is learned from calibration data, and there is none")
-    task = _Task(surgeon, stream, blocks)
-    start = rotation = start.to(next(surgeon.model.parameters()).device, torch.double)
+    task = _Task(rewriter, stream, blocks)
+    start = rotation = start.to(next(rewriter.model.parameters()).device, torch.double)
     for step in range(steps):
-        gradient = task.gradient(rotation, step % len(surgeon.batches))
+        gradient = task.gradient(rotation, step % len(rewriter.batches))
         rotation = cayley_step(rotation, gradient, _LENGTH * (1 - step / steps), keep_ones)
     before, after = (task.judge(matrix) for matrix in (start, rotation))
     figures = {"loss_before": before, "loss_after": min(before, after)}
@@ -64,10 +60,8 @@ def learn_rotation(
 
 
 def cayley_step(rotation: Tensor, gradient: Tensor, length: float, keep_ones: bool = False) -> Tensor:
-    """One step down `gradient` [D, D] from an orthogonal `rotation` [D, D], to another orthogonal matrix.
-
-    Its `length` is `a |A|`, whatever the scale of the loss, as the sign of the gradient is to AutoRound.
-    """
+    """One step down `gradient` [D, D] from an orthogonal `rotation` [D, D], to another orthogonal matrix. Its `length`
+    is `a |A|`, whatever the scale of the loss, as the sign of the gradient is to AutoRound."""
     eye = torch.eye(len(rotation), dtype=rotation.dtype, device=rotation.device)
     skew = gradient.to(rotation) @ rotation.t()
     skew = skew - skew.t()
@@ -79,18 +73,17 @@ def cayley_step(rotation: Tensor, gradient: Tensor, length: float, keep_ones: bo
 
 
 class _Task:
-    """The model with a turned stream, quantized, as a function of the matrix."""
+    """The loss of the quantized model with a rotated stream, as a function of the matrix."""
 
-    def __init__(self, surgeon: Surgeon, stream: Stream, blocks: Tensor) -> None:
-        self.model, self.specs, self.batches, self.blocks = surgeon.model, surgeon.specs, surgeon.batches, blocks
+    def __init__(self, rewriter: GraphRewriter, stream: ResidualStream, blocks: Tensor) -> None:
+        self.model, self.specs, self.batches, self.blocks = rewriter.model, rewriter.specs, rewriter.batches, blocks
         self._axes: list[tuple[str, str, int]] = []
-        """Each parameter that the matrix turns, and along which axis."""
-        for name, leaf in zip(stream.writers, stream.leaves, strict=True):
-            if leaf.writes is not None:
-                self._axes += [(name, leaf.writes.parameter, leaf.writes.rows), (name, str(leaf.writes.bias), -1)]
-        for reader in (r for norm in stream.norms for r in surgeon.graph.by_producer[norm].readers):
-            if reader.leaf.reads is not None:
-                self._axes.append((reader.module, reader.leaf.reads.parameter, int(reader.leaf.reads.columns or 0)))
+        """Each parameter that the matrix rotates, and along which axis."""
+        for name, layer in stream.writers.items():
+            if layer.produces is not None:
+                self._axes += [(name, *output) for output in layer.produces.outputs(self.model.get_submodule(name))]
+        for consumer in (c for norm in stream.norms for c in rewriter.graph.by_producer[norm].consumers):
+            self._axes.append((consumer.module, consumer.layout.parameter, consumer.layout.in_axis))
         with torch.no_grad():
             self._floats = {i: self._log_probabilities(b, {}) for i, b in enumerate(self.batches[:_JUDGING])}
 
@@ -118,47 +111,42 @@ class _Task:
         return divergence.mean() if batch.mask is None else divergence[batch.mask.bool()].mean()
 
     def _log_probabilities(self, batch: Batch, weights: dict[str, Tensor]) -> Tensor:
-        return leaving(functional_call(self.model, weights, (), dict(batch.inputs))).float().log_softmax(-1)
+        output = functional_call(self.model, weights, (), dict(batch.inputs))
+        return output_hidden_states(output).float().log_softmax(-1)
 
     def _weights(self, matrix: Tensor) -> dict[str, Tensor]:
-        """Every parameter that is turned or quantized, as it then is; gradients pass straight through rounding."""
-        found: dict[str, Tensor] = {}
+        """Every rotated or quantized parameter for `matrix`, with straight-through gradients."""
+        weights: dict[str, Tensor] = {}
         for name, parameter, axis in self._axes:
-            held, key = self.model.get_submodule(name)._parameters.get(parameter), f"{name}.{parameter}"
-            if held is not None:
-                found[key] = turned(found.get(key, held.detach()), axis, self.blocks, matrix)
+            held, key = self.model.get_submodule(name).get_parameter(parameter), f"{name}.{parameter}"
+            weights[key] = rotate_blocks(weights.get(key, held.detach()), axis, self.blocks, matrix)
         for name, points in self.specs.items():
             module, spec = self.model.get_submodule(name), points.get("weight")
             wrapper = WRAPPERS.find(module)
             if spec is not None and wrapper is not None and wrapper.multiplies(module):
-                weight = found.get(f"{name}.weight", module._parameters["weight"].detach())  # type: ignore[union-attr]
-                rounded = _straight(wrapper.to_matrix(weight), spec, name)
-                found[f"{name}.weight"] = wrapper.from_matrix(rounded, weight.shape)
-        return found
+                weight = weights.get(f"{name}.weight", module._parameters["weight"].detach())  # type: ignore[union-attr]
+                rounded = _straight_through(wrapper.to_matrix(weight), spec, name)
+                weights[f"{name}.weight"] = wrapper.from_matrix(rounded, weight.shape)
+        return weights
 
 
 @contextmanager
 def _rounded_inputs(model: nn.Module, specs: Specs) -> Iterator[None]:
     """While this holds, modules round their inputs, static ones to the range of the batch."""
-    inputs = {name: points["input"] for name, points in specs.items() if "input" in points}
-    hooks = [
-        model.get_submodule(name).register_forward_pre_hook(partial(_round_input, spec, name))
-        for name, spec in inputs.items()
-    ]
-    try:
+
+    def round_input(spec: QuantSpec, name: str, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (_straight_through(args[0], spec, name), *args[1:])
+
+    with ExitStack() as hooks:
+        for name, points in specs.items():
+            if "input" in points:
+                hook = partial(round_input, points["input"], name)
+                hooks.callback(model.get_submodule(name).register_forward_pre_hook(hook).remove)
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
-def _round_input(spec: QuantSpec, name: str, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (_straight(args[0], spec, name), *args[1:])
-
-
-def _straight(x: Tensor, spec: QuantSpec, name: str) -> Tensor:
+def _straight_through(x: Tensor, spec: QuantSpec, name: str) -> Tensor:
     """`x` on the grid of `spec`, with the gradient of `x`."""
     given = x.detach()
-    if spec.dynamic:
-        return x + (dynamic_fake_quantize(given, spec) - given)
-    return x + (observe_tensor(given, spec, name).fake_quantize(given) - given)
+    qparams = None if spec.dynamic else observe_tensor(given, spec, name)
+    return x + ((qparams.fake_quantize(given) if qparams else dynamic_fake_quantize(given, spec)) - given)

@@ -10,17 +10,16 @@ and needs the inverse of `L^1/2` besides.
 from __future__ import annotations
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
-from wrapq.calibration.algorithm import ALGORITHMS, Correction, Corrector
-from wrapq.calibration.statistics import InputStatistics, quadratic
+from wrapq.algorithms.base import ALGORITHMS, Correction, Corrector
+from wrapq.registry import Options
+from wrapq.statistics.input import InputStatistics, quadratic
 
 
-class LowRankOptions(BaseModel):
+class LowRankOptions(Options):
     """Options of the repair."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     rank: int = Field(32, ge=1, description="Of the product; it costs rank * (N + K) numbers for a weight [N, K].")
 
@@ -30,20 +29,14 @@ class LowRank(Corrector):
     """The best repair of a rank in the eyes of the Hessian, for linear layers."""
 
     adds = "low_rank"
+    needs = ("hessian",)
     Options = LowRankOptions
     options: LowRankOptions
 
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """See `Algorithm.needs`."""
-        return ("hessian",)
-
     def takes(self, wrapper: str) -> bool:
-        """See `Corrector.takes`."""
         return wrapper in ("Linear", "Conv1D")
 
     def correct(self, weight: Tensor, error: Tensor, where: str, statistics: InputStatistics) -> Correction:
-        """See `Corrector.correct`."""
         hessian = statistics.get("hessian", where).double()
         a, b = low_rank(error.double(), hessian, self.options.rank)
         left = error.double() - b @ a
@@ -52,15 +45,12 @@ class LowRank(Corrector):
         return Correction(a=a.float(), b=b.float(), report=report)
 
     def added_elements(self, shape: tuple[int, int]) -> int:
-        """See `Corrector.added_elements`."""
         return min(self.options.rank, *shape) * sum(shape)
 
 
 def low_rank(error: Tensor, hessian: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """`A` [r, K] and `B` [N, r] with the least `tr((E - B A) H (E - B A)^T)` for `error` E [N, K], `hessian` H [K, K].
-
-    The eigenvectors are those of the smaller of `E H E^T` [N, N] and `R^T E^T E R` [K, K], for `H = R R^T`.
-    """
+    """`A` [r, K] and `B` [N, r] with the least `tr((E - B A) H (E - B A)^T)` for `error` E [N, K], `hessian` H [K, K];
+    the eigenvectors are those of the smaller of `E H E^T` [N, N] and `R^T E^T E R` [K, K], for `H = R R^T`."""
     rows, columns = error.shape
     rank = min(rank, rows, columns)
     if rows <= columns:

@@ -1,4 +1,4 @@
-"""MagR: weights are made smaller, as far as the layer's output hardly changes, so that their grid can be finer.
+"""MagR: the largest weights are made smaller where the layer's output hardly changes, for a finer grid.
 
 Zhang et al., "MagR: Weight Magnitude Reduction for Enhancing Post-Training Quantization", arXiv:2406.00800: for each
 row `w_0` of a weight, `min_w 1/2 |X w - X w_0|^2 + alpha |w|_inf` by proximal gradient descent (algorithm 1). The
@@ -10,22 +10,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
-from wrapq.calibration.algorithm import ALGORITHMS, Found, Transform
-from wrapq.calibration.graph import Graph
-from wrapq.calibration.statistics import InputStatistics, quadratic
-from wrapq.calibration.surgery import Surgeon
+from wrapq.algorithms.base import ALGORITHMS
+from wrapq.algorithms.transform import Statistics, Targets, Transform
+from wrapq.graph.dataflow import Graph
+from wrapq.graph.rewriter import GraphRewriter
+from wrapq.registry import Options
+from wrapq.statistics.input import quadratic
 from wrapq.wrappers.model import Specs
 
 _MOST_STEPS = 50  # of Newton's method; a few are enough
 
 
-class MagROptions(BaseModel):
+class MagROptions(Options):
     """Options of `magr`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     alpha: float = Field(0.001, gt=0, description="How much smaller weights are worth against the layer's error.")
     iterations: int = Field(150, ge=1, description="Steps of the gradient descent.")
@@ -37,30 +37,23 @@ class MagR(Transform):
 
     Options = MagROptions
     options: MagROptions
-    band = 0.3
+    needs = ("hessian",)
+    tolerance = 0.3
 
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """See `Algorithm.needs`."""
-        return ("hessian",)
-
-    def find(self, graph: Graph, specs: Specs) -> Found:
-        """See `Transform.find`."""
-        readers = {r.module: r for feeds in graph.by_reader.values() for feed in feeds for r in feed.readers}
-        linears = [name for name, r in readers.items() if r.leaf.kind == "linear" and "weight" in specs.get(name, {})]
-        left = {name: f"it is tied to {', '.join(graph.tied[name])}" for name in linears if name in graph.tied}
-        return Found(tuple(name for name in linears if name not in left), left)
+    def find_targets(self, graph: Graph, specs: Specs) -> Targets:
+        linears = [name for name, consumer in graph.consumers.items() if consumer.layer.kind == "linear"]
+        quantized = [name for name in linears if "weight" in specs.get(name, {})]
+        skipped = {name: f"it is tied to {', '.join(graph.tied[name])}" for name in quantized if name in graph.tied}
+        return Targets(tuple(name for name in quantized if name not in skipped), skipped)
 
     def inputs(self, graph: Graph, target: str) -> tuple[str, ...]:
-        """See `Transform.inputs`."""
         return (target,)
 
-    def apply(self, surgeon: Surgeon, target: str, statistics: Mapping[str, InputStatistics]) -> Mapping[str, float]:
-        """See `Transform.apply`."""
-        reader = next(r for r in surgeon.graph.by_reader[target][0].readers if r.module == target)
-        weight, hessian = surgeon.columns(reader), statistics[target].get("hessian", target)
+    def apply(self, rewriter: GraphRewriter, target: str, statistics: Statistics) -> Mapping[str, float]:
+        consumer = rewriter.graph.consumers[target]
+        weight, hessian = rewriter.consumer_weight(consumer), statistics[target].get("hessian", target)
         reduced = reduce_magnitude(weight, hessian, self.options.alpha, self.options.iterations)
-        surgeon.rewrite(reader, reduced)
+        rewriter.rewrite(consumer, reduced)
         moved = reduced - weight
         before, error = (float(quadratic(m, hessian).sum()) for m in (weight, moved))
         return {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from wrapq.calibration.algorithm import ALGORITHMS, RangeSetter
+from wrapq.algorithms.base import ALGORITHMS, RangeSetter
 from wrapq.observers.base import Observer
 from wrapq.quant.qparams import QParams
 
@@ -12,5 +12,4 @@ class Ranges(RangeSetter):
     """Each static activation point takes the range that its spec's observer found over the calibration data."""
 
     def choose(self, observer: Observer, where: str) -> QParams:
-        """See `RangeSetter.choose`."""
         return observer.qparams(where)

@@ -1,61 +1,63 @@
-"""What transforms that scale the channels of a feed have in common."""
+"""Common parts of transforms that scale the channels of an edge."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
-from wrapq.calibration.graph import Feed, Graph, Reader
-from wrapq.calibration.statistics import quadratic
-from wrapq.calibration.surgery import Surgeon
+from wrapq.graph.dataflow import ChannelEdge, Consumer, Graph
+from wrapq.graph.rewriter import GraphRewriter
 from wrapq.observers.base import observe_tensor
 from wrapq.quant.spec import QuantSpec
+from wrapq.statistics.input import quadratic
 from wrapq.wrappers.model import Specs
 
 
-def unscalable(feed: Feed, graph: Graph) -> str | None:
-    """Why the channels of `feed` cannot be scaled; None where at least some can."""
-    if feed.open:
-        return f"its output is also seen by {', '.join(feed.seen_by)}"
-    if feed.leaf.writes is None:
+def unscalable(edge: ChannelEdge, graph: Graph) -> str | None:
+    """Why no channel of `edge` can be scaled; None where at least some can."""
+    if edge.unowned:
+        return f"its output is also seen by {', '.join(edge.other_consumers)}"
+    if edge.layer.produces is None:
         return "it has no weight of its own"
-    for name in filter(None, (feed.producer, feed.norm, *(reader.module for reader in feed.readers))):
-        if name in graph.tied:
-            return f"{name} is tied to {', '.join(graph.tied[name])}"
-    return None
+    return graph.tied_reason(edge.modules)
 
 
-def quantized(feed: Feed, specs: Specs, point: str) -> bool:
-    """Whether `point` of one of its readers is quantized."""
-    return any(point in specs.get(reader.module, {}) for reader in feed.readers)
+def quantized(edge: ChannelEdge, specs: Specs, point: str) -> bool:
+    """Whether `point` of one of the edge's consumers is quantized."""
+    return any(point in specs.get(consumer.module, {}) for consumer in edge.consumers)
 
 
-def input_largest(feed: Feed, values: dict[str, Tensor]) -> Tensor:
-    """For each channel [N] of `feed` the largest of its readers' `values` [K], by the names of those that have any."""
-    width = len(feed.channels)
-    given = [reader for reader in feed.readers if reader.module in values]
-    return torch.stack([reader.gather(values[reader.module].cpu(), width) for reader in given]).amax(0)
+def largest_per_channel(edge: ChannelEdge, values: Mapping[str, Tensor]) -> Tensor:
+    """For each channel [N] of `edge` the largest of `values` [K], which are given by the names of its consumers; those
+    without values do not count."""
+    given = [consumer for consumer in edge.consumers if consumer.module in values]
+    return torch.stack([consumer.reduce_max(values[consumer.module].cpu(), edge.width) for consumer in given]).amax(0)
 
 
-def usable(factors: Tensor, feed: Feed) -> Tensor:
-    """`factors` [N], 1 where they are zero or not finite, as of channels that are always zero, or not to be scaled."""
-    good = torch.isfinite(factors) & (factors > 0) & feed.channels
-    return torch.where(good, factors, 1.0)
+def safe_factors(factors: Tensor, edge: ChannelEdge) -> Tensor:
+    """`factors` [N], and 1 for channels that are not owned and where they are 0 or not finite, as for dead channels."""
+    return torch.where(torch.isfinite(factors) & (factors > 0) & edge.owned, factors, 1.0)
 
 
-def scored(surgeon: Surgeon, feed: Feed) -> Iterator[tuple[Reader, Tensor, QuantSpec]]:
-    """The readers whose error a Hessian tells, quantized linears: their weight [N, K] and its spec."""
-    for reader in feed.readers:
-        spec = surgeon.specs.get(reader.module, {}).get("weight")
-        if reader.leaf.kind == "linear" and spec is not None and not spec.dynamic:
-            yield reader, surgeon.columns(reader), spec
+def quantized_linears(rewriter: GraphRewriter, edge: ChannelEdge) -> Iterator[tuple[Consumer, Tensor, QuantSpec]]:
+    """The consumers that are linears with a statically quantized weight, whose error a Hessian gives: the consumer, its
+    weight [N, K] and its spec."""
+    for consumer in edge.consumers:
+        spec = rewriter.specs.get(consumer.module, {}).get("weight")
+        if consumer.layer.kind == "linear" and spec is not None and not spec.dynamic:
+            yield consumer, rewriter.consumer_weight(consumer), spec
+
+
+def round_scaled(weight: Tensor, factors: Tensor, spec: QuantSpec, where: str) -> Tensor:
+    """`Q(W S) S^-1`: a weight [N, K], rounded to nearest after its columns were scaled by `factors` [K]."""
+    scaled = weight * factors
+    return observe_tensor(scaled, spec, where).fake_quantize(scaled) / factors
 
 
 def scaled_error(weight: Tensor, factors: Tensor, spec: QuantSpec, hessian: Tensor, where: str) -> float:
-    """`tr(D H D^T)`, `D = Q(W S) S^-1 - W`: the squared error in the output of a linear whose weight [N, K] is rounded
-    to nearest after its columns were scaled by `factors` [K], summed over the rows of its input."""
-    scaled = weight * factors
-    difference = observe_tensor(scaled, spec, where).fake_quantize(scaled) / factors - weight
+    """`tr(D H D^T)`, `D = Q(W S) S^-1 - W`: the squared error of `round_scaled` in the output of a linear, summed over
+    the rows of its input."""
+    difference = round_scaled(weight, factors, spec, where) - weight
     return float(quadratic(difference, hessian.to(difference)).sum())

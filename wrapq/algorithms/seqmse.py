@@ -10,25 +10,24 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import pad
 
-from wrapq.calibration.algorithm import ALGORITHMS, Rounded, Rounder
-from wrapq.calibration.statistics import InputStatistics, quadratic
+from wrapq.algorithms.base import ALGORITHMS, Rounded, Rounder
 from wrapq.observers.base import checked_qparams
 from wrapq.observers.mse import MX_FACTORS
 from wrapq.quant.affine import range_to_qparams, reduce_range
 from wrapq.quant.qparams import QParams
 from wrapq.quant.spec import DEFAULT_OBSERVER, QuantSpec
+from wrapq.registry import Options
+from wrapq.statistics.input import InputStatistics, quadratic
 
 _PIECE = 1 << 18  # elements that are searched at once on a CPU: what stays in a core's cache
 
 
-class SeqMSEOptions(BaseModel):
+class SeqMSEOptions(Options):
     """Options of SeqMSE."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     candidates: int = Field(20, ge=1, description="How many ranges are tried.")
     smallest: float = Field(0.4, gt=0, le=1, description="The smallest one, relative to the range of the weights.")
@@ -40,19 +39,13 @@ class SeqMSE(Rounder):
 
     Options = SeqMSEOptions
     options: SeqMSEOptions
+    needs = ("hessian",)
     groups_at_once = True  # a thousand weights of a depthwise channel take as long as a few
 
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """See `Algorithm.needs`."""
-        return ("hessian",)
-
     def unsupported(self, spec: QuantSpec) -> str | None:
-        """See `Rounder.unsupported`."""
         return unread_observer(spec)
 
     def round(self, weight: Tensor, spec: QuantSpec, where: str, statistics: InputStatistics | None = None) -> Rounded:
-        """See `Rounder.round`."""
         matrix = (statistics or InputStatistics()).get("hessian", where)
         qparams = search_ranges(weight, spec, matrix, where, self.options.candidates, self.options.smallest)
         return Rounded(qparams.quantize(weight), qparams)
@@ -92,10 +85,7 @@ def best_ranges(
     Each scale is judged by what its own elements add to the error. Scales that are powers of two are tried at twice the
     range, the whole, a half and a quarter, whatever `candidates` and `smallest`. A global scale is that of the whole
     range. `together` gives `measures` all rows at a time, which are not alike to them.
-
-    Raises:
-        CalibrationError: NaN or infinity in the weight.
-        SpecError: the group size does not divide K.
+    Raises `CalibrationError` for NaN or infinity, `SpecError` for a group size that does not divide K.
     """
     weight = weight.float()
     low, high = reduce_range(weight, spec)
@@ -105,7 +95,7 @@ def best_ranges(
     rows = max(1, _PIECE // weight.shape[1]) if by_row else len(weight)
     ends = zip(low.split(rows), high.split(rows), strict=True) if by_row else [(low, high)]
     pieces = zip(weight.split(rows), ends, strict=True)
-    found = [_search(part, *its, whole, measures, factors) for part, its in pieces]
+    found = [_search(part, *span, whole, measures, factors) for part, span in pieces]
     return [_scaled(low, high, torch.cat(factor), whole) for factor in zip(*found, strict=True)]
 
 

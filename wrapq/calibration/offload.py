@@ -1,4 +1,4 @@
-"""Activations of waiting forwards on disk, when they exceed a limit.
+"""Offload: the activations of waiting forwards go to disk when they exceed a limit.
 
 A walk suspends every batch in the middle of its forward, and what the suspended forward holds, residuals, products, the
 input of the weight it waits for, is in local variables of whatever model it is. A dispatch mode sees every tensor that
@@ -11,21 +11,22 @@ from __future__ import annotations
 import ctypes
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from wrapq.calibration.border import BATCH, batch_index
 from wrapq.errors import OutputError
+from wrapq.observers.forward_context import forward_context
+from wrapq.wrappers.model import iter_quantizers
 from wrapq.wrappers.quantizer import WeightQuantizer
 
 _LEAST_BYTES = 1 << 14  # what is smaller stays in memory
@@ -33,43 +34,50 @@ _UNUSED = 0.04  # of the process's memory: how much may be freed without being g
 _Held = tuple[torch.UntypedStorage, list[Tensor]]  # a storage, and the tensors that view it
 
 
-@dataclass(frozen=True)
-class _Away:
-    """A tensor that was emptied, and the piece of the file that holds its storage."""
+class _Away(NamedTuple):
+    """A tensor that was emptied, and how it views a piece of the file, which holds its storage."""
 
     tensor: Tensor
     piece: int
-    view: tuple[Sequence[int], Sequence[int], int]
+    offset: int
+    shape: Sequence[int]
+    stride: Sequence[int]
 
 
 class Offload(TorchDispatchMode):
-    """Keeps what suspended forwards hold within a limit; to be entered around the whole walk.
+    """Keeps what all suspended forwards together hold in memory within a `limit` of bytes; the rest goes to files in
+    `folder`. The weights of the wrapped `model` that they run, dequantized or not, belong to none of them."""
 
-    Args:
-        folder: where the files go; it is there.
-        limit: bytes that all suspended forwards together may keep in memory.
-        shared: tensors that belong to no batch although one may have made them; asked for at each suspension.
-    """
-
-    def __init__(self, folder: Path, limit: float, shared: Callable[[], Iterable[Tensor]]) -> None:
+    def __init__(self, folder: Path, limit: float, model: nn.Module) -> None:
         super().__init__()
-        self.folder, self.limit, self.shared = folder, limit, shared
-        self.written = 0
+        self.folder, self.limit = folder, limit
+        self.written = 0  # bytes that went to disk
+        # to search the model for them takes longer than all else at a suspension
+        self._modules = list(model.modules())
+        self._weights = [point for point in iter_quantizers(model) if isinstance(point, WeightQuantizer)]
         self._made: dict[int, list[weakref.ref[Tensor]]] = {}
         self._in_memory: dict[int, int] = {}
         self._most = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if (batch := BATCH.get()) is not None:
+        if (batch := forward_context().batch) is not None:
             made = self._made.setdefault(batch, [])
             made += [weakref.ref(leaf) for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         return result
 
     @contextmanager
+    def running(self) -> Iterator[None]:
+        """While forwards run: only then is every tensor that they make seen."""
+        with self:
+            if self._most:  # some forward has waited before
+                self._give_back()
+            yield
+
+    @contextmanager
     def paused(self) -> Iterator[None]:
-        """While nothing is computed for a batch: the mode costs each call of torch several microseconds, and rounding a
-        weight makes thousands."""
+        """While a forward that runs computes nothing for its batch: the mode costs each call of torch several
+        microseconds, and rounding a weight makes thousands."""
         self.__exit__(None, None, None)
         try:
             yield
@@ -79,12 +87,9 @@ class Offload(TorchDispatchMode):
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """While the batch that calls this is suspended: what it holds is on disk if it would exceed the limit.
-
-        Raises:
-            OutputError: the disk is full.
-        """
-        batch = batch_index()
+        """While the batch that calls this is suspended: what it holds is on disk if it would exceed the limit. Raises
+        `OutputError` when the disk is full."""
+        batch = cast(int, forward_context().batch)
         going, self._in_memory[batch] = self._divide(self._held(batch))
         if not going:
             self._give_back()
@@ -127,12 +132,14 @@ class Offload(TorchDispatchMode):
 
     def _held(self, batch: int) -> list[_Held]:
         """The storages that the batch alone keeps alive, in the order in which they were made."""
-        alive = {
-            id(t): t for ref in self._made.get(batch, []) if (t := ref()) is not None and t.layout == torch.strided
-        }
+        made = [tensor for ref in self._made.get(batch, []) if (tensor := ref()) is not None]
+        alive = {id(tensor): tensor for tensor in made if tensor.layout == torch.strided}
         self._made[batch] = [weakref.ref(tensor) for tensor in alive.values()]
-        shared = {tensor.untyped_storage().data_ptr() for tensor in self.shared()}
-        found: dict[int, tuple[torch.UntypedStorage, list[Tensor]]] = {}
+        # what the model holds on behalf of all batches at the moment: weights come and go
+        weights = (tensor for module in self._modules for tensor in module._parameters.values())
+        held = chain(weights, (point.dequantized for point in self._weights))
+        shared = {tensor.untyped_storage().data_ptr() for tensor in held if tensor is not None}
+        found: dict[int, _Held] = {}
         for tensor in alive.values():
             storage = tensor.untyped_storage()
             if storage.nbytes() >= _LEAST_BYTES and storage.data_ptr() not in shared:
@@ -143,10 +150,11 @@ class Offload(TorchDispatchMode):
         away = []
         with path.open("wb") as file:
             for storage, _ in held:
-                self.written += file.write(_as_bytes(storage).cpu().numpy().data)
+                whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+                self.written += file.write(whole.cpu().numpy().data)
         for piece, (_, tensors) in enumerate(held):
             for tensor in tensors:
-                away.append(_Away(tensor, piece, (tensor.shape, tensor.stride(), int(tensor.storage_offset()))))
+                away.append(_Away(tensor, piece, int(tensor.storage_offset()), tensor.shape, tensor.stride()))
                 tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         return away
 
@@ -163,29 +171,10 @@ def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1])
 
 
-def shared_tensors(walk: Any) -> Callable[[], Iterator[Tensor]]:
-    """What a walker and its model hold on behalf of all batches, by the time it is asked for: weights come and go."""
-    modules = list(walk.model.modules())  # to search the model for them takes longer than all else at a suspension
-    weights = [point for point in walk.points() if isinstance(point, WeightQuantizer)]
-
-    def now() -> Iterator[Tensor]:
-        for module in modules:
-            yield from (tensor for tensor in module._parameters.values() if tensor is not None)
-        yield from (point.dequantized for point in weights if point.dequantized is not None)
-
-    return now
-
-
 def _fill(path: Path, pieces: list[tuple[int, torch.device]], away: list[_Away]) -> None:
     with path.open("rb") as file:
         storages = [
             torch.from_numpy(np.fromfile(file, np.uint8, size)).to(device).untyped_storage() for size, device in pieces
         ]
-    for item in away:
-        shape, stride, offset = item.view
-        whole = torch.empty(0, dtype=item.tensor.dtype, device=item.tensor.device)
-        item.tensor.data = whole.set_(storages[item.piece], offset, shape, stride)
-
-
-def _as_bytes(storage: torch.UntypedStorage) -> Tensor:
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+    for tensor, piece, *view in away:
+        tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(storages[piece], *view)

@@ -1,38 +1,31 @@
 """Several processes that share the calibration data, as `torchrun` starts them.
 
-Each walks its part of the batches through its own copy of the model. Before a point is decided, what all of them
-gathered for it is put together, so that every process decides the same from the same. The result is that of one process
-up to the order in which floats are summed.
+Each walks its share of the batches through its own copy of the model. Before a point is finalized its statistics are
+reduced over all of them, so that every process finalizes it alike. The result is that of one process up to the order in
+which floats are summed.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load, save
-from torch import Tensor
 
-from wrapq.calibration.statistics import PARTS, InputStatistics
 from wrapq.observers.base import Observer, make_observer
+from wrapq.statistics.input import PARTS, InputStatistics
 
-_OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
-_VARIABLES = (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))
+T = TypeVar("T")
 
 
 @dataclass
 class Processes:
-    """The processes of one run.
-
-    Attributes:
-        count: how many there are.
-        rank: which this one is; 0 writes files and records.
-        local_rank: which this one is among those of its machine: the GPU it takes.
-    """
+    """The `count` processes of one run, of which this one is number `rank`, and `local_rank` among those of its
+    machine, which is the GPU it takes; rank 0 writes files and records."""
 
     count: int = 1
     rank: int = 0
@@ -41,8 +34,9 @@ class Processes:
 
     @classmethod
     def from_environment(cls) -> Processes:
-        """What `torchrun` or its like says in WORLD_SIZE, RANK and LOCAL_RANK; one process without it."""
-        count, rank, local = (int(os.environ.get(name, default)) for name, default in _VARIABLES)
+        """From WORLD_SIZE, RANK and LOCAL_RANK, which `torchrun` and its like set; one process without them."""
+        defaults = {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0}
+        count, rank, local = (int(os.environ.get(name, default)) for name, default in defaults.items())
         return cls(count, rank, local)
 
     @contextmanager
@@ -58,20 +52,21 @@ class Processes:
         finally:
             dist.destroy_process_group()
 
-    def said_by_first(self, text: str) -> str:
+    def share(self, items: Sequence[T]) -> list[tuple[int, T]]:
+        """Those of `items` that are this process's to work on, each with its index."""
+        return [(index, item) for index, item in enumerate(items) if index % self.count == self.rank]
+
+    def text_of_first(self, text: str) -> str:
         """The `text` that process 0 has."""
-        if self.count == 1:
-            return text
-        first = self._exchange({"text": torch.tensor(list(text.encode()), dtype=torch.uint8)})[0]
-        return bytes(first["text"].tolist()).decode()
+        return self._exchange(text)[0]
 
     def least(self, value: int) -> int:
-        """The least of what all processes say."""
+        """The least `value` of all processes."""
         if self.count == 1:
             return value
-        said = torch.tensor(value, device=self._device)
-        dist.all_reduce(said, dist.ReduceOp.MIN)
-        return int(said)
+        least = torch.tensor(value, device=self._device)
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+        return int(least)
 
     def reduce(self, statistics: InputStatistics, columns: int, groups: int = 1) -> None:
         """Let `statistics`, of a weight with K `columns` in so many `groups`, hold what all processes saw."""
@@ -86,30 +81,26 @@ class Processes:
             if knowing < self.count:
                 dist.broadcast(value, knowing)
             else:
-                dist.all_reduce(value, _OPERATIONS[operation])
+                dist.all_reduce(value, getattr(dist.ReduceOp, operation.upper()))
         statistics.rows = int(rows)
 
     def merge_observer(self, observer: Observer) -> None:
         """Let `observer` hold what it saw in all processes, merged in the order of their ranks."""
         if self.count == 1:
             return
-        states = [state for state in self._exchange(observer.state_dict()) if state]
-        for index, state in enumerate(states):
-            if index == 0:
-                observer.load_state_dict(state)
-                continue
+        mine = {name: tensor.cpu() for name, tensor in observer.state_dict().items()}
+        every = [{n: t.to(self._device) for n, t in state.items()} for state in self._exchange(mine)]
+        states = [state for state in every if state]
+        if states:
+            observer.load_state_dict(states[0])
+        for state in states[1:]:
             other = make_observer(observer.target)
             other.load_state_dict(state)
             observer.merge(other)
 
-    def _exchange(self, mine: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    def _exchange(self, mine: T) -> list[T]:
         """What every process has, in the order of their ranks."""
-        data = torch.frombuffer(bytearray(save({k: v.cpu().contiguous() for k, v in mine.items()})), dtype=torch.uint8)
-        sizes = [torch.zeros(1, dtype=torch.int64, device=self._device) for _ in range(self.count)]
-        dist.all_gather(sizes, torch.tensor([len(data)], device=self._device))
-        padded = torch.zeros(int(max(sizes)), dtype=torch.uint8, device=self._device)
-        padded[: len(data)] = data.to(self._device)
-        parts = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(parts, padded)
-        states = [load(part[: int(size)].cpu().numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)]
-        return [{name: tensor.to(self._device) for name, tensor in state.items()} for state in states]
+        every: list[Any] = [mine] * self.count
+        if self.count > 1:
+            dist.all_gather_object(every, mine)
+        return every

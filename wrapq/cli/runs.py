@@ -7,34 +7,29 @@ from pathlib import Path
 
 import click
 
-from wrapq.cli.command import GOALS_MISSED, JOBS_FAILED, make_console, reports_errors, takes_recipe
+from wrapq.cli.command import GOALS_MISSED, JOBS_FAILED, compose_recipe, make_console, say_data, takes_recipe
 
 
 @click.command()
 @click.option("--resume", is_flag=True, help="Take up the newest run of the recipe that did not finish.")
 @takes_recipe
-@reports_errors
 def run(overrides: tuple[str, ...], config_dirs: tuple[Path, ...], resume: bool) -> None:
     """Run a recipe: quantize, measure, save, record. The exit status is 10 when a goal of the recipe is missed."""
-    from wrapq.recipe.compose import compose
-
-    composed = compose(overrides, config_dirs)
-    from wrapq.tracking import make_tracker
+    composed = compose_recipe(overrides, config_dirs)
+    from wrapq.tracking.mlflow import make_tracker
 
     console = make_console()
     with make_tracker(composed.settings) as tracker:
         tracker.prepare()  # first of all, since it takes as long as all that follows until the model is loaded
         with console.status("resolving the recipe"):
+            from wrapq.console.run_summary import ConsoleProgress, plan_line, show_result
+            from wrapq.engine.context import RunOptions
             from wrapq.engine.run import execute
-            from wrapq.report.console import ConsoleProgress, show_result
             from wrapq.resolve.resolve import resolve
 
             plan = resolve(composed.recipe, composed.sources, composed.settings.runtime.trust_remote_code)
-        console.print(
-            f"[bold]{plan.recipe.name}[/] on {plan.model.path}: {len(plan.modules)} modules to quantize, "
-            f"{len(plan.untouched)} left in float"
-        )
-        result = execute(plan, composed.settings, ConsoleProgress(console), resume, tracker)
+        console.print(plan_line(plan))
+        result = execute(plan, composed.settings, ConsoleProgress(console), RunOptions(resume, tracker=tracker))
     if result is not None:
         from wrapq.engine.goals import all_met
 
@@ -45,7 +40,6 @@ def run(overrides: tuple[str, ...], config_dirs: tuple[Path, ...], resume: bool)
 
 @click.command()
 @takes_recipe
-@reports_errors
 def sweep(overrides: tuple[str, ...], config_dirs: tuple[Path, ...]) -> None:
     """Run a recipe many times: wrapq sweep recipe=w4a16_rtn,w4a16_gptq rules.linear.weight.group_size=32,64,128
 
@@ -56,8 +50,8 @@ def sweep(overrides: tuple[str, ...], config_dirs: tuple[Path, ...]) -> None:
     from wrapq.recipe.axes import parse_axes
 
     parse_axes(overrides, config_dirs)  # before anything heavy is imported
-    from wrapq.report.sweep import ConsoleSweep, show_sweep
-    from wrapq.sweep.run import sweep as run_sweep
+    from wrapq.console.sweep_table import ConsoleSweep, show_sweep
+    from wrapq.sweep.driver import sweep as run_sweep
 
     console = make_console()
     result = run_sweep(overrides, config_dirs, ConsoleSweep(console))
@@ -72,20 +66,24 @@ def sweep(overrides: tuple[str, ...], config_dirs: tuple[Path, ...]) -> None:
 @click.option("--full", is_flag=True, help="A line for every module, also in repeated blocks.")
 @click.option("--json", "as_json", is_flag=True, help="The plan as JSON.")
 @takes_recipe
-@reports_errors
 def plan(overrides: tuple[str, ...], config_dirs: tuple[Path, ...], full: bool, as_json: bool) -> None:
     """Show what a recipe would do, without reading weights."""
-    from wrapq.recipe.compose import compose
-
-    composed = compose(overrides, config_dirs)
-    from wrapq.report.plan import plan_tables
+    composed = compose_recipe(overrides, config_dirs)
+    from wrapq.calibration.processes import Processes
+    from wrapq.console.plan_table import plan_tables
+    from wrapq.engine.preflight import check_machine
+    from wrapq.engine.run_data import preview_data
     from wrapq.resolve.resolve import resolve
 
-    resolved = resolve(composed.recipe, composed.sources, composed.settings.runtime.trust_remote_code)
+    trust = composed.settings.runtime.trust_remote_code
+    resolved = resolve(composed.recipe, composed.sources, trust)
     if as_json:
-        click.echo(resolved.model_dump_json(indent=1))
+        say_data(resolved.model_dump_json(indent=1))
         return
     console = make_console()
     for part in plan_tables(resolved, full):
         console.print(part)
         console.print()
+    check_machine(resolved, composed.settings, Processes.from_environment())  # a plan is of use elsewhere too
+    for line in preview_data(resolved, trust):
+        console.print(line)

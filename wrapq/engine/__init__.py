@@ -1,1 +1,1 @@
-"""The execution of plans: runs and their folders, checkpoints, locks, and the Python API over the same parts."""
+"""The execution of plans: runs from data to checkpoint, replays, exports and comparisons of finished runs."""

@@ -1,37 +1,49 @@
-"""One run on its way: what its steps share."""
+"""A run in progress: what its steps share."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
 from wrapq.calibration.processes import Processes
-from wrapq.engine.folder import RunFolder
 from wrapq.engine.progress import Progress
-from wrapq.quant.spec import QuantSpec
 from wrapq.recipe.schema import Settings
+from wrapq.resolve.model_source import ModelSource
 from wrapq.resolve.plan import Plan
-from wrapq.tracking import Tracker
+from wrapq.runs.folder import RunFolder
+from wrapq.tracking.base import Tracker
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Label:
-    """What tells a tracked run from others of its recipe: a name instead of the recipe's, and tags beside its own."""
+class RunOptions:
+    """How a run is made and recorded, beyond its plan and settings.
 
+    Attributes:
+        resume: go on with the newest run of the recipe that did not finish, after its last finished block.
+        folder: the run's folder, resumed from if it holds saved progress; None for a new one.
+        tracker: what records the run; None for the one of the settings.
+        name: what the tracked run is called; the recipe's name when empty.
+        tags: of the tracked run, beside its own.
+    """
+
+    resume: bool = False
+    folder: RunFolder | None = None
+    tracker: Tracker | None = None
     name: str = ""
     tags: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
 class Run:
-    """One run on its way: what its steps share."""
+    """A run in progress: what its steps share."""
 
     plan: Plan
     settings: Settings
@@ -40,22 +52,25 @@ class Run:
     progress: Progress
     device: torch.device
     processes: Processes
-    label: Label
-    others: Mapping[str, Sequence[QuantSpec]] = field(default_factory=dict)
-    """See `wrapq.calibration.decider.Decider.others`."""
+    options: RunOptions = RunOptions()
     seconds: dict[str, float] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     kernels: str = ""
 
+    @cached_property
+    def source(self) -> ModelSource:
+        """Where the float model and its tokenizer come from."""
+        return ModelSource(self.plan.recipe.model, self.settings.runtime.trust_remote_code)
+
     @property
     def streaming(self) -> bool:
-        """Whether the model's blocks are brought into memory one at a time."""
+        """Whether the model's blocks are loaded one at a time."""
         return self.settings.runtime.load == "streaming"
 
     @contextmanager
     def step(self, name: str, title: str, total: int | None = None, unit: str = "") -> Iterator[Callable[[], None]]:
-        """A step of the run, timed and shown."""
+        """Time and show a step of the run; yields what to call after each of `total` units."""
         _log.info("%s", title)
         start = time.perf_counter()
         with self.progress.task(title, total, unit) as advance:
@@ -63,7 +78,12 @@ class Run:
         self.seconds[name] = time.perf_counter() - start
 
     def note(self, text: str) -> None:
-        """Say something that a reader of the run should know."""
+        """Add a note for the reader of the run: logged, shown and recorded."""
         _log.warning("%s", text)
         self.notes.append(text)
         self.progress.note(text)
+
+    def note_once(self, text: str) -> None:
+        """Add a note, unless it was made before."""
+        if text not in self.notes:
+            self.note(text)

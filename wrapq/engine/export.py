@@ -1,9 +1,10 @@
-"""The export of a converted model: written beside its place, loaded, compared, and only then put in place."""
+"""Exporting a converted model: written to a temporary folder, loaded and compared before it is moved into place."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,16 +14,24 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from wrapq.engine.checkpoint import GENERATION
-from wrapq.engine.folder import RunFolder
+from wrapq.engine.host import use_machine
 from wrapq.engine.measure import forward_logits
-from wrapq.errors import ModelError, OutputError
-from wrapq.resolve.exporter import Exporter, make_exporter
+from wrapq.engine.progress import Progress
+from wrapq.errors import ModelError, OutputError, PlanError, Problem
+from wrapq.export.base import NONE, Exporter, make_exporter
+from wrapq.ownership import own
+from wrapq.recipe.schema import Export, Settings
+from wrapq.resolve.model_source import reading_model
 from wrapq.resolve.plan import Plan
+from wrapq.resolve.resolve import check_export, check_names
+from wrapq.resolve.rules import Sources
+from wrapq.runs.checkpoint import GENERATION, blaming_files, load, weight_bytes
+from wrapq.runs.folder import RunFolder, check_room
+from wrapq.runs.run_record import find_run
 from wrapq.runtime.module import QuantizedModule
 
 EXPORTS = "export"
-"""The folder in a run's for its exports, one folder for each format."""
+"""The subfolder of a run's folder with its exports, one folder per format."""
 _BATCH, _LENGTH = 2, 48
 
 
@@ -43,57 +52,89 @@ class Exported:
     notes: tuple[str, ...] = ()
 
 
-def export_model(model: nn.Module, plan: Plan, run: Path, target: Path | None = None) -> Exported | None:
-    """Write the converted `model` of the run in the folder `run` as its plan's recipe says; None when it says nothing.
+def export_model(model: nn.Module, exporter: Exporter, plan: Plan, run: Path, target: Path | None = None) -> Exported:
+    """Export the converted `model`, load the export and compare it.
 
     Args:
         model: the run's model, on any device; the export is compared on the same.
+        exporter: the one of the plan's recipe.
         plan: the run's plan.
-        run: the run's folder, with the tokenizer.
+        run: the run's folder, which has the tokenizer.
         target: an empty or new folder for the export; `export/FORMAT` in the run's when not given.
 
     Raises:
         ModelError: the other project does not load the export, or computes something else.
         OutputError: the folder cannot be written.
     """
-    exporter = make_exporter(plan.recipe.export)
-    if exporter is None:
-        return None
-    with _whole_folder(target or run / EXPORTS / plan.recipe.export.format, replace=target is None) as (place, partial):
+    from transformers import AutoTokenizer
+
+    name = plan.recipe.export.format
+    place = target or run / EXPORTS / name
+    with _whole_folder(place, replace=target is None) as partial:
         folder = RunFolder(partial)
         exporter.export(model, plan, folder)
-        _add_companions(run, folder)
-        error, notes = _compare(exporter, model, plan, partial)
+        with reading_model(f"{run}: cannot read the tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(run, trust_remote_code=False)
+        folder.write_files(tokenizer.save_pretrained)
+        if (run / GENERATION).is_file():
+            folder.write_text(GENERATION, (run / GENERATION).read_text(encoding="utf-8"))
+        ids, device = _token_ids(model), next(model.parameters()).device
+        with _disk(Path(tempfile.gettempdir()), "; TMPDIR names another folder for temporary files"):
+            theirs, notes, left_float = exporter.read(partial, ids, str(device))
+        with torch.no_grad(), without(model, left_float):
+            ours = forward_logits(model, ids.to(device)).float().cpu()
+        error = float((theirs - ours).norm() / ours.norm())
+        if not error <= (allowed := exporter.tolerance(plan)):
+            raise ModelError(
+                f"the {name} export loads, but computes something else: its logits are off by "
+                f"{error:.2g} of their norm, where rounding explains {allowed:.0e}; a defect of wrapq or of the loader"
+            )
         size = sum(file.stat().st_size for file in partial.glob("*.safetensors"))
     return Exported(place, error, size, (*notes, *exporter.notes(plan)))
 
 
-def _add_companions(run: Path, folder: RunFolder) -> None:
-    """The tokenizer and the generation configuration, from the run's folder."""
-    from transformers import AutoTokenizer
+def export_run(
+    run: str, export: Export, settings: Settings, progress: Progress, target: Path | None = None
+) -> Exported:
+    """Export a finished run; what `wrapq export` does.
 
-    folder.write_files(AutoTokenizer.from_pretrained(run).save_pretrained)
-    if (run / GENERATION).is_file():
-        folder.write_text(GENERATION, (run / GENERATION).read_text(encoding="utf-8"))
-
-
-def _compare(exporter: Exporter, model: nn.Module, plan: Plan, folder: Path) -> tuple[float, tuple[str, ...]]:
-    """How far the logits of the export are from ours, and the reader's notes.
+    Args:
+        run: the folder of a run, or of a recipe's runs, of which the newest is taken, or the name of a recipe.
+        export: the format and its options.
+        settings: device and threads, and the folder in which a recipe's name is looked up.
+        progress: told of each step.
+        target: see `export_model`.
 
     Raises:
-        ModelError: it is more than rounding.
+        RecipeError, PlanError: no such format or option, or the format cannot say what the run quantized.
+        ModelError, OutputError: see `export_model`; there is no such run.
     """
-    ids, device = _token_ids(model), next(model.parameters()).device
-    theirs, notes, left_float = exporter.read(folder, ids, str(device))
-    with torch.no_grad(), without(model, left_float):
-        ours = forward_logits(model, ids.to(device)).float().cpu()
-    error = float((theirs - ours).norm() / ours.norm())
-    if not error <= (allowed := exporter.tolerance(plan)):
-        raise ModelError(
-            f"the {plan.recipe.export.format} export loads, but computes something else: its logits are off by "
-            f"{error:.2g} of their norm, where rounding explains {allowed:.0e}; a defect of wrapq or of the loader"
-        )
-    return error, notes
+    if export.format == NONE:
+        raise PlanError([Problem("", "export", "no format is chosen", (), "say which: export=compressed_tensors")])
+    record = find_run(run, Path(settings.paths.outputs))
+    recipe = record.plan.recipe.model_copy(update={"export": export})
+    check_names(recipe, Sources({}))
+    plan = record.plan.model_copy(update={"recipe": recipe})
+    check_export(plan)
+    _check_target(target or record.folder / EXPORTS / export.format, target is None, weight_bytes(record.folder))
+    with use_machine(settings, recipe.seed) as device, blaming_files(record.folder):
+        with progress.task("Loading the model"):
+            model = load(record.folder, device, trust_remote_code=settings.runtime.trust_remote_code)
+        with progress.task("Exporting and loading the export"):
+            exported = export_model(model, cast(Exporter, make_exporter(export)), plan, record.folder, target)
+    for text in exported.notes:
+        progress.note(text)
+    return exported
+
+
+def _check_target(target: Path, replace: bool, needed_bytes: int) -> None:
+    """Raise `OutputError` where `_whole_folder` could put nothing, before a model is loaded for it."""
+    check_room(target.parent, needed_bytes, "the export", "name another folder")
+    with _disk(target):
+        if not replace and target.exists() and not (target.is_dir() and next(target.iterdir(), None) is None):
+            raise OutputError(f"{target} exists already; name a new or an empty folder")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=target.parent).close()
 
 
 @contextmanager
@@ -117,29 +158,31 @@ def _token_ids(model: nn.Module) -> Tensor:
 
 
 @contextmanager
-def _whole_folder(target: Path, replace: bool) -> Iterator[tuple[Path, Path]]:
-    """`target` and a folder beside it that takes its place when the block ends well and else vanishes."""
-    partial, before = (target.parent / f".{target.name}.{word}" for word in ("partial", "before"))
-    if not replace and target.exists() and not (target.is_dir() and next(target.iterdir(), None) is None):
-        raise OutputError(f"{target} exists already; name a new or an empty folder")
-    try:
-        with _disk(target):
+def _whole_folder(target: Path, replace: bool) -> Iterator[Path]:
+    """A folder beside `target` that takes its place when the block ends well and else vanishes."""
+    partial, before, owner = (target.parent / f".{target.name}.{word}" for word in ("partial", "before", "owner"))
+    with _disk(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    with own(owner / "lock", f"the export {target}"):
+        try:
+            with _disk(target):
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+            yield partial
+            with _disk(target):
+                shutil.rmtree(before, ignore_errors=True)
+                if target.exists():
+                    os.replace(target, before)
+                os.replace(partial, target)
+                shutil.rmtree(before, ignore_errors=True)
+        finally:
             shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        yield target, partial
-        with _disk(target):
-            shutil.rmtree(before, ignore_errors=True)
-            if target.exists():
-                os.replace(target, before)
-            os.replace(partial, target)
-            shutil.rmtree(before, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(owner, ignore_errors=True)
 
 
 @contextmanager
-def _disk(target: Path) -> Iterator[None]:
+def _disk(target: Path, remedy: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OutputError(f"cannot write {target}: {error.strerror or error}") from error
+        raise OutputError(f"cannot write {target}: {error.strerror or error}{remedy}") from error

@@ -1,7 +1,8 @@
-"""What the values of a quantized model look like: compact histograms, and the magnitude of every activation."""
+"""Compact histograms of the values of a quantized model, and the magnitude of every activation."""
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -13,26 +14,27 @@ from wrapq.wrappers.quantizer import WeightQuantizer
 BINS = 33  # odd, so that zero has a bin of its own
 MOST = 1 << 20  # elements of a weight that are counted
 
+_CURVES = {"weight_sqnr_db": "weight_sqnr_db", "output_error": "output_error", "absmax": "activation_absmax"}
+"""The figures of points that are tracked over the blocks, and how their curves are called."""
+
 
 def value_histograms(walker: Walker, weights: bool = True) -> dict[str, dict[str, Any]]:
-    """For each rounded weight of a model its histogram, for each static activation what calibration saw.
-
-    Args:
-        walker: after its run, its model not converted yet.
-        weights: False where the weights are not in memory.
-    """
+    """For each rounded weight of a calibrated model, unless `weights` is False, its histogram; for each static
+    activation what calibration saw."""
     rounded = [q for q in walker.points() if isinstance(q, WeightQuantizer) and q.integers is not None]
     histograms = {quantizer.where: _of_weight(quantizer) for quantizer in rounded} if weights else {}
-    return {"weights": histograms, "activations": _of_activations(walker.statistics)}
+    return {"weights": histograms, "activations": _of_activations(walker.result.statistics)}
 
 
-def absmax_curves(walker: Walker) -> dict[str, list[float]]:
-    """For each activation of a block, such as `mlp.down_proj.input`, its largest magnitude over the blocks."""
+def block_curves(walker: Walker) -> dict[str, list[float]]:
+    """Over the blocks the figures of each weight, such as `mlp.down_proj`, and each activation, as of its `.input`."""
     curves: dict[str, list[float]] = {}
-    for where, facts in _of_activations(walker.statistics).items():
+    for where, figures in chain(walker.result.reports.items(), _of_activations(walker.result.statistics).items()):
         if walker.blocks.index(where) is not None:
-            name = where.removeprefix(walker.blocks.prefix).split(".", 2)[2]
-            curves.setdefault(f"activation_absmax/{name}", []).append(facts["absmax"])
+            name = where.removeprefix(walker.blocks.prefix).split(".", 2)[2].removesuffix(".weight")
+            for figure, curve in _CURVES.items():
+                if figure in figures:
+                    curves.setdefault(f"{curve}/{name}", []).append(figures[figure])
     return curves
 
 
@@ -47,7 +49,7 @@ def _of_weight(quantizer: WeightQuantizer) -> dict[str, Any]:
 
 
 def histogram(values: Tensor, absmax: float) -> list[int]:
-    """How many of `values` lie in each of 33 equal bins from `-absmax` to `absmax`."""
+    """The count of `values` in each of 33 equal bins from `-absmax` to `absmax`."""
     limit = absmax or 1.0
     return torch.histc(values.float().cpu(), BINS, -limit, limit).long().tolist()
 

@@ -1,15 +1,14 @@
-"""Which kernels a finished model runs on, measured on the machine at hand and written down."""
+"""Measuring and recording the kernels of a finished model on this machine."""
 
 from __future__ import annotations
 
 from torch import nn
 
-from wrapq.engine.folder import RunFolder
-from wrapq.runtime.choose import AUTO, ROWS, KernelReport, choose_kernels
+from wrapq.engine.context import Run
+from wrapq.foreign import plain
+from wrapq.runs.folder import KERNELS_FILE
+from wrapq.runtime.choose import AUTO, ROWS, choose_kernels
 from wrapq.runtime.kernel import KERNELS, REFERENCE
-from wrapq.tracking import Tracker
-
-KERNELS_FILE = "kernels.txt"
 
 
 def check_kernels(policy: str) -> None:
@@ -18,27 +17,15 @@ def check_kernels(policy: str) -> None:
         KERNELS.get(policy)
 
 
-def record_kernels(model: nn.Module, policy: str, folder: RunFolder, tracker: Tracker) -> str:
-    """Choose the kernels of a converted model that is saved already, and leave the table in its folder and its record.
+def record_kernels(run: Run, model: nn.Module) -> None:
+    """Choose the kernels of a converted model that is saved already, and record them, unless it is the reference's.
 
     The choice belongs to this machine: nothing of it is saved with the model, whose own outputs are the reference's.
-
-    Returns:
-        The summary in one line; empty for `reference`, with which nothing is measured.
     """
-    if policy == REFERENCE:
-        return ""
-    report = choose_kernels(model, policy)
-    if not report.choices:
-        return ""
-    folder.write_text(KERNELS_FILE, report.table())
-    tracker.metrics(_metrics(report))
-    return report.summary()
-
-
-def _metrics(report: KernelReport) -> dict[str, float]:
-    metrics: dict[str, float] = {f"kernels/{name}": count for name, count in report.counts().items()}
-    for rows in ROWS:
-        if (speed := report.speedup(rows)) is not None:
-            metrics[f"kernels/speedup_{rows}"] = speed
-    return metrics | {"kernels/mb": report.bytes / 1e6}
+    policy = run.settings.runtime.kernels
+    if policy != REFERENCE and (report := choose_kernels(model, policy)).choices:
+        run.folder.write_text(KERNELS_FILE, plain(report.table()))
+        counts = {f"kernels/{name}": count for name, count in report.counts().items()}
+        speeds = {f"kernels/speedup_{rows}": speed for rows in ROWS if (speed := report.speedup(rows)) is not None}
+        run.tracker.metrics({**counts, **speeds, "kernels/mb": report.bytes / 1e6})
+        run.kernels = report.summary()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -14,23 +14,26 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from wrapq.calibration.blocks import find_blocks
-from wrapq.calibration.border import made_for_all
-from wrapq.calibration.data import Samples
+from wrapq.calibration.block_loader import IN_MEMORY, BlockLoader
 from wrapq.calibration.offload import Offload
-from wrapq.calibration.residency import Residency, run_blockwise
-from wrapq.engine.float_outputs import FloatOutputs
+from wrapq.calibration.scheduler import run_blocks
+from wrapq.calibration.walker import Walker
+from wrapq.data.samples import Samples
+from wrapq.engine.calibrate import offloading, tell_cache
+from wrapq.engine.context import Run
+from wrapq.engine.float_cache import FloatOutputs, float_outputs
 from wrapq.errors import ModelError
-from wrapq.evaluation.quality import LayerErrorMeter, QualityMeter
+from wrapq.evaluation.quality import LayerErrorMeter, StageMeter
+from wrapq.graph.blocks import find_blocks, replaced_forward
+from wrapq.metrics import FLOAT, QUANTIZED, WEIGHTS
+from wrapq.observers.forward_context import forward_context, in_context, outside_batch
 from wrapq.wrappers.model import iter_quantizers
 from wrapq.wrappers.quantizer import Quantizer, WeightQuantizer
-
-FLOAT, WEIGHTS, QUANTIZED = "float", "weights", "quantized"
 
 
 @dataclass(frozen=True)
 class Quality:
-    """What was measured.
+    """The measured quality.
 
     Attributes:
         stages: for each stage its metrics: perplexity, nll, kl (nats per token, to the float model), top1_agreement.
@@ -47,13 +50,28 @@ def stages_of(model: nn.Module) -> tuple[str, ...]:
     return (FLOAT, WEIGHTS, QUANTIZED) if len(roles) == 2 else (FLOAT, QUANTIZED)
 
 
+def measure_run(run: Run, walker: Walker, samples: Samples) -> Quality:
+    """Measure the calibrated model of a run, and record what came of it."""
+    size = run.plan.recipe.evaluation.batch_size
+    steps = (walker.blocks.count, "block") if run.streaming else (-(-len(samples.input_ids) // size), "batch")
+    known = float_outputs(run, walker.model, samples)
+    with run.step("evaluate", "Measuring quality", *steps) as advance, offloading(run, walker.model) as offload:
+        quality = measure_stages(walker.model, samples, size, advance, walker.options.loader, offload, known)
+    if known is not None:
+        tell_cache(run, known, "evaluation_", "what the float model gives on {} evaluation batches")
+    for stage, metrics in quality.stages.items():
+        run.tracker.metrics({f"{stage}/{name}": value for name, value in metrics.items() if name != "tokens"})
+    run.tracker.curves(quality.curves)
+    return quality
+
+
 @torch.no_grad()
 def measure_stages(
     model: nn.Module,
     samples: Samples,
     batch_size: int,
     advance: Callable[[], None],
-    residency: Residency | None = None,
+    loader: BlockLoader = IN_MEMORY,
     offload: Offload | None = None,
     known: FloatOutputs | None = None,
 ) -> Quality:
@@ -64,29 +82,27 @@ def measure_stages(
         samples: what to measure on.
         batch_size: windows per forward.
         advance: called after each batch; after each block where they are streamed.
-        residency: brings in the model's blocks; all batches then go through a block before the next one comes.
+        loader: loads the model's blocks; where they are streamed, all batches go through a block before the next.
         offload: keeps what the batches hold meanwhile within a limit of memory.
         known: what the float blocks give, where it need not be computed; not for streamed ones.
     """
     measuring = _Measuring(model, stages_of(model), known)
-    device = device_of(model)
     forwards: list[Callable[[], None]] = []
-    streamed = residency is not None and residency.streamed
-    for batch, (ids, mask) in enumerate(samples.batches(batch_size)):
-        ids, mask = ids.to(device), None if mask is None else mask.to(device)
-        last = advance if not streamed else lambda: None
+    for batch, (ids, mask) in enumerate(samples.batches(batch_size, device_of(model))):
+        last = advance if not loader.streamed else lambda: None
         forwards += [
             partial(measuring.run, batch, stage, ids, mask, last if stage == QUANTIZED else lambda: None)
             for stage in measuring.stages
         ]
     with measuring.block_outputs():
-        if residency is None or not streamed:
+        if loader.streamed:
+            layers, numbered = measuring.layers, [partial(_as_batch, *item) for item in enumerate(forwards)]
+            run_blocks(layers, numbered, loader=loader, offload=offload, finish=lambda *_: advance())
+        else:
             for forward in forwards:
                 forward()
-        else:
-            run_blockwise(model, residency, forwards, offload, advance, measuring.resume)
     stages = {stage: _result(meter, stage) for stage, meter in measuring.meters.items()}
-    return Quality(stages, measuring.layers.curves("layer/"))
+    return Quality(stages, measuring.errors.curves("layer/"))
 
 
 class _Measuring:
@@ -97,8 +113,10 @@ class _Measuring:
 
     def __init__(self, model: nn.Module, stages: Sequence[str], known: FloatOutputs | None) -> None:
         self.model, self.stages, self.known = model, stages, known
-        self.meters, self.layers = {stage: QualityMeter() for stage in stages}, LayerErrorMeter()
+        self.meters = {stage: StageMeter(against_float=stage != FLOAT) for stage in stages}
+        self.errors = LayerErrorMeter()
         self.blocks = find_blocks(model)
+        self.layers = [model.get_submodule(name) for name in self.blocks.names()]
         self._points: dict[int | None, list[Quantizer]] = {}
         for quantizer in iter_quantizers(model):
             self._points.setdefault(self.blocks.index(quantizer.where), []).append(quantizer)
@@ -125,21 +143,22 @@ class _Measuring:
     def _float_logits(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         """Those of the float model, whose blocks run only where it is not known what they give."""
         known, batch = cast(FloatOutputs, self.known), self._now[0]
-        blocks = [self.model.get_submodule(name) for name in self.blocks.names()]
         if outputs := known.get(batch):
-            with _giving(blocks, [output.to(ids.device) for output in outputs]):
+            gives = [partial(_give, output.to(ids.device)) for output in outputs]
+            with replaced_forward(dict(zip(self.layers, gives, strict=True))):
                 return forward_logits(self.model, ids, mask)
         start = time.perf_counter()
         logits = forward_logits(self.model, ids, mask)
-        if blocks and not self._tuples:
-            seconds, indices = time.perf_counter() - start, range(len(blocks))
-            known.keep(batch, [self._outputs[index, batch] for index in indices], seconds)
+        if self.layers and not self._tuples:
+            seconds = time.perf_counter() - start
+            known.keep(batch, [self._outputs[index, batch] for index in range(len(self.layers))], seconds)
         return logits
 
-    def resume(self, forward: int, block: int) -> None:
-        """The `forward`, counted as they started, goes on with `block`."""
-        self._now = self._started[forward]
-        _enable((*self._points.get(block, ()), *self._points.get(None, ())), self._now[1])
+    def _resume(self, block: int, *_: object) -> None:
+        """Forward pre-hook of a block: the forward that comes to it may have waited there while others ran."""
+        if (number := forward_context().batch) is not None:
+            self._now = self._started[number]
+            _enable((*self._points.get(block, ()), *self._points.get(None, ())), self._now[1])
 
     @contextmanager
     def block_outputs(self) -> Iterator[None]:
@@ -150,33 +169,21 @@ class _Measuring:
             hidden = output if isinstance(output, Tensor) else output[0]
             self._tuples |= hidden is not output
             if stage == FLOAT:
-                with made_for_all():  # a copy, which is not put aside with what the forward holds
+                with outside_batch():  # a copy, which is not put aside with what the forward holds
                     self._outputs[index, batch] = hidden.clone()
             elif stage == QUANTIZED:
-                self.layers.update(index, self._outputs.pop((index, batch)), hidden, mask)
+                self.errors.update(index, self._outputs.pop((index, batch)), hidden, mask)
 
-        names = self.blocks.names()
-        hooks = [
-            self.model.get_submodule(name).register_forward_hook(partial(compare, index))
-            for index, name in enumerate(names)
-        ]
-        try:
+        with ExitStack() as stack:
+            for index, layer in enumerate(self.layers):
+                stack.callback(layer.register_forward_pre_hook(partial(self._resume, index)).remove)
+                stack.callback(layer.register_forward_hook(partial(compare, index)).remove)
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
 
-@contextmanager
-def _giving(blocks: Sequence[nn.Module], outputs: Sequence[Tensor]) -> Iterator[None]:
-    """While this holds each of `blocks` gives its one of `outputs` without running."""
-    try:
-        for block, output in zip(blocks, outputs, strict=True):
-            block.__dict__["forward"] = partial(_give, output)
-        yield
-    finally:
-        for block in blocks:
-            block.__dict__.pop("forward", None)
+def _as_batch(number: int, forward: Callable[[], None]) -> None:
+    with in_context(batch=number):
+        forward()
 
 
 def _give(output: Tensor, *args: object, **kwargs: object) -> Tensor:
@@ -186,16 +193,15 @@ def _give(output: Tensor, *args: object, **kwargs: object) -> Tensor:
 @torch.no_grad()
 def measure(model: nn.Module, samples: Samples, batch_size: int, advance: Callable[[], None]) -> dict[str, float]:
     """The quality of any model, without another to compare it with."""
-    meter, device = QualityMeter(), device_of(model)
-    for ids, mask in samples.batches(batch_size):
-        ids, mask = ids.to(device), None if mask is None else mask.to(device)
+    meter = StageMeter(against_float=False)
+    for ids, mask in samples.batches(batch_size, device_of(model)):
         meter.update(None, forward_logits(model, ids, mask), ids, mask)
         advance()
     return _result(meter, FLOAT)
 
 
-def _result(meter: QualityMeter, stage: str) -> dict[str, float]:
-    """What was measured; raises `ModelError` where it is no number, which every later figure would only repeat."""
+def _result(meter: StageMeter, stage: str) -> dict[str, float]:
+    """The metrics; raises `ModelError` where they are no numbers, which every later figure would only repeat."""
     metrics = meter.result()
     if not math.isfinite(metrics["nll"]):
         what = "with its weights quantized " if stage == WEIGHTS else "fully quantized " if stage == QUANTIZED else ""
@@ -210,7 +216,7 @@ def forward_logits(model: nn.Module, ids: Tensor, mask: Tensor | None = None) ->
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model runs; blocks that are not in memory do not count."""
+    """The device of the model; blocks that are not in memory do not count."""
     return next(parameter.device for parameter in model.parameters() if not parameter.is_meta)
 
 

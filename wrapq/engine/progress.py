@@ -1,4 +1,4 @@
-"""How a run tells what it is doing; the command line shows it, a library call is silent."""
+"""Progress reporting: shown by the command line, silent in a library call."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from contextlib import contextmanager
 
 
 class Progress:
-    """Says nothing; the base of those that do."""
+    """Silent; the base class of what shows progress."""
 
     @contextmanager
     def task(self, title: str, total: int | None = None, unit: str = "") -> Iterator[Callable[[], None]]:
-        """A piece of work of `total` steps; the caller calls what it is given after each."""
+        """A task of `total` steps; yields what to call after each step."""
         yield lambda: None
 
     def note(self, text: str) -> None:
-        """Something that a reader of the run should know."""
+        """Show a note for the reader of the run."""

@@ -1,4 +1,4 @@
-"""What a run leaves in writing: its folder's status and its tracked run."""
+"""Recording a run: the status in its folder, its page, and the tracked run."""
 
 from __future__ import annotations
 
@@ -8,28 +8,30 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wrapq.calibration.data import Samples
-from wrapq.calibration.sources.base import Source
-from wrapq.engine.checkpoint import MANIFEST, weight_files
 from wrapq.engine.context import Run
 from wrapq.engine.export import EXPORTS, Exported
-from wrapq.engine.folder import STATUS_FILE, RunFolder
-from wrapq.engine.goals import Verdict, all_met, figures, judge
-from wrapq.engine.kernels import KERNELS_FILE
-from wrapq.engine.lock import LOCK, device_class, environment
-from wrapq.engine.measure import FLOAT, QUANTIZED, Quality
-from wrapq.engine.resume import forget_progress
-from wrapq.pages.note import run_note
-from wrapq.pages.run import REPORT, render_run
+from wrapq.engine.goals import GoalVerdict, all_met, judge
+from wrapq.engine.measure import Quality
+from wrapq.foreign import markdown
+from wrapq.html.note import run_note
+from wrapq.html.run_page import render_run
+from wrapq.metrics import FLOAT, METRICS, QUANTIZED, Measured
 from wrapq.recipe.dump import to_yaml
-from wrapq.tracking import Tracker
+from wrapq.runs.checkpoint import weight_bytes
+from wrapq.runs.folder import FAILED, FINISHED, MANIFEST, PLAN, RECIPE, RECORDED, REPORT, RUNNING, STATUS_FILE
+from wrapq.runs.lock import device_class, environment
+from wrapq.runs.resume import forget_progress
+from wrapq.runs.run_record import RunRecord
+from wrapq.tracking.base import Tracker
 
+_MODEL_FILES = {".safetensors", ".json", ".txt", ".model", ".jinja"}
+_RECORDS = {*RECORDED, STATUS_FILE} - {MANIFEST}
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a finished run leaves.
+    """The result of a finished run.
 
     Attributes:
         folder: where everything lies.
@@ -42,7 +44,7 @@ class RunResult:
         run_url: its page, where a server shows it.
         exported: the copy in another project's format, where the recipe asks for one.
         goals: the verdict on every goal of the recipe.
-        figures: what goals bound and sweeps compare, by the names of `Goals`.
+        figures: what goals bound and sweeps compare, by the names of `wrapq.metrics`.
         kernels: which kernels run the model on this machine and how fast, in a line; `wrapq.load(..., runtime="auto")`.
     """
 
@@ -57,97 +59,71 @@ class RunResult:
     exported: Exported | None = None
     kernels: str = ""
     figures: dict[str, float] = field(default_factory=dict)
-    goals: dict[str, Verdict] = field(default_factory=dict)
+    goals: dict[str, GoalVerdict] = field(default_factory=dict)
 
 
 def open_record(run: Run) -> None:
-    """The run is on record before anything is loaded."""
-    plan, recipe = run.plan, run.plan.recipe
-    run.folder.write_status("RUNNING", recipe=recipe.name)
-    run.folder.write_text("recipe.yaml", to_yaml(recipe))
-    run.folder.write_text("plan.json", plan.model_dump_json(indent=1) + "\n")
+    """Record the run as running, before anything is loaded."""
+    plan, recipe, before = run.plan, run.plan.recipe, RunRecord(run.folder.path)
+    if before.resumable and not before.readable:
+        run.note(f"{run.folder.path / STATUS_FILE} is damaged: it is written anew")
+    run.folder.write_status(RUNNING, recipe=recipe.name)
+    run.folder.write_text(RECIPE, to_yaml(recipe))
+    run.folder.write_text(PLAN, plan.model_dump_json(indent=1) + "\n")
     run.digests |= {"recipe": recipe.digest(), "plan": plan.digest()}
     versions = {f"version.{name}": version for name, version in environment().items()}
     tags = {"recipe": recipe.name, "description": recipe.description, "folder": str(run.folder.path.resolve())}
-    tags |= {**versions, "device": device_class(run.device), **_digest_tags(run), **run.label.tags}
-    run.tracker.start(run.label.name or recipe.name, tags, recipe.model_dump(), run.folder.path, wait=False)
-
-
-def record_data(run: Run, context: str, source: Source, samples: Samples) -> None:
-    """Write down which data the run reads."""
-    for text in samples.notes:
-        run.note(f"{context}: {text}")
-    run.digests[context] = samples.digest
-    profile = {"tokens": samples.tokens, "windows": len(samples.input_ids), "seq_len": samples.input_ids.shape[1]}
-    run.tracker.dataset(source.describe(), samples.digest, source.describe(), context, profile)
+    tags |= {**versions, "device": device_class(run.device), **_digest_tags(run), **run.options.tags}
+    run.tracker.start(run.options.name or recipe.name, tags, recipe.model_dump(), run.folder.path, wait=False)
 
 
 def tell_problems(run: Run) -> None:
-    """Say what the tracker could not record, once."""
+    """Note each problem of the tracker."""
     for problem in run.tracker.problems:
-        if (text := f"tracking: {problem}") not in run.notes:
-            run.note(text)
+        run.note_once(f"tracking: {problem}")
 
 
 def close_record(run: Run, quality: Quality, exported: Exported | None) -> RunResult:
-    """Write down how the run ended; its result."""
-    sizes = {
-        FLOAT: run.plan.estimate.float_bytes,
-        QUANTIZED: sum(file.stat().st_size for file in weight_files(run.folder.path)),
-    }
-    facts: dict[str, Any] = {
-        "stages": quality.stages,
-        "curves": quality.curves,
-        "sizes": sizes,
-        "seconds": run.seconds,
-        "digests": run.digests,
-        "notes": run.notes,
-        "kernels": run.kernels,
-        "run_id": run.tracker.run_id,
-    }
-    bits = run.plan.estimate.bits_per_weight
-    reached = figures(quality.stages, sizes, run.seconds, bits)
+    """Record the run as finished; returns its result."""
+    sizes = {FLOAT: run.plan.estimate.float_bytes, QUANTIZED: weight_bytes(run.folder.path)}
+    measured = Measured(quality.stages, sizes, run.seconds, run.plan.estimate.bits_per_weight)
+    reached = measured.figures()
     verdicts = judge(run.plan.recipe.goals, reached)
+    shared: dict[str, Any] = {"sizes": sizes, "seconds": run.seconds, "digests": run.digests, "kernels": run.kernels}
+    facts = {"recipe": run.plan.recipe.name, "stages": quality.stages, "curves": quality.curves, **shared}
+    facts |= {"notes": run.notes, "run_id": run.tracker.run_id}
     if verdicts:
         facts["goals"] = {name: asdict(verdict) for name, verdict in verdicts.items()}
     if exported is not None:
         sizes[EXPORTS] = exported.size
         facts["exported"] = {"path": str(exported.path), "error": exported.error}
         run.tracker.metrics({"export/relative_error": exported.error})
-    run.folder.write_status("FINISHED", recipe=run.plan.recipe.name, **facts)
-    write_report(run.folder)
-    run.tracker.tags({**_digest_tags(run), "mlflow.note.content": run_note(run.plan, quality.stages, sizes)})
+    run.folder.write_status(FINISHED, **facts)
+    run.folder.write_text(REPORT, render_run(run.folder.path))
+    run.tracker.tags({**_digest_tags(run), "mlflow.note.content": run_note(run.plan, measured)})
     run.tracker.metrics({f"size/{stage}_mb": size / 1e6 for stage, size in sizes.items()})
     run.tracker.metrics({f"seconds/{step}": value for step, value in run.seconds.items()})
-    if bits is not None:
-        run.tracker.metrics({"bits_per_weight": bits})
+    run.tracker.metrics({name: value for name, value in reached.items() if METRICS.get(name).mlflow == name})
     record_goals(run.tracker, verdicts)
-    for name in _ARTIFACTS:
+    for name in RECORDED:
         if (run.folder.path / name).exists():
             run.tracker.artifact(run.folder.path / name)
-    _register(run, quality)
+    if (entry := run.settings.tracking.register_as) is not None:
+        for file in sorted(run.folder.path.iterdir()):
+            if file.is_file() and file.suffix in _MODEL_FILES and file.name not in _RECORDS:
+                run.tracker.artifact(file, "model")
+        figures = {f"{stage}.perplexity": f"{metrics['perplexity']:.4f}" for stage, metrics in quality.stages.items()}
+        tags = {"recipe": run.plan.recipe.name, **figures, **_digest_tags(run)}
+        run.tracker.register(entry.name, entry.alias, markdown(run.plan.recipe.description), tags)
     run.tracker.finish()
     tell_problems(run)
-    run_id, url = run.tracker.run_id, run.tracker.run_url
+    shared |= {"notes": tuple(run.notes), "run_id": run.tracker.run_id, "run_url": run.tracker.run_url}
     forget_progress(run.folder)
-    return RunResult(
-        run.folder.path,
-        quality.stages,
-        sizes,
-        run.seconds,
-        run.digests,
-        tuple(run.notes),
-        run_id,
-        url,
-        exported,
-        run.kernels,
-        reached,
-        verdicts,
-    )
+    return RunResult(run.folder.path, quality.stages, figures=reached, goals=verdicts, exported=exported, **shared)
 
 
-def record_goals(tracker: Tracker, verdicts: Mapping[str, Verdict]) -> None:
-    """Tag the tracked run with what became of its goals: `goals` is met or missed, `goal.NAME` says more."""
+def record_goals(tracker: Tracker, verdicts: Mapping[str, GoalVerdict]) -> None:
+    """Tag the tracked run with its goals: `goals` is met or missed, `goal.NAME` has value and bound."""
     if not verdicts:
         return
     words = {True: "met", False: "missed"}
@@ -157,54 +133,18 @@ def record_goals(tracker: Tracker, verdicts: Mapping[str, Verdict]) -> None:
     tracker.metrics({**values, "goals_missed": sum(not v.met for v in verdicts.values())})
 
 
-_ARTIFACTS = (
-    REPORT,
-    "recipe.yaml",
-    "plan.json",
-    LOCK,
-    "manifest.json",
-    "modules.json",
-    "histograms.json",
-    "qparams.safetensors",
-    "statistics.safetensors",
-    KERNELS_FILE,
-    "log.txt",
-)
-
-
-def _register(run: Run, quality: Quality) -> None:
-    """Upload the model and enter it in the model registry, where the settings say so."""
-    if (entry := run.settings.tracking.register_as) is None:
-        return
-    for file in sorted(run.folder.path.iterdir()):
-        if file.is_file() and file.suffix in _MODEL_FILES and file.name not in _RECORDS:
-            run.tracker.artifact(file, "model")
-    figures = {f"{stage}.perplexity": f"{metrics['perplexity']:.4f}" for stage, metrics in quality.stages.items()}
-    tags = {"recipe": run.plan.recipe.name, **figures, **_digest_tags(run)}
-    run.tracker.register(entry.name, entry.alias, run.plan.recipe.description, tags)
-
-
-def write_report(folder: RunFolder) -> None:
-    """The page that shows the run."""
-    folder.write_text(REPORT, render_run(folder.path))
-
-
-_MODEL_FILES = {".safetensors", ".json", ".txt", ".model", ".jinja"}
-_RECORDS = {*_ARTIFACTS, STATUS_FILE} - {MANIFEST}
-
-
-def record_failure(folder: RunFolder, tracker: Tracker, error: BaseException) -> None:
-    """Write down why the run ended."""
+def record_failure(run: Run, error: BaseException) -> None:
+    """Record the run as failed, with the reason."""
     reason = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
     _log.error("failed: %s", reason)
     try:
-        folder.write_status("FAILED", reason=reason)
-        if (folder.path / "plan.json").is_file():
-            write_report(folder)
-            tracker.artifact(folder.path / REPORT)
+        run.folder.write_status(FAILED, reason=reason)
+        if (run.folder.path / PLAN).is_file():
+            run.folder.write_text(REPORT, render_run(run.folder.path))
+            run.tracker.artifact(run.folder.path / REPORT)
     except Exception as second:  # a full disk may be the very reason; the first error is the one to show
         _log.error("the folder cannot say so: %s", second)
-    tracker.finish("FAILED", reason)
+    run.tracker.finish(FAILED, reason)
 
 
 def _digest_tags(run: Run) -> Mapping[str, str]:

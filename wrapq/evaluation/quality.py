@@ -6,17 +6,18 @@ Everything is accumulated in float64 tensors on the device of the inputs: nothin
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
 
 from wrapq.errors import CalibrationError
+from wrapq.metrics import SQNR_CEILING, metrics
 
 PIECE = {"cpu": 1 << 18}  # logits worked on at once
 GPU_PIECE = 1 << 25
-SQNR_CEILING = 200.0  # dB; float32 rounding alone is near 150, so this stands for "equal" in a curve
 
 
 class QualityMeter:
@@ -56,7 +57,9 @@ class QualityMeter:
         if self._sums is None:
             self._sums = torch.zeros(4, dtype=torch.float64, device=logits.device)
         rows = self.rows or max(8, PIECE.get(logits.device.type, GPU_PIECE) // logits.shape[-1])
-        for row, part in _parts(input_ids.shape[0], input_ids.shape[1], rows):
+        count, length = input_ids.shape
+        for row, start in product(range(count), range(0, length - 1, rows)):
+            part = slice(start, min(start + rows, length - 1))
             after = slice(part.start + 1, part.stop + 1)
             real = None if mask is None else mask[row, part].bool() & mask[row, after].bool()
             target = input_ids[row, after].to(logits.device)
@@ -71,8 +74,27 @@ class QualityMeter:
         nll, count, kl, agreed = [0.0] * 4 if self._sums is None else self._sums.tolist()
         if not count:
             raise CalibrationError("evaluation: no token to predict (empty text, or all of it padding)")
-        found = {"perplexity": _exp(nll / count), "nll": nll / count, "tokens": count}
+        mean = nll / count
+        perplexity = math.exp(mean) if mean < 700 else math.nan if math.isnan(mean) else math.inf
+        found = {"perplexity": perplexity, "nll": mean, "tokens": count}
         return found | {"kl": kl / count, "top1_agreement": agreed / count} if self._reference else found
+
+
+class StageMeter:
+    """All metrics of `wrapq.metrics` that are measured on logits, those of plug-ins included; `against_float` where
+    there are logits of the float model to compare with."""
+
+    def __init__(self, against_float: bool) -> None:
+        rows = [metric for metric in metrics() if against_float or not metric.against_float]
+        self._meters = [make() for make in dict.fromkeys(metric.meter for metric in rows) if make]
+
+    @torch.no_grad()
+    def update(self, reference: Tensor | None, logits: Tensor, input_ids: Tensor, mask: Tensor | None = None) -> None:
+        for meter in self._meters:
+            meter.update(reference, logits, input_ids, mask)
+
+    def result(self) -> dict[str, float]:
+        return {name: float(value) for meter in self._meters for name, value in meter.result().items()}
 
 
 @dataclass(frozen=True)
@@ -116,18 +138,6 @@ class LayerErrorMeter:
         }
 
 
-def sqnr_db(reference: Tensor, x: Tensor) -> Tensor:
-    """Signal to quantization noise in decibels, a float64 scalar on the device: inf when equal."""
-    signal, noise, *_ = _error_sums(reference, x, None)
-    return torch.where(noise == 0, torch.full_like(noise, math.inf), 10 * torch.log10(signal / noise))
-
-
-def _parts(batch: int, length: int, rows: int) -> Iterator[tuple[int, slice]]:
-    for row in range(batch):
-        for start in range(0, length - 1, rows):
-            yield row, slice(start, min(start + rows, length - 1))
-
-
 def _sums(reference: Tensor | None, logits: Tensor, target: Tensor, real: Tensor | None) -> Tensor:
     """float64 [4] of logits [R, V] and targets [R]: nll, predictions, KL and agreements summed over real rows."""
     log_q = logits.float().log_softmax(-1)
@@ -152,12 +162,9 @@ def _error_sums(reference: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
     if mask is not None:
         real = mask.bool().to(ref.device).reshape(*mask.shape, *[1] * (ref.dim() - mask.dim()))
         ref, got = torch.where(real, ref, 0), torch.where(real, got, 0)
-    return torch.stack([(a * b).sum(dtype=torch.float64) for a, b in _pairs(ref, got)])
-
-
-def _pairs(ref: Tensor, got: Tensor) -> list[tuple[Tensor, Tensor]]:
     noise = ref - got
-    return [(ref, ref), (noise, noise), (got, got), (ref, got)]
+    pairs = (ref, ref), (noise, noise), (got, got), (ref, got)
+    return torch.stack([(a * b).sum(dtype=torch.float64) for a, b in pairs])
 
 
 def _layer_error(signal: float, noise: float, power: float, inner: float) -> LayerError:
@@ -169,7 +176,3 @@ def _layer_error(signal: float, noise: float, power: float, inner: float) -> Lay
         return LayerError(math.inf, -math.inf, 0.0)
     cosine = inner / math.sqrt(signal * power) if power else 0.0
     return LayerError(math.sqrt(noise / signal), 10 * math.log10(signal / noise), cosine)
-
-
-def _exp(nll: float) -> float:
-    return math.exp(nll) if nll < 700 else math.nan if math.isnan(nll) else math.inf

@@ -1,1 +1,1 @@
-"""Copies of a converted model in the formats of other projects; see `wrapq.resolve.exporter` for what one declares."""
+"""Copies of a converted model in the formats of other projects; see `wrapq.export.base` for what one declares."""

@@ -7,7 +7,6 @@ under the names of the library. Embeddings and norms stay as they are.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,16 +14,17 @@ from typing import Any, Literal, cast
 
 import torch
 from packaging.version import Version
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from wrapq.errors import ModelError, PlanError, Problem
+from wrapq.export.base import EXPORTERS, Exporter, Folder, Reading
 from wrapq.export.checks import VLLM, Translation, translate
 from wrapq.export.reload import DEQUANTIZED, FLOAT_CACHE, read
 from wrapq.export.scheme import DENSE, MIXED, Args, Scheme
 from wrapq.export.tensors import CACHE_NAMES, activation_tensors, linear_tensors
 from wrapq.export.vllm import describe, linear_note, unequal_global_scales, words
-from wrapq.resolve.exporter import EXPORTERS, Exporter, Folder, Reading
+from wrapq.registry import Options
 from wrapq.resolve.plan import Plan
 from wrapq.runtime.module import QuantizedModule, QuantizedWeight
 
@@ -40,8 +40,6 @@ Half precision has many such numbers, since compressed-tensors computes dynamic 
 _COARSE_STEP = 0.25
 """With fewer bits. Weights that are wrong altogether are off by more than one."""
 _FINE_BITS = 8
-
-
 _DEQUANTIZED = (
     "transformers with compressed-tensors {version} loads it with "
     "quantization_config=CompressedTensorsConfig(dequantize=True) only: since 0.18 they misread packed zero points, "
@@ -53,10 +51,8 @@ _FLOAT_CACHE = (
 )
 
 
-class CompressedTensorsOptions(BaseModel):
+class CompressedTensorsOptions(Options):
     """Options of the format."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     reader: Literal["vllm", "transformers"] = Field(
         "vllm",
@@ -72,50 +68,45 @@ class CompressedTensors(Exporter):
     options: CompressedTensorsOptions
 
     def check(self, plan: Plan) -> Iterable[Problem]:
-        """See `Exporter.check`."""
         found = _version()
         if found is None or Version(found) < Version(OLDEST):
             what = f"the export is loaded by transformers to check it, which needs {LIBRARY} {OLDEST} or newer"
             here = "is not installed" if found is None else f"is {found} here"
-            yield Problem("export.format", f"{what}; it {here}", (), "pip install 'wrapq[export]'")
+            yield Problem("", "export.format", f"{what}; it {here}", (), "pip install 'wrapq[export]'")
         yield from self._translate(plan).problems
 
     def export(self, model: nn.Module, plan: Plan, folder: Folder) -> None:
-        """See `Exporter.export`."""
         from safetensors.torch import save_file
 
-        said = self._translate(plan)
-        if said.problems:
-            raise PlanError(said.problems)
-        tensors = _tensors(model, said.schemes, getattr(torch, plan.recipe.model.dtype))
+        translation = self._translate(plan)
+        if translation.problems:
+            raise PlanError(translation.problems)
+        tensors = _tensors(model, translation.schemes, getattr(torch, plan.recipe.model.dtype))
         if self.options.reader == VLLM and (wrong := next(unequal_global_scales(tensors), None)):
             raise ModelError(f"{wrong}: run the recipe again, or give vLLM up with export.reader=transformers")
         folder.write(WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
         config = json.loads(cast(Any, model).config.to_json_string())
         config.pop("_name_or_path", None)  # where the float model lay on this machine
         config["dtype"] = plan.recipe.model.dtype
-        config["quantization_config"] = quantization_config(said, linear_layers(model))
+        modules = model.named_modules(remove_duplicate=False)  # those whose tensors are tied to another's too
+        linear = [name for name, module in modules if isinstance(module, nn.Linear)]
+        config["quantization_config"] = quantization_config(translation, linear)
         folder.write_text(CONFIG, json.dumps(config, indent=2) + "\n")
 
     def read(self, folder: Path, ids: Tensor, device: str) -> Reading:
-        """See `Exporter.read`."""
         logits, reason = read(folder, ids, device)
         if not logits:
             raise ModelError(f"transformers does not load the export: {reason}")
         return reading(logits)
 
     def layers(self, plan: Plan) -> Iterable[str]:
-        """See `Exporter.layers`."""
-        said = self._translate(plan)
-        schemes = {scheme.key: scheme for scheme in said.schemes.values()}
-        counts = Counter(scheme.key for scheme in said.schemes.values())
-        for key, scheme in schemes.items():
-            yield f"{scheme.format}: {counts[key]} layers, {describe(scheme).removeprefix('is ')}"
-        if said.cache is not None:
-            yield f"kv_cache_scheme: {words(said.cache)}"
+        translation = self._translate(plan)
+        for scheme, names in translation.layers_by_scheme():
+            yield f"{scheme.format}: {len(names)} layers, {describe(scheme).removeprefix('is ')}"
+        if translation.cache is not None:
+            yield f"kv_cache_scheme: {words(translation.cache)}"
 
     def notes(self, plan: Plan) -> Iterable[str]:
-        """See `Exporter.notes`."""
         dtype, specs = plan.recipe.model.dtype, [spec for points in plan.specs().values() for spec in points.values()]
         if self.options.reader == VLLM:
             yield from dict.fromkeys(filter(None, map(linear_note, self._translate(plan).schemes.values())))
@@ -123,7 +114,6 @@ class CompressedTensors(Exporter):
             yield f"scales are rounded to {dtype}, the model's dtype; scale={dtype} in a spec calibrates with such ones"
 
     def tolerance(self, plan: Plan) -> float:
-        """See `Exporter.tolerance`."""
         dtype = plan.recipe.model.dtype
         points = [point for module in plan.modules for point in module.points if point.role == "activation"]
         if not points:
@@ -138,46 +128,40 @@ class CompressedTensors(Exporter):
 def reading(logits: Mapping[str, Tensor]) -> Reading:
     """What `reload` found, with how it had to load."""
     ((how, values),) = logits.items()
-    said = {DEQUANTIZED: _DEQUANTIZED, FLOAT_CACHE: _FLOAT_CACHE}
+    remarks = {DEQUANTIZED: _DEQUANTIZED, FLOAT_CACHE: _FLOAT_CACHE}
     versions = {"version": _version(), "transformers": version("transformers")}
-    notes = tuple(note.format(**versions) for word, note in said.items() if word in how)
+    notes = tuple(note.format(**versions) for word, note in remarks.items() if word in how)
     return Reading(values, notes, frozenset(CACHE_NAMES if FLOAT_CACHE in how else ()))
 
 
-def quantization_config(said: Translation, layers: Iterable[str]) -> Args:
+def quantization_config(translation: Translation, layers: Iterable[str]) -> Args:
     """The section of `config.json`; `layers` are all linear layers of the model."""
-    targets: dict[str, list[str]] = {}
-    for name, scheme in said.schemes.items():
-        targets.setdefault(scheme.key, []).append(name)
-    schemes = {scheme.key: scheme for scheme in said.schemes.values()}
-    one = len(schemes) == 1
-    everything = ["Linear", *said.outside]  # vLLM's output layer has another class
-    groups = {
-        f"group_{i}": schemes[key].group(everything if one else names) for i, (key, names) in enumerate(targets.items())
-    }
-    formats = sorted({scheme.format for scheme in schemes.values()})
+    found = translation.layers_by_scheme()
+    if len(found) == 1:
+        found = [(found[0][0], ["Linear", *translation.outside])]  # vLLM's output layer has another class
+    groups = {f"group_{i}": scheme.group(names) for i, (scheme, names) in enumerate(found)}
+    formats = sorted({scheme.format for scheme, _ in found})
     return {
         "quant_method": LIBRARY,
         "version": _version(),
         "format": formats[0] if len(formats) == 1 else MIXED if formats else DENSE,
         "quantization_status": "compressed",  # without it readers take the packed weights for missing ones
         "config_groups": groups,
-        "ignore": [name for name in layers if name not in said.schemes],
-        "kv_cache_scheme": said.cache,
+        "ignore": [name for name in layers if name not in translation.schemes],
+        "kv_cache_scheme": translation.cache,
         "global_compression_ratio": None,
     }
-
-
-def linear_layers(model: nn.Module) -> list[str]:
-    """The names of all linear layers, those whose tensors are tied to another's included."""
-    modules = model.named_modules(remove_duplicate=False)
-    return [name for name, module in modules if isinstance(module, nn.Linear)]
 
 
 def _tensors(model: nn.Module, schemes: Mapping[str, Scheme], dtype: torch.dtype) -> dict[str, Tensor]:
     """Everything that the checkpoint holds: packed layers, cache scales, the rest as it is, tied tensors once."""
     quantized = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedModule)}
-    own = {f"{name}.{key}" for name, module in quantized.items() for key in _stored(module)}
+    own = {
+        f"{name}.{key}"
+        for name, module in quantized.items()
+        for key in (*module._parameters, *module._buffers)
+        if any(key.startswith(f"{point}_") for point in module.specs)
+    }
     tensors: dict[str, Tensor] = {}
     seen: set[tuple[int, torch.Size]] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -187,24 +171,11 @@ def _tensors(model: nn.Module, schemes: Mapping[str, Scheme], dtype: torch.dtype
             tensors[name] = tensor
     for name, module in quantized.items():
         if isinstance(module, QuantizedWeight):
-            made = linear_tensors(module, schemes[name], name)
+            made = [linear_tensors(module, schemes[name], name)]
         else:
-            made = _cache_tensors(module, dtype)
-        tensors |= {f"{name}.{key}": tensor for key, tensor in made.items()}
+            made = [activation_tensors(key, module.qparams(point), dtype) for point, key in CACHE_NAMES.items()]
+        tensors |= {f"{name}.{key}": tensor for part in made for key, tensor in part.items()}
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def _stored(module: QuantizedModule) -> list[str]:
-    """The tensors that the module holds for its points."""
-    table = {**module._parameters, **module._buffers}
-    return [key for key in table if any(key.startswith(f"{point}_") for point in module.specs)]
-
-
-def _cache_tensors(module: QuantizedModule, dtype: torch.dtype) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for point, name in CACHE_NAMES.items():
-        tensors |= activation_tensors(name, module.qparams(point), dtype)
-    return tensors
 
 
 def _version() -> str | None:

@@ -40,13 +40,8 @@ class Scheme:
 
     @property
     def half_only(self) -> bool:
-        """Whether compressed-tensors unpacks the weight to bfloat16 whatever the model computes in."""
+        """Whether the weight is microscaled, so that compressed-tensors unpacks it to bfloat16 in any model."""
         return self.format in (NVFP4, MXFP4, MXFP8)
-
-    @property
-    def asymmetric_pack(self) -> bool:
-        """Whether zero points are packed, which transformers reads only while it dequantizes the whole model."""
-        return self.format == PACK and not self.weights["symmetric"]
 
     @property
     def key(self) -> str:
@@ -60,11 +55,8 @@ class Scheme:
 
 
 def linear_scheme(specs: Mapping[str, QuantSpec]) -> Scheme:
-    """The scheme of a linear layer whose points have `specs`.
-
-    Raises:
-        SpecError: compressed-tensors cannot say it; the message names the point.
-    """
+    """The scheme of a linear layer whose points have `specs`; raises `SpecError`, naming the point, where
+    compressed-tensors cannot say it."""
     if "output" in specs:
         raise SpecError("output: compressed-tensors' readers quantize weights and inputs only")
     if "weight" not in specs:
@@ -101,9 +93,8 @@ def cache_args(key: QuantSpec | None, value: QuantSpec | None) -> Args:
     """`kv_cache_scheme` of a model whose keys and values have these specs; raises `SpecError` where there is none."""
     if key is None or value is None:
         raise SpecError("compressed-tensors quantizes keys and values together; quantize both or neither")
-    if key.dynamic or value.dynamic or key.local or value.local:
-        spec = key if key.dynamic or key.local else value
-        raise SpecError(f"{spec}: compressed-tensors takes one range over all tokens, so a cache needs fixed ones")
+    if moving := [spec for spec in (key, value) if spec.dynamic or spec.local]:
+        raise SpecError(f"{moving[0]}: compressed-tensors takes one range over all tokens, so a cache needs fixed ones")
     if key.granularity not in _CACHE:
         raise SpecError(f"{key}: compressed-tensors scales a cache by {' or '.join(_CACHE)}, not by {key.granularity}")
     arguments, other = _args(key), _args(value)

@@ -18,11 +18,8 @@ CACHE_NAMES = {"key": "k", "value": "v"}
 
 
 def linear_tensors(module: QuantizedWeight, scheme: Scheme, where: str) -> dict[str, Tensor]:
-    """What a linear layer called `where` stores, by the names within it; its bias is not among them.
-
-    Raises:
-        ModelError: groups in activation order, which no layout holds.
-    """
+    """What a linear layer called `where` stores but its bias, by the names within it; raises `ModelError` for groups in
+    activation order, which no layout holds."""
     qparams, dtype = module.qparams("weight"), module.weight_dtype
     if qparams.permutation is not None:
         raise ModelError(f"{where}: compressed-tensors has no layout for groups that follow an activation order")
@@ -35,10 +32,8 @@ def linear_tensors(module: QuantizedWeight, scheme: Scheme, where: str) -> dict[
 
 
 def activation_tensors(prefix: str, qparams: QParams, dtype: torch.dtype) -> dict[str, Tensor]:
-    """`<prefix>_scale` in the model's `dtype` and, unless symmetric, `<prefix>_zero_point` int8, both [1] or [H, 1, 1].
-
-    A `local` spec has `<prefix>_global_scale` float32 [1] alone.
-    """
+    """`<prefix>_scale` in the model's `dtype` and, unless symmetric, `<prefix>_zero_point` int8, both [1] or [H, 1, 1];
+    of a `local` spec `<prefix>_global_scale` float32 [1] alone."""
     if qparams.spec.local and qparams.global_scale is not None:
         return {f"{prefix}_global_scale": qparams.global_scale}
     tensors = {f"{prefix}_scale": qparams.scale.to(dtype)}
@@ -49,16 +44,16 @@ def activation_tensors(prefix: str, qparams: QParams, dtype: torch.dtype) -> dic
 
 def _packed(codes: Tensor, qparams: QParams) -> dict[str, Tensor]:
     """`pack-quantized`: words along the inputs, zero points packed along the outputs."""
-    dtype, rows = _signed(qparams.spec.dtype), codes.shape[0]
-    scale = qparams.scale if qparams.scale.dim() > 1 else qparams.scale.expand(rows, 1)
+    dtype = qparams.spec.dtype
+    scale = qparams.scale if qparams.scale.dim() > 1 else qparams.scale.expand(len(codes), 1)
     tensors = {
-        "weight_packed": pack(codes, qparams.spec.dtype),  # relative to the least code, so the same without a sign
+        "weight_packed": pack(codes, dtype),  # relative to the least code, so the same without a sign
         "weight_shape": torch.tensor(codes.shape),
         "weight_scale": scale.contiguous(),
     }
     if not qparams.spec.symmetric:
-        zero_point = _zero_point(qparams).expand(scale.shape)
-        tensors["weight_zero_point"] = pack(zero_point.t(), dtype).t().contiguous()
+        zero_point, signed = _zero_point(qparams).expand(scale.shape), dtype_named(dtype.name.removeprefix("u"))
+        tensors["weight_zero_point"] = pack(zero_point.t(), signed).t().contiguous()
     return tensors
 
 
@@ -98,7 +93,3 @@ def _to_signed(codes: Tensor, dtype: DType) -> Tensor:
     """Integers of `dtype` on the signed grid of its width, the only one that compressed-tensors knows; int8."""
     offset = 0 if dtype.signed else 1 << (dtype.bits - 1)
     return (codes.to(torch.int32) - offset).to(torch.int8)
-
-
-def _signed(dtype: DType) -> DType:
-    return dtype if dtype.signed else dtype_named(dtype.name.removeprefix("u"))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from wrapq.export.scheme import MXFP4, MXFP8, NVFP4, PACK, Args, Scheme
-from wrapq.wrappers.siblings import FUSED, siblings
+from wrapq.wrappers.fused_layers import FUSED, siblings
 
 _INPUT_BITS = (4, 8)
 _FP8_GROUP = 128
@@ -30,9 +30,7 @@ def linear_refusal(scheme: Scheme) -> str | None:
     weights, inputs = scheme.weights, scheme.inputs
     if weights["type"] == "int":
         return None if inputs is None else _integer_refusal(scheme, weights, inputs)
-    if scheme.format in _MICROSCALED:
-        return _MICROSCALED[scheme.format](inputs)
-    return _float_refusal(weights, inputs)
+    return _microscaled_refusal(scheme.format, inputs) if scheme.half_only else _float_refusal(weights, inputs)
 
 
 def linear_note(scheme: Scheme) -> str | None:
@@ -55,26 +53,19 @@ def linear_note(scheme: Scheme) -> str | None:
 
 def cache_refusal(arguments: Args) -> str | None:
     """Why vLLM does not keep its cache so, or None."""
-    if (arguments["type"], arguments["num_bits"]) != ("float", 8):
-        return "vLLM's quantized cache is fp8_e4m3, with one scale by tensor or head"
-    return None
+    known = (arguments["type"], arguments["num_bits"]) == ("float", 8)
+    return None if known else "vLLM's quantized cache is fp8_e4m3, with one scale by tensor or head"
 
 
 def fusion_refusals(schemes: Mapping[str, Scheme | None], rows: Mapping[str, int]) -> Iterator[tuple[str, str]]:
-    """For each set of layers that vLLM fuses and that differ here: where, and what differs.
-
-    Blocks must not run from one layer into the next.
-
-    Args:
-        schemes: every linear layer by name, with None for the float ones.
-        rows: the outputs of the quantized ones.
-    """
+    """For each set of layers that vLLM fuses and that differ here: where, and what differs; nor may a block run into
+    the next layer. `schemes` has None for the float linear layers, `rows` the outputs of the quantized ones."""
     for parent in dict.fromkeys(name.rpartition(".")[0] for name in schemes):
         for parts in FUSED:
             found = {part: schemes[name] for part in parts if (name := f"{parent}.{part}") in schemes}
             if len({scheme.key if scheme else "" for scheme in found.values()}) > 1:
-                said = ", ".join(f"{part} {describe(scheme)}" for part, scheme in found.items())
-                yield parent, f"vLLM runs {_listed(list(found))} as one layer, which needs one spec, but {said}"
+                specs = ", ".join(f"{part} {describe(scheme)}" for part, scheme in found.items())
+                yield parent, f"vLLM runs {_listed(list(found))} as one layer, which needs one spec, but {specs}"
             elif ragged := [part for part in [*found][:-1] if _is_ragged(found[part], rows.get(f"{parent}.{part}", 0))]:
                 yield parent, f"vLLM runs {_listed(list(found))} as one layer, and a block of {ragged[0]} is not whole"
 
@@ -91,11 +82,8 @@ def unequal_global_scales(tensors: Mapping[str, Tensor]) -> Iterator[str]:
 
 
 def _is_ragged(scheme: Scheme | None, rows: int) -> bool:
-    return (
-        scheme is not None
-        and scheme.weights["strategy"] == "block"
-        and rows % scheme.weights["block_structure"][0] != 0
-    )
+    weights = {} if scheme is None else scheme.weights
+    return weights.get("strategy") == "block" and rows % weights["block_structure"][0] != 0
 
 
 def describe(scheme: Scheme | None) -> str:
@@ -118,9 +106,8 @@ def _integer_refusal(scheme: Scheme, weights: Args, inputs: Args) -> str | None:
         known = (weights["num_bits"], weights.get("group_size")) == (4, _FP8_GROUP) and weights["symmetric"]
         if known and inputs["num_bits"] == 8 and inputs["dynamic"] and inputs["strategy"] == "token":
             return None
-        return (
-            f"vLLM takes fp8 inputs with int4 weights that are symmetric by g{_FP8_GROUP}, by token with dynamic ranges"
-        )
+        what = f"int4 weights that are symmetric by g{_FP8_GROUP}, by token with dynamic ranges"
+        return f"vLLM takes fp8 inputs with {what}"
     if scheme.format == PACK:
         known = inputs["num_bits"] in _INPUT_BITS and inputs["symmetric"] and inputs["dynamic"]
         if known and inputs["strategy"] in ("token", "group"):
@@ -153,28 +140,22 @@ def _float_refusal(weights: Args, inputs: Args | None) -> str | None:
     return None
 
 
-def _nvfp4_refusal(inputs: Args | None) -> str | None:
-    if inputs is None or (inputs["strategy"], inputs["dynamic"]) == ("tensor_group", "local"):
+def _microscaled_refusal(form: str, inputs: Args | None) -> str | None:
+    if inputs is None:
         return None
-    return "vLLM takes NVFP4 weights with float inputs or with nvfp4:local ones"
-
-
-def _mxfp4_refusal(inputs: Args | None) -> str | None:
-    fp8 = inputs is not None and inputs["type"] == "float" and inputs["num_bits"] == 8 and inputs["dynamic"]
-    if inputs is None or _is_mx(inputs, 4) or (fp8 and inputs["strategy"] in ("token", "group")):
+    if form == NVFP4:
+        known = (inputs["strategy"], inputs["dynamic"]) == ("tensor_group", "local")
+        return None if known else "vLLM takes NVFP4 weights with float inputs or with nvfp4:local ones"
+    if form == MXFP8:
+        return None if _is_mx(inputs, 8) else "vLLM takes MXFP8 weights with dynamic MXFP8 inputs"
+    fp8 = inputs["type"] == "float" and inputs["num_bits"] == 8 and inputs["dynamic"]
+    if _is_mx(inputs, 4) or (fp8 and inputs["strategy"] in ("token", "group")):
         return None
     return "vLLM takes MXFP4 weights with float inputs, dynamic MXFP4 ones or dynamic fp8 ones by token or group"
 
 
-def _mxfp8_refusal(inputs: Args | None) -> str | None:
-    return None if inputs is None or _is_mx(inputs, 8) else "vLLM takes MXFP8 weights with dynamic MXFP8 inputs"
-
-
 def _is_mx(inputs: Args | None, bits: int) -> bool:
     return inputs is not None and inputs["num_bits"] == bits and inputs.get("scale_dtype") == "torch.uint8"
-
-
-_MICROSCALED = {NVFP4: _nvfp4_refusal, MXFP4: _mxfp4_refusal, MXFP8: _mxfp8_refusal}
 
 
 def _listed(names: Sequence[str]) -> str:

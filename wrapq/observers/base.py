@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from contextvars import ContextVar
+from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from wrapq.errors import CalibrationError, SpecError, UnknownNameError, nearest
+from wrapq.errors import CalibrationError, ProblemsError, SpecError, UnknownNameError
+from wrapq.observers.forward_context import forward_context
 from wrapq.quant.affine import (
     global_scale_for,
     range_over,
@@ -25,13 +24,10 @@ from wrapq.quant.affine import (
 from wrapq.quant.qparams import QParams
 from wrapq.quant.short_form import meant_word
 from wrapq.quant.spec import QuantSpec
-from wrapq.registry import Registry
-
-SHARED_BOUND: ContextVar[Tensor | None] = ContextVar("shared_bound", default=None)
-"""While a weight is rounded that shares its global scale with others: the largest magnitude, (1,), of them all."""
+from wrapq.registry import Configurable, Place, Registry, build
 
 
-class Observer(ABC):
+class Observer(Configurable, ABC):
     """A running statistic of one quantization point.
 
     A subclass keeps what it gathers in the tensors named by `STATE`, which are None until the first update:
@@ -47,7 +43,8 @@ class Observer(ABC):
     among all positions, [K / g], since batches differ in their number of positions.
 
     Args:
-        spec: a static spec. Options of the observer are further keyword arguments with defaults.
+        spec: a static spec.
+        options: of the class `Options`. The description of an option says which values it may have, as errors do.
 
     Raises:
         SpecError: the spec is dynamic, which leaves nothing to observe.
@@ -55,7 +52,8 @@ class Observer(ABC):
 
     STATE: tuple[str, ...] = ()
 
-    def __init__(self, spec: QuantSpec) -> None:
+    def __init__(self, spec: QuantSpec, options: Any = None) -> None:
+        super().__init__(options)
         if spec.dynamic:
             raise SpecError(f"{spec}: a dynamic spec takes its scales from each tensor and has no observer")
         self.target = spec
@@ -90,11 +88,8 @@ class Observer(ABC):
         return getattr(self, self.STATE[0]) is None
 
     def qparams(self, where: str) -> QParams:
-        """The parameters for the range chosen.
-
-        Raises:
-            CalibrationError: nothing was seen, or NaN or inf was; the message starts with `where`.
-        """
+        """The parameters for the range chosen; raises `CalibrationError`, beginning with `where`, when nothing was
+        seen, or NaN or inf was."""
         if self.empty:
             raise CalibrationError(f"{where}: saw no data, so no {self.spec} range can be chosen")
         chosen = self.range()
@@ -121,36 +116,26 @@ OBSERVERS: Registry[type[Observer]] = Registry("observer", "wrapq.observers")
 
 
 def make_observer(spec: QuantSpec) -> Observer:
-    """The observer that `spec` names, with its options.
-
-    Raises:
-        UnknownNameError: no such observer; the nearest may be another word of a spec's short form.
-        SpecError: it has no such option, or the value is out of bounds.
-    """
+    """The observer that `spec` names; raises `UnknownNameError` where there is none, with the nearest word of the short
+    form, and `SpecError` for a wrong option."""
     if spec.observer not in OBSERVERS and (meant := meant_word(spec.observer)):
         raise UnknownNameError("part of a spec", spec.observer, [meant])
-    kind = OBSERVERS.get(spec.observer)
-    names = list(inspect.signature(kind).parameters)[1:]
-    for option, _ in spec.observer_options:
-        if option not in names:
-            hint = f"did you mean: {', '.join(nearest(option, names))}" if names else "it has none"
-            raise SpecError(f"{spec}: observer {spec.observer} has no option {option!r}; {hint}")
-    return kind(spec, **dict(spec.observer_options))
-
-
-def check_option(spec: QuantSpec, name: str, value: object, valid: Callable[[Any], bool], meaning: str) -> None:
-    """Raise `SpecError`, saying what the option means, unless `value` is a number and `valid`."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not valid(value):
-        raise SpecError(f"{spec}: {name} is {meaning}, not {value!r}")
+    fields, options = OBSERVERS.get(spec.observer).Options.model_fields, dict(spec.observer_options)
+    try:
+        return build(OBSERVERS, spec.observer, options, Place("", "observer", owner="observer {}"), spec)
+    except ProblemsError as error:
+        problem = error.problems[0]
+        if problem.path in fields:
+            meaning, value = fields[problem.path].description, options[problem.path]
+            raise SpecError(f"{spec}: {problem.path} is {meaning}, not {value!r}") from None
+        hint = f"did you mean: {', '.join(problem.nearest)}" if problem.nearest else "it has none"
+        raise SpecError(f"{spec}: {problem.what}; {hint}") from None
 
 
 def observe_tensor(x: Tensor, spec: QuantSpec, where: str) -> QParams:
-    """The parameters of one static tensor at hand (a weight), chosen by the spec's observer from all its elements.
-
-    Raises:
-        CalibrationError: the tensor is empty or holds NaN or inf; the message starts with `where`.
-        SpecError: the group size does not divide the width, or the observer's options are wrong.
-    """
+    """The parameters of one static tensor at hand (a weight), chosen by the spec's observer from all its elements;
+    raises `CalibrationError`, beginning with `where`, where it is empty or holds NaN or inf, and `SpecError` where the
+    spec does not fit it or has wrong options."""
     if spec.local:
         raise SpecError(f"{where}: {spec} is for activations, since a weight does not change")
     observer = make_observer(spec)
@@ -162,19 +147,16 @@ def observe_tensor(x: Tensor, spec: QuantSpec, where: str) -> QParams:
 
 
 def weight_global_scale(low: Tensor, high: Tensor, spec: QuantSpec) -> Tensor | None:
-    """The global scale of a weight whose elements are `low` to `high`, or of all that share it (`SHARED_BOUND`)."""
-    bound = SHARED_BOUND.get()
+    """The global scale of a weight whose elements are `low` to `high`, or of all that share it."""
+    bound = forward_context().shared_bound
     return global_scale_for(low, high, spec) if bound is None else global_scale_for(-bound, bound, spec)
 
 
 def checked_qparams(
     low: Tensor, high: Tensor, spec: QuantSpec, where: str, global_scale: Tensor | None = None
 ) -> QParams:
-    """The parameters for the ranges `low` to `high`, relative to `global_scale` where the spec has one.
-
-    Raises:
-        CalibrationError: a range is not finite; the message starts with `where`.
-    """
+    """The parameters for the ranges `low` to `high`, relative to `global_scale` where the spec has one; raises
+    `CalibrationError`, beginning with `where`, for a range that is not finite."""
     finite = torch.isfinite(low) & torch.isfinite(high)
     if not bool(finite.all()):
         kind = "NaN" if bool((torch.isnan(low) | torch.isnan(high)).any()) else "inf"
@@ -188,11 +170,8 @@ def checked_qparams(
 
 
 def stream_range(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """As `reduce_range`, but groups are shared among positions: [K / g] for `x` [..., K].
-
-    Raises:
-        SpecError: blocks, which have rows and so no meaning for tensors of varying length.
-    """
+    """As `reduce_range`, but groups are shared among positions: [K / g] for `x` [..., K]; raises `SpecError` for
+    blocks, which have rows and so no meaning for tensors of varying length."""
     if spec.granularity == "block":
         raise SpecError(f"{spec}: fixed blocks are for weights; give activations groups, or make them dynamic")
     if spec.granularity != "group":
@@ -203,10 +182,8 @@ def stream_range(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
 
 
 def scale_rows(x: Tensor, spec: QuantSpec) -> Tensor:
-    """`x` as a matrix [R, M] whose row r holds the elements under the r-th scale, in the order of `scale_shape`.
-
-    A block at the edge that is smaller than the others holds its last elements several times.
-    """
+    """`x` as a matrix [R, M] whose row r holds the elements under the r-th scale, in the order of `scale_shape`; blocks
+    that are smaller, at an edge, hold their last elements several times."""
     rows = math.prod(scale_shape(x.shape, spec))
     if spec.granularity == "block":
         x = split_tiles(x, spec).transpose(-3, -2)
@@ -217,10 +194,13 @@ def scale_rows(x: Tensor, spec: QuantSpec) -> Tensor:
     return x.reshape(rows, -1)
 
 
-def joined(a: Tensor | None, b: Tensor, spec: QuantSpec) -> Tensor:
+def all_finite(low: Tensor, high: Tensor) -> bool:
+    """Whether neither bound of any range is NaN or inf."""
+    return bool((torch.isfinite(low) & torch.isfinite(high)).all())
+
+
+def joined(a: Tensor, b: Tensor, spec: QuantSpec) -> Tensor:
     """`b` on the device of `a`; raises `CalibrationError` when the two streams differ in their number of channels."""
-    if a is None:
-        return b
     if a.numel() != b.numel():
         raise CalibrationError(f"{spec}: data with {b.numel()} ranges after data with {a.numel()}")
     return b.to(a.device)

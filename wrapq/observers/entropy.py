@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from wrapq.observers.base import OBSERVERS, check_option, scale_rows
-from wrapq.observers.histogram import HistogramObserver
+from wrapq.observers.base import OBSERVERS, scale_rows
+from wrapq.observers.histogram import HistogramObserver, HistogramOptions
 from wrapq.quant.affine import reduce_range, scale_shape
 from wrapq.quant.spec import QuantSpec
 
 _CHUNK = 4096
 """Rows of a tensor at hand that are searched at once: their histograms fill memory before their elements do."""
+
+
+class EntropyOptions(HistogramOptions):
+    """Options of `entropy`: so many `candidates` are tried between the number of codes and the whole range."""
+
+    candidates: int = Field(128, ge=2, strict=True, description="at least 2")
 
 
 @OBSERVERS.register("entropy")
@@ -25,41 +32,25 @@ class Entropy(HistogramObserver):
 
     Meant for activations of 8 bits whose tail does not matter, as those of convolutional networks. The few large
     activations of language models do matter, and it cuts them: there, and on weights, `mse` is the better choice.
-
-    Args:
-        spec: a static spec.
-        candidates: how many thresholds are tried between the number of codes and the whole range.
-        bins: as in `HistogramObserver`.
-
-    Raises:
-        SpecError: an option is out of bounds.
     """
 
-    def __init__(self, spec: QuantSpec, candidates: int = 128, bins: int | None = None) -> None:
-        super().__init__(spec, bins)
-        check_option(spec, "candidates", candidates, lambda v: isinstance(v, int) and v >= 2, "at least 2")
-        self.candidates = candidates
+    Options = EntropyOptions
+    options: EntropyOptions
 
-    def range(self) -> tuple[Tensor, Tensor]:
-        """The range with the least divergence over the histogram."""
+    def chosen(self, counts: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
         low, high = self.bounds()
-        if not self.finite():
-            return low, high
-        counts, width = self.histogram()
-        limit = (best_threshold(counts, 1 << self.spec.dtype.bits, self.candidates) * width.squeeze(-1)).reshape(
-            low.shape
-        )
+        threshold = best_threshold(counts, 1 << self.spec.dtype.bits, self.options.candidates)
+        limit = (threshold * width.squeeze(-1)).reshape(low.shape)
         return low.clamp(-limit, limit), high.clamp(-limit, limit)
 
     def tensor_range(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The range with the least divergence over the histogram of `x`."""
         rows, shape = scale_rows(x, self.spec), scale_shape(x.shape, self.spec)
         if not bool(torch.isfinite(rows).all()):
             return reduce_range(x, self.spec)
         plain = QuantSpec(self.spec.dtype, "channel", symmetric=self.spec.symmetric)
-        found = []
+        options, found = self.options.model_copy(update={"bins": self.bins}), []
         for part in rows.split(_CHUNK):
-            observer = Entropy(plain, self.candidates, self.bins)
+            observer = Entropy(plain, options)
             observer.update(part)
             found.append(torch.stack(observer.range()))
         low, high = torch.cat(found, dim=1)
@@ -71,9 +62,9 @@ def best_threshold(counts: Tensor, levels: int, candidates: int) -> Tensor:
     bins = (counts.shape[-1] + 1) // 2
     first = (levels + 2) // 2  # the fewest bins to a side that are more than the codes
     best = torch.full((counts.shape[0],), float(bins), device=counts.device)
-    least = divergence(counts, bins, levels) if first < bins else None
-    if least is None:
+    if first >= bins:
         return best
+    least = divergence(counts, bins, levels)
     for side in sorted({round(v) for v in torch.linspace(first, bins, candidates).tolist()} - {bins}, reverse=True):
         found = divergence(counts, side, levels)
         best, least = torch.where(found < least, float(side), best), torch.minimum(found, least)
@@ -95,6 +86,5 @@ def divergence(counts: Tensor, side: int, levels: int) -> Tensor:
     spread = (sums / sizes.clamp(min=1))[:, part] * filled
     p = reference / reference.sum(-1, keepdim=True)
     q = spread / spread.sum(-1, keepdim=True).clamp(min=1e-30)
-    # an end bin whose part of Q is empty would make the divergence infinite: onnxruntime smooths such bins, as this
-    # does
+    # an end bin whose part of Q is empty would make the divergence infinite: this, as onnxruntime, smooths such bins
     return (p * (p.clamp(min=1e-30) / q.clamp(min=1e-9)).log()).sum(-1)

@@ -10,45 +10,53 @@ Letters: R rows, n bins to a side, hence 2n - 1 bins.
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Annotated, ClassVar, Self
 
 import torch
+from pydantic import AfterValidator, BaseModel, Field
 from torch import Tensor
 
 from wrapq.errors import SpecError
-from wrapq.observers.base import Observer, check_option, joined, stream_range
-from wrapq.observers.minmax import bounds
+from wrapq.observers.base import all_finite, stream_range
+from wrapq.observers.minmax import MinMax
 from wrapq.quant.affine import split_groups
 from wrapq.quant.spec import QuantSpec
+from wrapq.registry import Options
 
 LEAST_EXPONENT = -126
 """That of the smallest normal float32; bins are never narrower."""
 TENSOR_BINS, CHANNEL_BINS = 4096, 512
 
 
-class HistogramObserver(Observer):
-    """Gathers a histogram and the exact bounds; subclasses choose a range from them.
+def _checked(value: int) -> int:
+    if value & (value - 1):
+        raise ValueError("no power of two")
+    return value
 
-    Args:
-        spec: a static spec.
-        bins: bins to a side, a power of two; None: 4096 for one scale, 512 for each of many (8 KiB a channel).
 
-    Raises:
-        SpecError: `bins` is no power of two of at least 16.
-    """
+class HistogramOptions(Options):
+    """Options of all that gather a histogram: `bins` to a side; None: 4096 for one scale, 512 for each of many (8 KiB a
+    channel)."""
 
-    STATE = ("low", "high", "exponent", "counts")
-    low: Tensor | None
-    high: Tensor | None
-    exponent: Tensor | None
-    counts: Tensor | None
+    bins: Annotated[int, Field(ge=16, strict=True), AfterValidator(_checked)] | None = Field(
+        None, description="a power of two of at least 16"
+    )
 
-    def __init__(self, spec: QuantSpec, bins: int | None = None) -> None:
-        super().__init__(spec)
-        if bins is None:
-            bins = TENSOR_BINS if spec.granularity == "tensor" else CHANNEL_BINS
-        check_option(spec, "bins", bins, _is_bins, "a power of two of at least 16")
-        self.bins = bins
+
+class HistogramObserver(MinMax):
+    """Gathers a histogram and the exact bounds; subclasses choose a range from them."""
+
+    Options: ClassVar[type[BaseModel]] = HistogramOptions
+    options: HistogramOptions
+
+    STATE = (*MinMax.STATE, "exponent", "counts")
+    exponent: Tensor
+    counts: Tensor
+
+    @property
+    def bins(self) -> int:
+        """Bins to a side."""
+        return self.options.bins or (TENSOR_BINS if self.target.granularity == "tensor" else CHANNEL_BINS)
 
     def update(self, x: Tensor) -> None:
         """Count the elements of `x`; NaN and inf are kept in the bounds, where `qparams` finds them."""
@@ -57,51 +65,45 @@ class HistogramObserver(Observer):
         x = x.detach().float()
         low, high = stream_range(x, self.spec)
         self._widen(low, high)
-        if bool((torch.isfinite(low) & torch.isfinite(high)).all()):
-            exponent, counts = self._grow(exponents(low, high, self.bins))
-            counts += count(x, exponent, self.bins, self.spec)
+        if all_finite(low, high):
+            self._grow(exponents(low, high, self.bins))
+            self.counts += count(x, self.exponent, self.bins, self.spec)
 
     def merge(self, other: Self) -> None:
-        """Add the counts of `other`, exactly."""
-        if other.empty or other.exponent is None or other.counts is None:
+        if other.empty:
             return
         if other.bins != self.bins:
             raise SpecError(f"{self.spec}: {other.bins} bins do not merge into {self.bins}")
-        self._widen(*other.bounds())
-        exponent, counts = self._grow(other.exponent.to(bounds(self.low, self.high)[0].device))
-        counts += coarsen(other.counts.to(counts.device), exponent - other.exponent.to(exponent.device))
+        self._widen(other.low, other.high)
+        theirs = other.exponent.to(self.low.device)
+        self._grow(theirs)
+        self.counts += coarsen(other.counts.to(self.counts.device), self.exponent - theirs)
+
+    def range(self) -> tuple[Tensor, Tensor]:
+        return self.chosen(*self.histogram()) if all_finite(*self.bounds()) else self.bounds()
+
+    def chosen(self, counts: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
+        """The range to choose by the `histogram` of data that is finite; all of it unless overridden."""
+        return self.bounds()
 
     def bounds(self) -> tuple[Tensor, Tensor]:
-        """Smallest and largest element seen, per scale."""
-        return bounds(self.low, self.high)
-
-    def finite(self) -> bool:
-        """Whether neither NaN nor inf was seen."""
-        low, high = self.bounds()
-        return bool((torch.isfinite(low) & torch.isfinite(high)).all())
+        return self.low, self.high
 
     def histogram(self) -> tuple[Tensor, Tensor]:
         """Counts [R, 2n - 1] and bin width [R, 1]."""
-        if self.exponent is None or self.counts is None:
-            raise RuntimeError("histogram() of an observer that saw no data")
         return self.counts, power_of_two(self.exponent).reshape(-1, 1)
 
     def _widen(self, low: Tensor, high: Tensor) -> None:
-        low, high = joined(self.low, low, self.spec), joined(self.high, high, self.spec)
-        self.low = low if self.low is None else torch.minimum(self.low, low)
-        self.high = high if self.high is None else torch.maximum(self.high, high)
-        if self.exponent is None:
+        if self.empty:
             self.exponent = torch.full_like(low, LEAST_EXPONENT, dtype=torch.int32)
             self.counts = torch.zeros(low.numel(), 2 * self.bins - 1, dtype=torch.int64, device=low.device)
+        super()._widen(low, high)
 
-    def _grow(self, needed: Tensor) -> tuple[Tensor, Tensor]:
-        if self.exponent is None or self.counts is None:
-            raise RuntimeError("a histogram grows only after its first data")
+    def _grow(self, needed: Tensor) -> None:
         grown = torch.maximum(self.exponent, needed.to(self.exponent.device))
         if not torch.equal(grown, self.exponent):
             self.counts = coarsen(self.counts, grown - self.exponent)
         self.exponent = grown
-        return self.exponent, self.counts
 
 
 def exponents(low: Tensor, high: Tensor, bins: int) -> Tensor:
@@ -140,7 +142,3 @@ def edges(bins: int, device: torch.device) -> Tensor:
     """The 2n edges between which the bins lie, in bin widths: -n ... -1, 1 ... n."""
     side = torch.arange(1, bins + 1, dtype=torch.float32, device=device)
     return torch.cat([-side.flip(0), side])
-
-
-def _is_bins(value: object) -> bool:
-    return isinstance(value, int) and value >= 16 and not value & (value - 1)

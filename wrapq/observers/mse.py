@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from wrapq.observers.base import OBSERVERS, check_option, scale_rows, weight_global_scale
-from wrapq.observers.histogram import HistogramObserver, edges
+from wrapq.observers.base import OBSERVERS, all_finite, scale_rows, weight_global_scale
+from wrapq.observers.histogram import HistogramObserver, HistogramOptions, edges
 from wrapq.quant.affine import (
     effective_scale,
     global_scale_for,
@@ -27,6 +29,20 @@ _SAMPLES = 8
 """Places in a bin at which the error of an uneven grid is taken."""
 
 
+class MseOptions(HistogramOptions):
+    """Options of `mse`.
+
+    Attributes:
+        norm: the power; None: 2 over a stream, 2.4 for a tensor at hand.
+        grid: steps between 1 and 0.
+        max_shrink: the largest share taken off the range.
+    """
+
+    norm: Annotated[float, Field(gt=0, le=16, strict=True)] | None = Field(None, description="above 0 and at most 16")
+    grid: int = Field(100, ge=2, strict=True, description="a whole number of at least 2")
+    max_shrink: float = Field(0.8, gt=0, lt=1, strict=True, description="above 0 and below 1")
+
+
 @OBSERVERS.register("mse")
 class Mse(HistogramObserver):
     """The best of the ranges `[f * low, f * high]` for factors f = 1, 1 - 1/grid, ... down to `1 - max_shrink`.
@@ -36,41 +52,15 @@ class Mse(HistogramObserver):
     too, to 0.2 only: 2-bit weights want factors down to 0.35, 8-bit ones hardly any below 0.98. A norm above 2 spares
     the large weights. Over a stream the sum is the expected one over a histogram. For e8m0 scales, which are powers of
     two, the factors are 2, 1, 1/2 and 1/4 whatever the options.
-
-    Args:
-        spec: a static spec.
-        norm: the power; None: 2 over a stream, 2.4 for a tensor at hand.
-        grid: steps between 1 and 0.
-        max_shrink: the largest share taken off the range.
-        bins: as in `HistogramObserver`.
-
-    Raises:
-        SpecError: an option is out of bounds.
     """
 
-    def __init__(
-        self,
-        spec: QuantSpec,
-        norm: float | None = None,
-        grid: int = 100,
-        max_shrink: float = 0.8,
-        bins: int | None = None,
-    ) -> None:
-        super().__init__(spec, bins)
-        if norm is not None:
-            check_option(spec, "norm", norm, lambda v: 0 < v <= 16, "above 0 and at most 16")
-        check_option(spec, "grid", grid, lambda v: isinstance(v, int) and v >= 2, "a whole number of at least 2")
-        check_option(spec, "max_shrink", max_shrink, lambda v: 0 < v < 1, "above 0 and below 1")
-        self.norm, self.grid, self.max_shrink = norm, grid, max_shrink
+    Options = MseOptions
+    options: MseOptions
 
-    def range(self) -> tuple[Tensor, Tensor]:
-        """The range with the least expected error over the histogram."""
+    def chosen(self, counts: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
         low, high = self.bounds()
-        if not self.finite():
-            return low, high
-        counts, width = self.histogram()
-        norm = self.norm or STREAM_NORM
-        factors = factors_for(self.spec, self.grid, self.max_shrink)
+        norm = self.options.norm or STREAM_NORM
+        factors = factors_for(self.spec, self.options.grid, self.options.max_shrink)
         global_scale = global_scale_for(low, high, self.spec)
         candidates = _candidates(low.reshape(-1, 1), high.reshape(-1, 1), factors, self.spec, global_scale)
         errors = (histogram_error(counts, width, *parameters, self.spec.dtype, norm) for parameters in candidates)
@@ -78,30 +68,24 @@ class Mse(HistogramObserver):
         return low * best, high * best
 
     def tensor_range(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The range with the least error over `x`."""
-        return search_range(x, self.spec, self.norm or TENSOR_NORM, self.grid, self.max_shrink)
+        options = self.options
+        return search_range(x, self.spec, options.norm or TENSOR_NORM, options.grid, options.max_shrink)
 
 
 def search_range(
     x: Tensor, spec: QuantSpec, norm: float = TENSOR_NORM, grid: int = 100, max_shrink: float = 0.8
 ) -> tuple[Tensor, Tensor]:
-    """The range, per scale, that quantizes `x` with the least `sum |error| ** norm`; see `Mse` for the candidates.
-
-    NaN and inf come back as the unshrunk range that holds them.
-    """
+    """The range, per scale, that quantizes `x` with the least `sum |error| ** norm`; see `Mse` for the candidates. NaN
+    and inf come back as the unshrunk range that holds them."""
     low, high = reduce_range(x, spec)
-    if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
+    if not all_finite(low, high):
         return low, high
     rows = scale_rows(x, spec)  # [R, M]
     factors = factors_for(spec, grid, max_shrink)
-    ends = low.reshape(-1, 1), high.reshape(-1, 1)
     global_scale = weight_global_scale(low, high, spec)
-    if rows.shape[0] == 1:
-        best = _search(rows, *ends, factors, spec, norm, global_scale)
-    else:
-        step = max(1, _chunk(x) // max(1, rows.shape[1]))
-        chunks = zip(rows.split(step), *(end.split(step) for end in ends), strict=True)
-        best = torch.cat([_search(r, lo, hi, factors, spec, norm, global_scale) for r, lo, hi in chunks])
+    step = max(1, _chunk(x) // max(1, rows.shape[1]))
+    chunks = zip(rows.split(step), low.reshape(-1, 1).split(step), high.reshape(-1, 1).split(step), strict=True)
+    best = torch.cat([_search(r, lo, hi, factors, spec, norm, global_scale) for r, lo, hi in chunks])
     best = best.reshape(scale_shape(x.shape, spec))
     return low * best, high * best
 
@@ -118,15 +102,12 @@ def shrink_factors(grid: int, max_shrink: float) -> list[float]:
 
 def best_factors(factors: Sequence[float], errors: Iterator[Tensor]) -> Tensor:
     """For each row the factor with the least error; the largest of equals."""
-    best = least = None
-    for factor, error in zip(factors, errors, strict=True):
-        if best is None or least is None:
-            best, least = torch.full_like(error, factor), error
-            continue
+    found = zip(factors, errors, strict=True)
+    factor, least = next(found)
+    best = torch.full_like(least, factor)
+    for factor, error in found:
         best = torch.where(error < least, factor, best)
         least = torch.minimum(error, least)
-    if best is None:
-        raise RuntimeError("no factors to choose from")
     return best
 
 
@@ -169,33 +150,23 @@ def _search(
     norm: float,
     global_scale: Tensor | None,
 ) -> Tensor:
-    """The best factor of each row [R] of a matrix [R, M] with ranges [R, 1]."""
+    """The factor of least `sum |error| ** norm` for each row [R] of a matrix [R, M] with ranges [R, 1]."""
     step = rows.shape[1] if rows.shape[0] > 1 else _chunk(rows)
     pieces = [piece.float() for piece in rows.split(step, dim=1)]
     work = torch.empty_like(pieces[0]), torch.empty_like(pieces[0])
-    candidates = _candidates(low, high, factors, spec, global_scale)
-    return best_factors(
-        factors, (_sum_errors(pieces, *parameters, spec.dtype, norm, work) for parameters in candidates)
-    )
 
+    def errors() -> Iterator[Tensor]:
+        for scale, zero_point in _candidates(low, high, factors, spec, global_scale):
+            total = torch.zeros(scale.shape[0], device=scale.device)
+            for piece in pieces:
+                steps, error = (buffer[:, : piece.shape[1]] for buffer in work)
+                torch.div(piece, scale, out=steps)
+                error.copy_(steps)
+                error.sub_(round_to_grid(steps, zero_point, spec.dtype)).abs_()
+                total += (error.square_() if norm == 2 else error.pow_(norm)).sum(-1)
+            yield total * scale.squeeze(-1).abs() ** norm
 
-def _sum_errors(
-    pieces: Sequence[Tensor],
-    scale: Tensor,
-    zero_point: Tensor | None,
-    dtype: DType,
-    norm: float,
-    work: tuple[Tensor, Tensor],
-) -> Tensor:
-    """The sum of `|error| ** norm` of each row [R] of a matrix given in pieces of columns; `work` is overwritten."""
-    total = torch.zeros(scale.shape[0], device=scale.device)
-    for piece in pieces:
-        steps, error = (buffer[:, : piece.shape[1]] for buffer in work)
-        torch.div(piece, scale, out=steps)
-        error.copy_(steps)
-        error.sub_(round_to_grid(steps, zero_point, dtype)).abs_()
-        total += (error.square_() if norm == 2 else error.pow_(norm)).sum(-1)
-    return total * scale.squeeze(-1).abs() ** norm
+    return best_factors(factors, errors())
 
 
 def _candidates(

@@ -5,12 +5,18 @@ from __future__ import annotations
 import math
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from wrapq.observers.base import OBSERVERS, check_option, scale_rows
-from wrapq.observers.histogram import HistogramObserver, edges
-from wrapq.quant.affine import reduce_range, scale_shape
-from wrapq.quant.spec import QuantSpec
+from wrapq.observers.base import OBSERVERS, all_finite, scale_rows
+from wrapq.observers.histogram import HistogramObserver, HistogramOptions, edges
+from wrapq.quant.affine import reduce_range
+
+
+class PercentileOptions(HistogramOptions):
+    """Options of `percentile`."""
+
+    percentile: float = Field(99.99, gt=50, le=100, strict=True, description="above 50 and at most 100")
 
 
 @OBSERVERS.register("percentile")
@@ -20,35 +26,25 @@ class Percentile(HistogramObserver):
     Over a stream the quantiles are those of a histogram, right within the width of a bin, which is at most
     `absmax / 2048` for one scale and `absmax / 256` per channel (see `bins`); merging is exact and the order of the
     data does not matter. For a tensor at hand they are exact (linear interpolation, as `torch.quantile`).
-
-    Raises:
-        SpecError: `percentile` is not above 50 and at most 100.
     """
 
-    def __init__(self, spec: QuantSpec, percentile: float = 99.99, bins: int | None = None) -> None:
-        super().__init__(spec, bins)
-        check_option(spec, "percentile", percentile, lambda v: 50 < v <= 100, "above 50 and at most 100")
-        self.share = percentile / 100
+    Options = PercentileOptions
+    options: PercentileOptions
 
-    def range(self) -> tuple[Tensor, Tensor]:
-        """Both quantiles of the histogram; at 100 the exact bounds."""
-        low, high = self.bounds()
-        if self.share == 1 or not self.finite():
+    def chosen(self, counts: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
+        (low, high), top = self.bounds(), self.options.percentile / 100
+        if top == 1:
             return low, high
-        counts, width = self.histogram()
-        quantiles = (
-            histogram_quantile(counts, width, share).reshape(low.shape) for share in (1 - self.share, self.share)
-        )
-        below, above = (quantile.clamp(low, high) for quantile in quantiles)
+        quantiles = (histogram_quantile(counts, width, share) for share in (1 - top, top))
+        below, above = (quantile.reshape(low.shape).clamp(low, high) for quantile in quantiles)
         return below, above
 
     def tensor_range(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Both quantiles of `x`."""
         low, high = reduce_range(x, self.spec)
-        if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
+        if not all_finite(low, high):
             return low, high
-        rows, shape = scale_rows(x, self.spec).float(), scale_shape(x.shape, self.spec)
-        below, above = (quantile(rows, share).reshape(shape) for share in (1 - self.share, self.share))
+        rows, top = scale_rows(x, self.spec).float(), self.options.percentile / 100
+        below, above = (quantile(rows, share).reshape(low.shape) for share in (1 - top, top))
         return below, above
 
 

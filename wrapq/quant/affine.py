@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,19 +41,9 @@ from wrapq.quant.spec import QuantSpec
 TINY = torch.finfo(torch.float32).tiny
 LARGEST = torch.finfo(torch.bfloat16).max
 """The largest magnitude that a dequantized number may have: finite in float32 and in bfloat16."""
-
-
 FARTHEST = 2.0**14
 """How many steps a range with a float zero point may lie from zero: float32 resolves one to 1/512 there."""
 E4M3_MAX, E4M3_LEAST = DTYPES["fp8_e4m3"].largest, 2.0**-9
-
-
-class _Operands(NamedTuple):
-    """A tensor and its parameters, viewed so that they broadcast."""
-
-    x: Tensor
-    scale: Tensor
-    zero_point: Tensor | None
 
 
 def storage_dtype(dtype: DType) -> torch.dtype:
@@ -72,23 +61,18 @@ def zero_point_dtype(spec: QuantSpec) -> torch.dtype:
 
 
 def scale_shape(shape: Sequence[int], spec: QuantSpec) -> tuple[int, ...]:
-    """The shape of the scales of a tensor of `shape`; needs no data, so that a plan can check a model on paper.
-
-    Raises:
-        SpecError: the group size does not divide the width, or the tensor has no such axis.
-    """
+    """The shape of the scales of a tensor of `shape`, found without data; raises `SpecError` where the group size does
+    not divide the width, or the tensor has no such axis."""
     if spec.granularity == "tensor":
         return (1,)
     if spec.granularity == "channel":
         axis = _axis(len(shape), spec)
         return tuple(size if i == axis else 1 for i, size in enumerate(shape))
     if spec.granularity == "block":
-        return (
-            *shape[:-2],
-            *(-(-size // side) for size, side in zip(shape[-2:], _tile(len(shape), spec), strict=True)),
-        )
+        sides = zip(shape[-2:], _tile(len(shape), spec), strict=True)
+        return (*shape[:-2], *(-(-size // side) for size, side in sides))
     if spec.granularity == "head":
-        return (shape[_head_axis(len(shape), spec)], 1, 1)
+        return (shape[_axis(len(shape), spec)], 1, 1)
     return (*shape[:-1], 1 if spec.granularity == "token" else _groups(shape, spec))
 
 
@@ -98,28 +82,22 @@ def split_groups(x: Tensor, spec: QuantSpec) -> Tensor:
 
 
 def reduce_range(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """The smallest and largest element under each scale, float32, shaped like the scale. NaN propagates.
-
-    Raises:
-        SpecError: as `scale_shape`.
-    """
+    """The smallest and largest element under each scale, float32, shaped like the scale. NaN propagates. Raises as
+    `scale_shape`."""
+    if spec.granularity == "token":
+        return range_over(x, [-1])
     if spec.granularity == "tensor":
         low, high = torch.aminmax(x)
         return low.float().reshape(1), high.float().reshape(1)
-    if spec.granularity == "channel":
-        axis = _axis(x.dim(), spec)
-        return range_over(x, [i for i in range(x.dim()) if i != axis])
     if spec.granularity == "group":
         low, high = range_over(split_groups(x, spec), [-1])
-        return low.squeeze(-1), high.squeeze(-1)
-    if spec.granularity == "block":
+    elif spec.granularity == "block":
         low, high = range_over(split_tiles(x, spec), [-3, -1])
-        return low.squeeze((-3, -1)), high.squeeze((-3, -1))
-    if spec.granularity == "head":
-        axis = _head_axis(x.dim(), spec)
+    else:
+        axis = _axis(x.dim(), spec)
         low, high = range_over(x, [i for i in range(x.dim()) if i != axis])
-        return low.reshape(-1, 1, 1), high.reshape(-1, 1, 1)
-    return range_over(x, [-1])
+    shape = scale_shape(x.shape, spec)
+    return low.reshape(shape), high.reshape(shape)
 
 
 def split_tiles(x: Tensor, spec: QuantSpec) -> Tensor:
@@ -236,8 +214,7 @@ def quantize(
     Ties go to even, for integers before an integer zero point is added, for floats as `wrapq.quant.casts` says. NaN
     has a code in fp8 only; elsewhere the code it gets is any.
     """
-    operands = _align(x, effective_scale(scale, global_scale), zero_point, spec)
-    return _restore(quantize_elements(*operands, spec.dtype), x, spec)
+    return _restore(quantize_elements(*_align(x, scale, zero_point, spec, global_scale), spec.dtype), x, spec)
 
 
 def dequantize(
@@ -249,23 +226,19 @@ def dequantize(
     global_scale: Tensor | None = None,
 ) -> Tensor:
     """What the codes `q` stand for, `(q - zero_point) * scale`, in `dtype`, shaped like `q`."""
-    operands = _align(q, effective_scale(scale, global_scale), zero_point, spec)
-    return _restore(dequantize_elements(*operands, spec.dtype, dtype), q, spec)
+    return _restore(dequantize_elements(*_align(q, scale, zero_point, spec, global_scale), spec.dtype, dtype), q, spec)
 
 
 def fake_quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec, global_scale: Tensor | None = None
 ) -> Tensor:
     """`dequantize(quantize(x))` to the bit, in the dtype of `x` and without the codes; NaN stays NaN."""
-    operands = _align(x, effective_scale(scale, global_scale), zero_point, spec)
-    return _restore(fake_quantize_elements(*operands, spec.dtype), x, spec)
+    return _restore(fake_quantize_elements(*_align(x, scale, zero_point, spec, global_scale), spec.dtype), x, spec)
 
 
 def dynamic_fake_quantize(x: Tensor, spec: QuantSpec, global_scale: Tensor | None = None) -> Tensor:
-    """`x` fake-quantized with the scales of its own range. An empty tensor is returned as it is.
-
-    A spec with a global scale takes that of `x` too, unless a fixed one is given.
-    """
+    """`x` fake-quantized with the scales of its own range, and with its own global scale where the spec has one and
+    none is given. An empty tensor is returned as it is."""
     if not x.numel():
         return x
     low, high = reduce_range(x, spec)
@@ -303,19 +276,17 @@ def fake_quantize_elements(x: Tensor, scale: Tensor, zero_point: Tensor | None, 
 
 
 def round_to_grid(steps: Tensor, zero_point: Tensor | None, dtype: DType) -> Tensor:
-    """The grid points nearest to `steps`, which are multiples of the scale and are overwritten.
-
-    What an algorithm needs to round step by step on any grid: `round_to_grid(w / scale, zero_point, dtype) * scale`.
-    """
+    """The grid points nearest to `steps`, multiples of the scale, which are overwritten: `round_to_grid(w / scale,
+    zero_point, dtype) * scale` rounds `w`."""
     if dtype.kind != "int":
         return casts.round_to_format(steps, dtype)
     points = round_to_levels(steps, zero_point, dtype.qmin, dtype.qmax)
     return points.add_(0.0) if zero_point is None else points  # integers have no negative zero
 
 
-def round_to_levels(steps: Tensor, zero_point: Tensor | None, low: Tensor | int, high: Tensor | int) -> Tensor:
-    """As `round_to_grid`, for integers from `low` to `high`, which may differ from element to element; what is rounded
-    to zero from below is a negative zero without a zero point."""
+def round_to_levels(steps: Tensor, zero_point: Tensor | None, low: int, high: int) -> Tensor:
+    """As `round_to_grid`, for integers from `low` to `high`; what is rounded to zero from below is a negative zero
+    without a zero point."""
     codes = _round_to_codes(steps, zero_point, low, high)
     return codes if zero_point is None else codes.sub_(zero_point)
 
@@ -346,14 +317,17 @@ def _usable(scale: Tensor, width: Tensor, largest: float) -> Tensor:
     return torch.where(width == 0, 1.0, scale.clamp(TINY, largest))
 
 
-def _align(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> _Operands:
+def _align(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec, global_scale: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`x`, the scale in use and the zero point, viewed so that they broadcast."""
+    scale = effective_scale(scale, global_scale)
     if spec.granularity == "group":
-        zero_point = None if zero_point is None else zero_point.unsqueeze(-1)
-        return _Operands(split_groups(x, spec), scale.unsqueeze(-1), zero_point)
+        return split_groups(x, spec), scale[..., None], None if zero_point is None else zero_point[..., None]
     if spec.granularity == "block":
-        zero_point = None if zero_point is None else zero_point[..., None, :, None]
-        return _Operands(split_tiles(x, spec), scale[..., None, :, None], zero_point)
-    return _Operands(x, scale, zero_point)
+        place = (..., None, slice(None), None)
+        return split_tiles(x, spec), scale[place], None if zero_point is None else zero_point[place]
+    return x, scale, zero_point
 
 
 def _restore(result: Tensor, x: Tensor, spec: QuantSpec) -> Tensor:
@@ -370,14 +344,11 @@ def _tile(rank: int, spec: QuantSpec) -> tuple[int, int]:
     return spec.block_size or (1, 1)
 
 
-def _head_axis(rank: int, spec: QuantSpec) -> int:
-    if rank < 3:
-        raise SpecError(f"{spec}: heads of a tensor with {rank} dimensions; head is for an attention's tensors")
-    return rank - 3
-
-
 def _axis(rank: int, spec: QuantSpec) -> int:
-    axis = spec.axis or 0
+    """The axis of a tensor of `rank` dimensions along which scales differ, those of channels or of heads."""
+    if spec.granularity == "head" and rank < 3:
+        raise SpecError(f"{spec}: heads of a tensor with {rank} dimensions; head is for an attention's tensors")
+    axis = -3 if spec.granularity == "head" else spec.axis or 0
     if not -rank <= axis < rank:
         raise SpecError(f"{spec}: axis {axis} of a tensor with {rank} dimensions")
     return axis % rank

@@ -19,7 +19,7 @@ _TORCH_FLOATS = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 _CHUNK = 1 << 16
 """Elements that a CPU rounds at once, so that what it needs in between stays in a core's cache."""
 _NF4_CELLS = 32
-"""Cells of width 1/16 over [-1, 1], so narrow that none holds two of the borders between entries of nf4."""
+"""Cells of width 1/16 over [-1, 1], so narrow that none holds two of the midpoints between entries of nf4."""
 
 
 def round_to_format(x: Tensor, dtype: DType) -> Tensor:
@@ -47,9 +47,9 @@ def encode_nearest(x: Tensor, dtype: DType) -> Tensor:
     """The codes, uint8, of the numbers of `dtype` nearest to the float32 `x`, which may be overwritten."""
     if dtype.kind == "float":
         return encode(round_to_format(x, dtype), dtype)
-    first, border = (table.to(x.device) for table in _NF4_TABLES)
+    first, midpoint = (table.to(x.device) for table in _NF4_TABLES)
     cell = (x + 1).mul_(_NF4_CELLS / 2).clamp_(0, _NF4_CELLS - 1).to(torch.int32).clamp_(0, _NF4_CELLS - 1).flatten()
-    above = x.flatten() > border.index_select(0, cell)
+    above = x.flatten() > midpoint.index_select(0, cell)
     return (first.index_select(0, cell) + above).reshape(x.shape)
 
 
@@ -78,12 +78,12 @@ def _narrowed(dtype: DType) -> Tensor:
 
 
 def _nf4_cells() -> tuple[Tensor, Tensor]:
-    """For each cell the entry at its left end, and the border in it or infinity."""
+    """For each cell the entry at its left end, and the midpoint in it or infinity."""
     values = torch.tensor(NF4_VALUES, dtype=torch.float64)
-    borders = ((values[1:] + values[:-1]) / 2).float()
+    midpoints = ((values[1:] + values[:-1]) / 2).float()
     left = torch.arange(_NF4_CELLS) * (2 / _NF4_CELLS) - 1
-    first = torch.searchsorted(borders, left)
-    following = torch.cat([borders, torch.tensor([torch.inf])])[first]
+    first = torch.searchsorted(midpoints, left)
+    following = torch.cat([midpoints, torch.tensor([torch.inf])])[first]
     return first.to(torch.uint8), torch.where(following <= left + 2 / _NF4_CELLS, following, torch.inf)
 
 

@@ -44,8 +44,9 @@ class DType:
         bits: width of one code.
         signed: whether the grid has numbers below zero; every float and codebook has.
         kind: `int`, the integers from `qmin` to `qmax`; `float`, sign, exponent and mantissa; `codebook`, a list.
-        mantissa: explicit mantissa bits of a float; the exponent has the rest, with bias `2 ** (exponent bits - 1) -
-        1`. largest: the largest finite number of a float or codebook. Their grids are symmetric.
+        mantissa: explicit mantissa bits of a float; the exponent has the rest, with bias
+            `2 ** (exponent bits - 1) - 1`.
+        largest: the largest finite number of a float or codebook. Their grids are symmetric.
     """
 
     name: str
@@ -113,11 +114,7 @@ class DType:
         return self.name
 
 
-_INTEGERS = [
-    dtype
-    for bits in range(2, 17)
-    for dtype in (DType(f"int{bits}", bits, signed=True), DType(f"uint{bits}", bits, signed=False))
-]
+_INTEGERS = [DType(f"{sign}int{bits}", bits, signed=not sign) for bits in range(2, 17) for sign in ("", "u")]
 _FLOATS = [
     # OCP 8-bit Floating Point Specification 1.0: e4m3 without infinity, one NaN pattern per sign; e5m2 as IEEE 754
     DType("fp8_e4m3", 8, kind="float", mantissa=3, largest=448.0),

@@ -105,11 +105,8 @@ def _powers(p: int, degree: int) -> tuple[int, ...]:
 
     It is a root of the first monic polynomial of that degree whose powers run through the whole field.
     """
-    for coefficients in product(range(p), repeat=degree):
-        powers = _orbit(p, coefficients)
-        if len(powers) == p**degree - 1:
-            return powers
-    raise ValueError(f"{p} is no prime")
+    orbits = (_orbit(p, coefficients) for coefficients in product(range(p), repeat=degree))
+    return next(powers for powers in orbits if len(powers) == p**degree - 1)
 
 
 def _orbit(p: int, coefficients: tuple[int, ...]) -> tuple[int, ...]:
@@ -121,4 +118,4 @@ def _orbit(p: int, coefficients: tuple[int, ...]) -> tuple[int, ...]:
         seen[element] = None
         carry = element[-1]
         element = tuple((low + carry * c) % p for low, c in zip((0, *element[:-1]), coefficients, strict=True))
-    return tuple(sum(digit * p**i for i, digit in enumerate(its)) for its in seen)
+    return tuple(sum(digit * p**i for i, digit in enumerate(element)) for element in seen)

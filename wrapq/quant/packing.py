@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,62 +19,46 @@ from wrapq.quant.dtypes import DType
 WORD = 32
 
 
-@dataclass(frozen=True)
-class _Slot:
-    """Where one element of a period lies: bit `offset` of `word`, with `spill` bits in the next word."""
-
-    element: int
-    word: int
-    offset: int
-    spill: int
-
-
 def packed_columns(columns: int, dtype: DType) -> int:
     """The number of words of a packed row of `columns` elements."""
     return -(-columns * dtype.bits // WORD)
 
 
 def pack(q: Tensor, dtype: DType) -> Tensor:
-    """Pack integers [..., K] into int32 words [..., ceil(K * bits / 32)].
-
-    Raises:
-        SpecError: a value is not on the grid of `dtype`.
-    """
-    _check_range(q, dtype)
+    """Pack integers [..., K] into int32 words [..., ceil(K * bits / 32)]; raises `SpecError` for one off the grid."""
+    low, high = (int(bound) for bound in torch.aminmax(q)) if q.numel() else (0, 0)
+    if low < dtype.least_code or high > dtype.largest_code:
+        raise SpecError(f"{dtype} holds {dtype.least_code} to {dtype.largest_code}, not {low} to {high}")
     elements, words = _period(dtype)
     columns = q.shape[-1]
     blocks = -(-columns // elements)
     padded = torch.nn.functional.pad(q, (0, blocks * elements - columns), value=dtype.least_code)
     parts = padded.unflatten(-1, (blocks, elements))  # [..., blocks, elements]
     out = torch.zeros(*q.shape[:-1], blocks, words, dtype=torch.int32, device=q.device)
-    for slot in _slots(dtype):
-        value = parts[..., slot.element].to(torch.int32).sub_(dtype.least_code)
-        out[..., slot.word] |= value << slot.offset
-        if slot.spill:
-            out[..., slot.word + 1] |= value >> (dtype.bits - slot.spill)
+    for element, word, offset, spill in _bit_fields(dtype):
+        value = parts[..., element].to(torch.int32).sub_(dtype.least_code)
+        out[..., word] |= value << offset
+        if spill:
+            out[..., word + 1] |= value >> (dtype.bits - spill)
     return out.flatten(-2)[..., : packed_columns(columns, dtype)].contiguous()
 
 
 def unpack(packed: Tensor, dtype: DType, columns: int) -> Tensor:
-    """The integers [..., columns] that `pack` made int32 words [..., W] of, in `storage_dtype`.
-
-    Raises:
-        SpecError: the number of words is not that of `columns` elements.
-    """
-    if packed.shape[-1] != packed_columns(columns, dtype):
-        needed = packed_columns(columns, dtype)
+    """The integers [..., columns] that `pack` made int32 words [..., W] of, in `storage_dtype`; raises `SpecError`
+    where W is not that of `columns`."""
+    if packed.shape[-1] != (needed := packed_columns(columns, dtype)):
         raise SpecError(f"{columns} columns of {dtype} are {needed} words, not {packed.shape[-1]}")
     elements, words = _period(dtype)
     blocks = -(-columns // elements)
     padded = torch.nn.functional.pad(packed, (0, blocks * words - packed.shape[-1]))
     parts = padded.unflatten(-1, (blocks, words))  # [..., blocks, words]
     out = torch.empty(*packed.shape[:-1], blocks, elements, dtype=storage_dtype(dtype), device=packed.device)
-    for slot in _slots(dtype):
-        low_bits = dtype.bits - slot.spill
-        value = (parts[..., slot.word] >> slot.offset).bitwise_and_((1 << low_bits) - 1)  # the mask drops copied signs
-        if slot.spill:
-            value |= (parts[..., slot.word + 1] & ((1 << slot.spill) - 1)) << low_bits
-        out[..., slot.element] = value.add_(dtype.least_code)
+    for element, word, offset, spill in _bit_fields(dtype):
+        low_bits = dtype.bits - spill
+        value = (parts[..., word] >> offset).bitwise_and_((1 << low_bits) - 1)  # without copied signs
+        if spill:
+            value |= (parts[..., word + 1] & ((1 << spill) - 1)) << low_bits
+        out[..., element] = value.add_(dtype.least_code)
     return out.flatten(-2)[..., :columns].contiguous()
 
 
@@ -85,15 +68,8 @@ def _period(dtype: DType) -> tuple[int, int]:
     return WORD // common, dtype.bits // common
 
 
-def _slots(dtype: DType) -> Iterator[_Slot]:
+def _bit_fields(dtype: DType) -> Iterator[tuple[int, int, int, int]]:
+    """For each element of a period its number, word and first bit there, and how many bits spill into the next word."""
     for element in range(_period(dtype)[0]):
         word, offset = divmod(element * dtype.bits, WORD)
-        yield _Slot(element, word, offset, max(0, offset + dtype.bits - WORD))
-
-
-def _check_range(q: Tensor, dtype: DType) -> None:
-    if not q.numel():
-        return
-    low, high = (int(bound) for bound in torch.aminmax(q))
-    if low < dtype.least_code or high > dtype.largest_code:
-        raise SpecError(f"{dtype} holds {dtype.least_code} to {dtype.largest_code}, not {low} to {high}")
+        yield element, word, offset, max(0, offset + dtype.bits - WORD)

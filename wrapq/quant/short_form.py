@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
 from wrapq.errors import SpecError, nearest
-from wrapq.quant.dtypes import DTYPES, DType, dtype_named
+from wrapq.quant.dtypes import DTYPES
 
 _ALIKE = 0.75
+SIZES = {"group_size": "group", "axis": "channel", "block_size": "block"}
+"""The fields that say a size or an axis, and the granularity that each is for."""
 Option = str | int | float | bool
 ALIASES: dict[str, str] = {
     "mxfp8": "fp8_e4m3:g32:scale=e8m0",
@@ -35,7 +38,7 @@ more mantissa has the plain name. nvfp4: NVIDIA's, as compressed-tensors stores 
 
 
 @dataclass(frozen=True)
-class _Part:
+class _PartKind:
     """A kind of part: how it is written, what matches it, the field of the spec that it sets, and the value."""
 
     written: str
@@ -45,20 +48,20 @@ class _Part:
 
 
 _PARTS = (
-    *(_Part(name, name, "granularity", lambda m: m[0]) for name in ("tensor", "channel", "token", "head")),
-    _Part("channel@AXIS", r"channel@(-?[0-9]+)", "axis", lambda m: int(m[1])),
-    _Part("gSIZE", r"g([0-9]+)", "group_size", lambda m: int(m[1])),
-    _Part("bROWSxCOLUMNS", r"b([0-9]+)x([0-9]+)", "block_size", lambda m: [int(m[1]), int(m[2])]),
-    _Part("sym", "sym", "symmetric", lambda m: True),
-    _Part("asym", "asym", "symmetric", lambda m: False),
-    _Part("scale=DTYPE", r"scale=([^:]*)", "scale_dtype", lambda m: m[1]),
-    _Part("zero=KIND", r"zero=([^:]*)", "zero_point", lambda m: m[1]),
-    _Part("signed", "signed", "signed_scale", lambda m: True),
-    _Part("global", "global", "global_scale", lambda m: True),
-    _Part("local", "local", "local", lambda m: True),
-    _Part("dyn", "dyn", "dynamic", lambda m: True),
-    _Part("OBSERVER", r"(?!(?:group|block)(?::|$))([a-z][a-z0-9_]*)", "observer", lambda m: {"name": m[1]}),
-    _Part(
+    *(_PartKind(name, name, "granularity", lambda m: m[0]) for name in ("tensor", "channel", "token", "head")),
+    _PartKind("channel@AXIS", r"channel@(-?[0-9]+)", "axis", lambda m: int(m[1])),
+    _PartKind("gSIZE", r"g([0-9]+)", "group_size", lambda m: int(m[1])),
+    _PartKind("bROWSxCOLUMNS", r"b([0-9]+)x([0-9]+)", "block_size", lambda m: [int(m[1]), int(m[2])]),
+    _PartKind("sym", "sym", "symmetric", lambda m: True),
+    _PartKind("asym", "asym", "symmetric", lambda m: False),
+    _PartKind("scale=DTYPE", r"scale=([^:]*)", "scale_dtype", lambda m: m[1]),
+    _PartKind("zero=KIND", r"zero=([^:]*)", "zero_point", lambda m: m[1]),
+    _PartKind("signed", "signed", "signed_scale", lambda m: True),
+    _PartKind("global", "global", "global_scale", lambda m: True),
+    _PartKind("local", "local", "local", lambda m: True),
+    _PartKind("dyn", "dyn", "dynamic", lambda m: True),
+    _PartKind("OBSERVER", r"(?!(?:group|block)(?::|$))([a-z][a-z0-9_]*)", "observer", lambda m: {"name": m[1]}),
+    _PartKind(
         "OBSERVER(OPTION=VALUE,...)",
         r"([a-z][a-z0-9_]*)\(([^()]*)\)",
         "observer",
@@ -75,25 +78,25 @@ PATTERN = f"(?:{'|'.join((*DTYPES, *ALIASES))})(?::(?:{'|'.join(part.pattern for
 
 def parse_fields(text: str) -> dict[str, Any]:
     """The short form as the mapping form, before any default is filled in."""
-    head, *rest = _split(text.strip())
-    implied = parse_fields(ALIASES[head]) if head in ALIASES else {"dtype": _dtype_or_alias(head)}
+    head, *rest = re.split(r":(?![^()]*\))", text.strip())  # no part ends inside an observer's parentheses
+    if head not in ALIASES and head not in DTYPES:
+        close = nearest(head, (*ALIASES, *DTYPES))
+        raise SpecError(f"unknown dtype {head!r}; did you mean: {', '.join(close)}")
+    implied = parse_fields(ALIASES[head]) if head in ALIASES else {"dtype": DTYPES[head]}
     values: dict[str, Any] = {}
     for part in rest:
         key, value = _parse_part(part, text)
-        shared = key == "granularity" or key in _SIZES
+        shared = key == "granularity" or key in SIZES
         if shared and head in ALIASES:
             raise SpecError(f"{part!r} in {text!r}: {head} says the granularity itself, {ALIASES[head]}")
-        if key in values or (shared and values.keys() & {"granularity", *_SIZES}):
+        if key in values or (shared and values.keys() & {"granularity", *SIZES}):
             raise SpecError(f"{text!r} says {'the granularity' if shared else key} twice")
         values[key] = value
     values = implied | values
-    for key, granularity in _SIZES.items():
+    for key, granularity in SIZES.items():
         if key in values:
             values["granularity"] = granularity
     return values
-
-
-_SIZES = {"group_size": "group", "axis": "channel", "block_size": "block"}
 
 
 def meant_word(name: str) -> str | None:
@@ -101,24 +104,11 @@ def meant_word(name: str) -> str | None:
     return next(iter(get_close_matches(name, WORDS, n=1, cutoff=_ALIKE)), None)
 
 
-def _dtype_or_alias(name: str) -> DType:
-    try:
-        return dtype_named(name)
-    except SpecError:
-        close = nearest(name, (*ALIASES, *DTYPES))
-        raise SpecError(f"unknown dtype {name!r}; did you mean: {', '.join(close)}") from None
-
-
 def _parse_part(text: str, whole: str) -> tuple[str, Any]:
     for part in _PARTS:
         if match := re.fullmatch(part.pattern, text):
             return part.field, part.value(match)
     raise SpecError(f"{text!r} in {whole!r} is none of {', '.join(PARTS)}")
-
-
-def _split(text: str) -> list[str]:
-    # a colon inside an observer's parentheses does not end the part
-    return re.split(r":(?![^()]*\))", text)
 
 
 def _parse_options(text: str) -> dict[str, Option]:
@@ -130,8 +120,6 @@ def _parse_option(text: str) -> Option:
     if text in ("true", "false"):
         return text == "true"
     for kind in (int, float):
-        try:
+        with suppress(ValueError):
             return kind(text)
-        except ValueError:
-            continue
     return text

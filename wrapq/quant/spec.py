@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from wrapq.errors import SpecError, nearest
 from wrapq.quant.dtypes import SCALE_BITS, DType, ScaleDType, dtype_named
-from wrapq.quant.short_form import Option, meant_word, parse_fields
+from wrapq.quant.short_form import SIZES, Option, meant_word, parse_fields
 
 Granularity = Literal["tensor", "channel", "group", "block", "token", "head"]
 ZeroPoint = Literal["int", "float"]
@@ -64,26 +64,21 @@ class QuantSpec:
     def __post_init__(self) -> None:
         if self.granularity not in GRANULARITIES:
             raise SpecError(f"unknown granularity {self.granularity!r}; one of: {', '.join(GRANULARITIES)}")
+        for key, granularity in SIZES.items():
+            if self.granularity != granularity and (size := getattr(self, key)) is not None:
+                raise SpecError(f"{key}: {size} is for granularity {granularity}, not {self.granularity}; {_WHOLE}")
         if self.granularity == "channel" and self.axis is None:
             object.__setattr__(self, "axis", 0)
-        if self.granularity != "channel" and self.axis is not None:
-            raise SpecError(f"axis: {self.axis} is for granularity channel, not {self.granularity}; {_WHOLE}")
         if self.granularity == "group" and not _is_positive(self.group_size):
             raise SpecError(f"granularity group needs a group_size of at least 1, not {self.group_size!r}")
-        if self.granularity != "group" and self.group_size is not None:
-            raise SpecError(f"group_size: {self.group_size} is for granularity group, not {self.granularity}; {_WHOLE}")
-        if self.granularity != "block" and self.block_size is not None:
-            raise SpecError(f"block_size: {self.block_size} is for granularity block, not {self.granularity}; {_WHOLE}")
         if self.granularity == "block":
             object.__setattr__(self, "block_size", _tile(self.block_size))
         if self.granularity == "token" and not self.dynamic:
             raise SpecError("granularity token has no fixed scales: add dynamic: true (dyn), or use tensor or channel")
         if self.dynamic and (self.observer != DEFAULT_OBSERVER or self.observer_options):
-            meant = meant_word(self.observer)
-            raise SpecError(
-                f"observer: {self.observer} is for static specs; a dynamic one takes each tensor's own range"
-                f"{f'; did you mean: {meant}' if meant else ''}"
-            )
+            hint = f"; did you mean: {meant}" if (meant := meant_word(self.observer)) else ""
+            what = "is for static specs; a dynamic one takes each tensor's own range"
+            raise SpecError(f"observer: {self.observer} {what}{hint}")
         self._check_scales()
         self._check_zero_point()
 
@@ -94,25 +89,19 @@ class QuantSpec:
             raise SpecError(f"unknown scale_dtype {self.scale_dtype!r}; one of: {', '.join(SCALE_BITS)}")
         if self.scale_dtype == "e8m0" and not self.symmetric:
             raise SpecError("scale_dtype e8m0 is for symmetric specs: MX formats have no zero point")
-        if self.signed_scale and not self._may_be_signed():
-            raise SpecError(
-                "signed_scale (signed) is for static, symmetric, signed integers with scales of a float dtype"
-            )
+        integers = self.dtype.kind == "int" and self.dtype.signed and self.symmetric
+        if self.signed_scale and (not integers or self.dynamic or self.scale_dtype not in _FLOAT_DTYPES):
+            what = "static, symmetric, signed integers with scales of a float dtype"
+            raise SpecError(f"signed_scale (signed) is for {what}")
         if self.global_scale and (self.granularity != "group" or self.scale_dtype != "fp8_e4m3" or not self.symmetric):
             raise SpecError("global_scale is for symmetric groups with scale_dtype fp8_e4m3, as nvfp4 has them")
         if self.local and (self.dynamic or not self.global_scale):
-            raise SpecError(
-                "local keeps a global scale and makes the group scales dynamic: it needs global_scale: true"
-            )
-
-    def _may_be_signed(self) -> bool:
-        integers = self.dtype.kind == "int" and self.dtype.signed and self.symmetric
-        return integers and not self.dynamic and self.scale_dtype in _FLOAT_DTYPES
+            what = "keeps a global scale and makes the group scales dynamic"
+            raise SpecError(f"local {what}: it needs global_scale: true")
 
     def _check_zero_point(self) -> None:
-        if self.zero_point not in get_args(ZeroPoint):
-            kinds = ", ".join(get_args(ZeroPoint))
-            raise SpecError(f"unknown kind of zero point {self.zero_point!r}; one of: {kinds}")
+        if self.zero_point not in (kinds := get_args(ZeroPoint)):
+            raise SpecError(f"unknown kind of zero point {self.zero_point!r}; one of: {', '.join(kinds)}")
         if self.zero_point == "int":
             return
         if self.symmetric:
@@ -131,30 +120,21 @@ class QuantSpec:
     @classmethod
     def from_fields(cls, values: Mapping[str, Any]) -> QuantSpec:
         """The spec that the mapping form says; `dtype` is required, `symmetric` follows its sign unless given."""
-        unknown = [key for key in values if key not in FIELDS]
-        if unknown:
+        if unknown := [key for key in values if key not in FIELDS]:
             raise SpecError(f"unknown key {unknown[0]!r}; did you mean: {', '.join(nearest(unknown[0], FIELDS))}")
-        values = dict(values)
         if values.get("dtype") is None:
-            raise SpecError(f"no dtype in {values}")
-        dtype = values["dtype"]
-        values["dtype"] = dtype if isinstance(dtype, DType) else dtype_named(dtype)
-        if values.get("symmetric") is None:
-            values["symmetric"] = values["dtype"].signed
-        values["observer"], values["observer_options"] = _observer(values.get("observer"))
-        if values.get("granularity") is None:
-            values["granularity"] = "tensor"
-        return cls(**{key: value for key, value in values.items() if value is not None})
+            raise SpecError(f"no dtype in {dict(values)}")
+        given = {key: value for key, value in values.items() if value is not None}
+        dtype = given["dtype"] if isinstance(given["dtype"], DType) else dtype_named(given["dtype"])
+        observer, options = _observer(given.get("observer"))
+        made = {"dtype": dtype, "observer": observer, "observer_options": options}
+        return cls(**{"symmetric": dtype.signed, **given, **made})
 
     def fields(self) -> dict[str, Any]:
         """The mapping form: what `from_fields` takes, only the keys that mean something for this spec."""
         out: dict[str, Any] = {"dtype": self.dtype.name, "granularity": self.granularity}
-        if self.granularity == "channel":
-            out["axis"] = self.axis
-        if self.granularity == "group":
-            out["group_size"] = self.group_size
-        if self.granularity == "block":
-            out["block_size"] = list(self.block_size or ())
+        sizes = {key: size for key in SIZES if (size := getattr(self, key)) is not None}
+        out |= {key: list(size) if isinstance(size, tuple) else size for key, size in sizes.items()}
         out |= {"symmetric": self.symmetric, "dynamic": self.dynamic}
         if self.scale_dtype != "float32":
             out["scale_dtype"] = self.scale_dtype
@@ -166,18 +146,18 @@ class QuantSpec:
         return out
 
     def __str__(self) -> str:
-        granularity = {
+        sized = {
             "group": f"g{self.group_size}",
-            "block": "b{}x{}".format(*(self.block_size or ())) if self.block_size else "",
+            "block": f"b{'x'.join(map(str, self.block_size or ()))}",
             "channel": "channel" if self.axis == 0 else f"channel@{self.axis}",
-        }.get(self.granularity, self.granularity)
-        parts = [self.dtype.name, granularity, "sym" if self.symmetric else "asym"]
+        }
+        parts = [self.dtype.name, sized.get(self.granularity, self.granularity), "sym" if self.symmetric else "asym"]
         if self.scale_dtype != "float32":
             parts.append(f"scale={self.scale_dtype}")
         if self.zero_point != "int":
             parts.append(f"zero={self.zero_point}")
         words = {"signed": self.signed_scale, "global": self.global_scale, "local": self.local, "dyn": self.dynamic}
-        parts += [word for word, said in words.items() if said]
+        parts += [word for word, holds in words.items() if holds]
         options = ",".join(f"{key}={_print_option(value)}" for key, value in self.observer_options)
         if self.observer != DEFAULT_OBSERVER or options:
             parts.append(f"{self.observer}({options})" if options else self.observer)

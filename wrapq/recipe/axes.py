@@ -21,7 +21,7 @@ from hydra.core.override_parser.types import Override
 
 from wrapq.errors import Problem, RecipeError
 from wrapq.recipe.hydra_defaults import parse_override
-from wrapq.recipe.library import Library
+from wrapq.recipe.preset_index import Library
 
 MAX_JOBS = 1000
 _FIXED = ("sweep", "launcher", "tracking", "paths")
@@ -76,15 +76,14 @@ class Axes:
 
     def grid(self) -> Iterator[dict[str, str]]:
         """Every combination of the values, the last axis fastest; of an interval its ends."""
-        keys = [axis.key for axis in self.axes]
-        for values in itertools.product(*(axis.samples() for axis in self.axes)):
-            yield dict(zip(keys, values, strict=True))
+        samples = {axis.key: axis.samples() for axis in self.axes}
+        return (dict(zip(samples, values, strict=True)) for values in itertools.product(*samples.values()))
 
     def cover(self) -> Iterator[dict[str, str]]:
         """As few combinations as hold every value once."""
-        count = max((len(axis.samples()) for axis in self.axes), default=1)
-        for index in range(count):
-            yield {axis.key: axis.samples()[index % len(axis.samples())] for axis in self.axes}
+        samples = {axis.key: axis.samples() for axis in self.axes}
+        for index in range(max(map(len, samples.values()), default=1)):
+            yield {key: values[index % len(values)] for key, values in samples.items()}
 
 
 def parse_axes(texts: Sequence[str], extra_dirs: Sequence[Path] = ()) -> Axes:
@@ -103,7 +102,8 @@ def parse_axes(texts: Sequence[str], extra_dirs: Sequence[Path] = ()) -> Axes:
         except RecipeError as error:
             problems += error.problems
     twice = {axis.key for axis in axes if sum(other.key == axis.key for other in axes) > 1}
-    problems += [Problem(f"override {key}=...", "varies twice: give all its values at once") for key in sorted(twice)]
+    what = "varies twice: give all its values at once"
+    problems += [Problem(f"override {key}=...", "", what) for key in sorted(twice)]
     if problems:
         raise RecipeError(problems)
     return Axes(tuple(axes), tuple(fixed))
@@ -120,28 +120,28 @@ def _parse(text: str, library: _Names) -> Override | None:
         parse_override(text)
         return None
     if (group := override.key_or_group.split(".")[0]) in _FIXED:
-        raise RecipeError([Problem(f"override {text}", f"{group} is the same for all jobs: give one value")])
+        raise _refusal(text, f"{group} is the same for all jobs: give one value")
     return override
 
 
 def _values(override: Override, text: str) -> tuple[str, ...] | Interval:
-    if override.is_interval_sweep():
-        return _interval(override.value(), text)
-    values = tuple(dict.fromkeys(itertools.islice(override.sweep_string_iterator(), MAX_JOBS + 1)))
-    if not values:
-        raise RecipeError([Problem(f"override {text}", "gives no value: nothing fits it")])
-    if len(values) > MAX_JOBS:
-        raise RecipeError([Problem(f"override {text}", f"gives more than {MAX_JOBS:,} values")])
-    return values
-
-
-def _interval(sweep: Any, text: str) -> Interval:
+    if not override.is_interval_sweep():
+        values = tuple(dict.fromkeys(itertools.islice(override.sweep_string_iterator(), MAX_JOBS + 1)))
+        if not values:
+            raise _refusal(text, "gives no value: nothing fits it")
+        if len(values) > MAX_JOBS:
+            raise _refusal(text, f"gives more than {MAX_JOBS:,} values")
+        return values
+    sweep: Any = override.value()
     low, high, log = sweep.start, sweep.end, "log" in sweep.tags
-    whole = isinstance(low, int) and isinstance(high, int)
     if not low < high or (log and low <= 0):
-        remedy = "the first number must be the smaller" + (", and above 0 for a logarithm" if log else "")
-        raise RecipeError([Problem(f"override {text}", "is no interval", remedy=remedy)])
-    return Interval(low, high, whole, log)
+        more = ", and above 0 for a logarithm" if log else ""
+        raise _refusal(text, "is no interval", f"the first number must be the smaller{more}")
+    return Interval(low, high, isinstance(low, int) and isinstance(high, int), log)
+
+
+def _refusal(text: str, what: str, remedy: str = "") -> RecipeError:
+    return RecipeError([Problem(f"override {text}", "", what, remedy=remedy)])
 
 
 class _Names:

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from wrapq.errors import Problem, RecipeError
-from wrapq.recipe.choices import Choices, parse_overrides, settle_choices, split_recipe_file
+from wrapq.recipe.group_choices import parse_overrides, settle_choices, split_recipe_file
 from wrapq.recipe.hydra_defaults import Defaults, compose_defaults
-from wrapq.recipe.layers import Layers
-from wrapq.recipe.library import RECIPE, Library
+from wrapq.recipe.interpolation import resolve_references
+from wrapq.recipe.merge import Layers
 from wrapq.recipe.overrides import apply_override
+from wrapq.recipe.preset_index import RECIPE, Library
 from wrapq.recipe.presets import SETTINGS_GROUPS
-from wrapq.recipe.provenance import DEFAULT, Source
-from wrapq.recipe.references import resolve_references
+from wrapq.recipe.provenance import Provenance
 from wrapq.recipe.schema import Recipe, Settings
-from wrapq.recipe.validate import at, build, missing_problems
+from wrapq.recipe.validate import build, missing_problems
 
 _REMOTE_CODE = ("runtime", "trust_remote_code")
 
@@ -29,20 +29,12 @@ class Composed:
     Attributes:
         recipe: what decides the result.
         settings: the machine.
-        sources: who set each key, by dotted path; a key that is not here has its default (`source_of`).
-        overrides: the overrides as given.
+        sources: who set each key, by dotted path; a key that is not here has its default.
     """
 
     recipe: Recipe
     settings: Settings
-    sources: dict[str, Source]
-    overrides: tuple[str, ...]
-
-    def source_of(self, path: str) -> Source:
-        """Who set the key at the dotted `path`, or the nearest key above it; `default` when nobody did."""
-        while path not in self.sources and "." in path:
-            path = path.rpartition(".")[0]
-        return self.sources.get(path, DEFAULT)
+    sources: dict[str, Provenance]
 
 
 def compose(overrides: Sequence[str] = (), extra_dirs: Sequence[Path] = ()) -> Composed:
@@ -57,48 +49,31 @@ def compose(overrides: Sequence[str] = (), extra_dirs: Sequence[Path] = ()) -> C
     """
     parsed, recipe_file = split_recipe_file(parse_overrides(overrides))
     library = Library(extra_dirs, recipe_file)
-    choices = settle_choices(library, parsed)
-    defaults = compose_defaults(library, choices.overrides)
-    layers, problems = _merge(defaults, choices)
-    problems += missing_problems(layers)
-    problems += [Problem(at(layers, path), what) for path, what in resolve_references(layers)]
+    settled, written = settle_choices(library, parsed)
+    defaults, layers = compose_defaults(library, settled), Layers()
+    for layer in defaults.layers:
+        layers.add_file(layer.document, layer.package, written.get(layer.choice or "", ""))
+    problems = [problem for override in defaults.overrides for problem in apply_override(layers, override)]
+    problems += missing_problems(layers) + resolve_references(layers)
     layers.fold_specs()
     recipe, settings, wrong = _build(layers, defaults)
     problems += wrong
-    known = {problem.where for problem in problems}
-    problems += [Problem(at(layers, path), what) for path, what in layers.problems if _is_new(at(layers, path), known)]
+    # a field that the schema already refused is the reason why the spec makes no sense
+    refused = [problem.path for problem in problems]
+    unfolded = [layers.problem(path, what) for path, what in layers.problems]
+    problems += [problem for problem in unfolded if not any(path.startswith(problem.path) for path in refused)]
     if problems or recipe is None or settings is None:
         raise RecipeError(list(dict.fromkeys(problems)))
-    return Composed(recipe, settings, layers.leaves(), tuple(overrides))
-
-
-def _merge(defaults: Defaults, choices: Choices) -> tuple[Layers, list[Problem]]:
-    layers = Layers()
-    for layer in defaults.layers:
-        layers.add_file(layer.document, layer.package, choices.written.get(layer.choice or "", ""))
-    problems = [p for override in defaults.overrides for p in apply_override(layers, override)]
-    return layers, problems
+    return Composed(recipe, settings, layers.leaves())
 
 
 def _build(layers: Layers, defaults: Defaults) -> tuple[Recipe | None, Settings | None, list[Problem]]:
     data: dict[str, Any] = dict(layers.data)
     settings = {key: data.pop(key) for key in SETTINGS_GROUPS if key in data}
-    data.setdefault("name", _name_of(defaults))
+    data.setdefault("name", (defaults.choices.get(RECIPE) or "recipe").replace("/", "-"))  # the name of its file
     recipe, problems = build(Recipe, data, layers)
     machine, more = build(Settings, settings, layers)
     source = layers.source(_REMOTE_CODE)
-    if machine is not None and machine.runtime.trust_remote_code and source is not None and source.place:
-        more.append(Problem(at(layers, _REMOTE_CODE), "only the command line may allow a model's own code to run"))
+    if machine is not None and machine.runtime.trust_remote_code and source is not None and source.file:
+        more.append(layers.problem(_REMOTE_CODE, "only the command line may allow a model's own code to run"))
     return recipe, machine, problems + more
-
-
-def _name_of(defaults: Defaults) -> str:
-    """The recipe's file name, for a recipe that does not say its own."""
-    return (defaults.choices.get(RECIPE) or "recipe").replace("/", "-")
-
-
-def _is_new(where: str, known: set[str]) -> bool:
-    # a field that the schema already refused is the reason why the spec makes no sense
-    return not any(
-        other.startswith(where) or other.partition(": ")[2].startswith(where.partition(": ")[2]) for other in known
-    )

@@ -8,8 +8,9 @@ from typing import Any
 import yaml
 
 from wrapq.errors import OutputError
-from wrapq.recipe.documents import plain_value
+from wrapq.paths import expand
 from wrapq.recipe.schema import Recipe
+from wrapq.recipe.yaml_reader import plain_value
 
 _GROUPS = ("model", "calibration", "evaluation", "export")
 _HEADER = """\
@@ -25,7 +26,9 @@ defaults: # everything is written below; nothing is taken from the presets
 def to_yaml(recipe: Recipe) -> str:
     """The recipe as the text of a recipe file, complete, so that later changes of presets do not change it."""
     header = _HEADER.format(lines="\n".join(f"  - override /{group}: null" for group in _GROUPS))
-    return header + dump_data(_data(recipe))
+    data = recipe.model_dump()
+    data["rules"] = {name: rule.model_dump(exclude_defaults=True) for name, rule in recipe.rules.items()}
+    return header + dump_data(data)
 
 
 def dump_data(data: dict[str, Any]) -> str:
@@ -33,16 +36,10 @@ def dump_data(data: dict[str, Any]) -> str:
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
-def _data(recipe: Recipe) -> dict[str, Any]:
-    data = recipe.model_dump()
-    data["rules"] = {name: rule.model_dump(exclude_defaults=True) for name, rule in recipe.rules.items()}
-    return data
-
-
 def write_new(path: Path, text: str) -> None:
     """Write `text` as the new file `path`; raises `OutputError` when it is there already or cannot be written."""
     try:
-        with path.expanduser().open("x", encoding="utf-8") as file:
+        with expand(path).open("x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError as error:
         raise OutputError(f"{path} is there already; nothing was overwritten") from error
@@ -57,7 +54,7 @@ class _Dumper(yaml.SafeDumper):
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
     # quoted where the reader would take it for a number, a boolean or null
-    style = None if plain_value(text) == text and isinstance(plain_value(text), str) else '"'
+    style = None if isinstance(plain_value(text), str) else '"'
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 

@@ -26,6 +26,7 @@ def recipe_schema(
     algorithms: Mapping[str, type[BaseModel]],
     sources: Mapping[str, type[BaseModel]],
     exporters: Mapping[str, type[BaseModel]] = MappingProxyType({}),
+    observers: Mapping[str, type[BaseModel]] = MappingProxyType({}),
 ) -> Json:
     """The schema of a recipe file.
 
@@ -35,17 +36,19 @@ def recipe_schema(
         algorithms: the options of every registered algorithm, by its name.
         sources: the options of every registered data source, by its name.
         exporters: the options of every registered exporter, by its name.
+        observers: the options of every registered observer, by its name.
     """
     schema = Recipe.model_json_schema(ref_template=_REF)
     defs: Json = schema["$defs"]
     defs["Spec"] = _spec_schema(defs)
-    _with_options(defs, "Stage", "algorithm", algorithms)
-    _with_options(defs, "Calibration", "source", sources)
-    _with_options(defs, "Evaluation", "source", sources)
-    _with_options(defs, "Export", "format", exporters)
+    places = [("Stage", "algorithm", algorithms), ("Calibration", "source", sources), ("Evaluation", "source", sources)]
+    for model, key, things in [*places, ("Export", "format", exporters), ("ObserverChoice", "name", observers)]:
+        _with_options(defs, model, key, things)
+    defs["SpecFields"]["properties"]["observer"]["examples"] = list(observers)
+    defs["ObserverComparison"]["additionalProperties"] = False
     schema["properties"] = {"defaults": _DEFAULTS, **schema["properties"]}
-    schema = _loosen(schema)
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "wrapq recipe"}
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    return {**head, **_loosen(schema), "title": "wrapq recipe"}
 
 
 _DEFAULTS: Json = {
@@ -77,7 +80,11 @@ def _with_options(defs: Json, model: str, key: str, things: Mapping[str, type[Ba
     schema["properties"][key]["examples"] = list(things)
     chosen, merged = [], dict[str, list[Json]]()
     for name, options in things.items():
-        properties = _hoisted(defs, f"{model}_{name}_", options)
+        # the inner definitions of the options get names of their own
+        prefix = f"{model}_{name}_"
+        their = options.model_json_schema(ref_template=f"#/$defs/{prefix}{{model}}")
+        defs |= {f"{prefix}{inner}": value for inner, value in their.get("$defs", {}).items()}
+        properties = their.get("properties", {})
         for option, option_schema in properties.items():
             merged.setdefault(option, []).append(option_schema)
         named = {"properties": {key: {"const": name}}, "required": [key]}
@@ -88,13 +95,6 @@ def _with_options(defs: Json, model: str, key: str, things: Mapping[str, type[Ba
     schema["additionalProperties"] = False
     if chosen:
         schema["allOf"] = chosen
-
-
-def _hoisted(defs: Json, prefix: str, options: type[BaseModel]) -> Json:
-    """The properties of `options`, its inner definitions moved to `defs` under names of their own."""
-    schema = options.model_json_schema(ref_template=f"#/$defs/{prefix}{{model}}")
-    defs |= {f"{prefix}{name}": value for name, value in schema.pop("$defs", {}).items()}
-    return schema.get("properties", {})
 
 
 def _loosen(node: Any, within_if: bool = False) -> Any:

@@ -9,15 +9,16 @@ nothing: choosing it is an error that names them.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 
-import wrapq
 from wrapq.errors import Problem, RecipeError, WrapqError
-from wrapq.recipe.documents import read_document
+from wrapq.paths import expand
+from wrapq.recipe.yaml_reader import read_document
+from wrapq.version import __version__
 
 ENTRY_POINT_GROUP = "wrapq.presets"
 EXPERIMENT_GROUPS = ("model", "scheme", "algorithm", "calibration", "evaluation", "export")
@@ -63,7 +64,11 @@ class Preset:
 
 def preset_roots(extra_dirs: Sequence[Path] = ()) -> list[Root]:
     """The roots, those named here first; raises `RecipeError` when one of `extra_dirs` is no folder."""
-    return [*map(_extra_root, extra_dirs), _shipped_root(), *_installed_roots()]
+    folders = [expand(folder).resolve() for folder in extra_dirs]
+    for folder in folders:
+        if not folder.is_dir():
+            raise RecipeError([Problem("--config-dir", "", f"no such folder: {folder}")])
+    return [*(_root(str(folder), "", folder) for folder in folders), *_packaged_roots()]
 
 
 def list_presets(extra_dirs: Sequence[Path] = ()) -> list[Preset]:
@@ -79,20 +84,6 @@ def option_names(folder: Path) -> Iterator[str]:
         yield path.relative_to(folder).with_suffix("").as_posix()
 
 
-@cache
-def _shipped_root() -> Root:
-    checkout = _PACKAGE.parent
-    base = checkout if (checkout / "conf" / "config.yaml").is_file() else _PACKAGE / "_presets"
-    return Root("wrapq", wrapq.__version__, base / "conf", base / "recipes")
-
-
-def _extra_root(folder: Path) -> Root:
-    folder = Path(folder).expanduser().resolve()
-    if not folder.is_dir():
-        raise RecipeError([Problem("--config-dir", f"no such folder: {folder}")])
-    return _root(str(folder), "", folder)
-
-
 def _root(name: str, version: str, folder: Path) -> Root:
     conf, recipes = folder / "conf", folder / "recipes"
     if conf.is_dir() or recipes.is_dir():
@@ -101,47 +92,37 @@ def _root(name: str, version: str, folder: Path) -> Root:
 
 
 @cache
-def _installed_roots() -> tuple[Root, ...]:
-    return tuple(
-        _root(*((point.dist.name, point.dist.version) if point.dist else (point.name, "?")), Path(folder))
-        for point in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda point: point.name)
-        for folder in _package_folders(point.module)
-    )
-
-
-def _package_folders(module: str) -> Iterable[str]:
-    # found without importing it: listing presets must not run a package's code
-    spec = importlib.util.find_spec(module.partition(".")[0])
-    base = [Path(location) for location in (spec.submodule_search_locations or ())] if spec else []
-    return [str(location.joinpath(*module.split(".")[1:])) for location in base]
+def _packaged_roots() -> tuple[Root, ...]:
+    """What ships with wrapq, then what other packages declare."""
+    checkout = _PACKAGE.parent
+    base = checkout if (checkout / "conf" / "config.yaml").is_file() else _PACKAGE / "_presets"
+    roots = [Root("wrapq", __version__, base / "conf", base / "recipes")]
+    for point in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda point: point.name):
+        name, version = (point.dist.name, point.dist.version) if point.dist else (point.name, "?")
+        # found without importing it: listing presets must not run a package's code
+        spec = importlib.util.find_spec(point.module.partition(".")[0])
+        for location in (spec.submodule_search_locations or ()) if spec else ():
+            roots.append(_root(name, version, Path(location).joinpath(*point.module.split(".")[1:])))
+    return tuple(roots)
 
 
 def _presets_of(root: Root) -> Iterator[Preset]:
-    for group in GROUPS:
-        for name in option_names(root.conf / group):
-            path = root.conf / group / f"{name}{SUFFIX}"
-            yield Preset(group, name, _first_comment(path), root.name, path, root.version)
-    for name in option_names(root.recipes):
-        flat = root.recipes == root.conf
-        if not (flat and name.partition("/")[0] in GROUPS):
-            path = root.recipes / f"{name}{SUFFIX}"
-            yield Preset("recipe", name, _description(path), root.name, path, root.version)
+    flat = root.recipes == root.conf
+    files = [(group, name, root.conf / group) for group in GROUPS for name in option_names(root.conf / group)]
+    recipes = (name for name in option_names(root.recipes) if not (flat and name.partition("/")[0] in GROUPS))
+    for kind, name, folder in [*files, *(("recipe", name, root.recipes) for name in recipes)]:
+        path = folder / f"{name}{SUFFIX}"
+        yield Preset(kind, name, _summary(path, kind), root.name, path, root.version)
 
 
-def _description(path: Path) -> str:
+def _summary(path: Path, kind: str) -> str:
+    """The description of a recipe, or the first comment of another preset."""
     try:
-        text = read_document(path, path.name).data.get("description")
+        document = read_document(path, path.name)
     except WrapqError:
         return "(cannot be read)"
-    return " ".join(str(text or "").split())
-
-
-def _first_comment(path: Path) -> str:
-    try:
-        text = read_document(path, path.name).text
-    except WrapqError:
-        return "(cannot be read)"
-    for line in text.splitlines():
-        if line.startswith("#") and not line.startswith(("# @", "# yaml-language-server")):
-            return line.lstrip("# ").strip()
-    return ""
+    if kind == "recipe":
+        return " ".join(str(document.data.get("description") or "").split())
+    lines = [line for line in document.text.splitlines() if line.startswith("#")]
+    comments = [line for line in lines if not line.startswith(("# @", "# yaml-language-server"))]
+    return comments[0].lstrip("# ").strip() if comments else ""

@@ -21,26 +21,30 @@ class Origin:
     version: str
     digest: str
 
+    @property
+    def kind(self) -> str:
+        """The group it is chosen from: `recipe`, `scheme`, `calibration`."""
+        return self.preset.partition("/")[0]
+
 
 @dataclass(frozen=True)
-class Source:
+class Provenance:
     """What set a key: a line of a file, an override, or both when an override chose the file.
 
     Attributes:
-        place: `recipes/w4a16_rtn.yaml:12`; empty when an override set the key itself.
+        file: as messages call it, `recipes/w4a16_rtn.yaml`; empty when an override set the key itself.
+        line: of the file, from 1; None for the file as a whole.
         override: the override as the user wrote it; empty when none was involved.
-        origin: the preset that the place is in.
+        origin: the preset that the file is.
     """
 
-    place: str = ""
+    file: str = ""
+    line: int | None = None
     override: str = ""
     origin: Origin | None = None
 
     def __str__(self) -> str:
-        if not self.place:
+        if not self.file:
             return f"override {self.override}"
-        return f"{self.place} (override {self.override})" if self.override else self.place
-
-
-DEFAULT = Source("default")
-"""The source of a key that no file and no override names: the default of the schema."""
+        place = self.file if self.line is None else f"{self.file}:{self.line}"
+        return f"{place} (override {self.override})" if self.override else place

@@ -14,12 +14,18 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WrapValidator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, WrapValidator, model_validator
+from pydantic_core import PydanticKnownError
 
+from wrapq.errors import WrapqError
+from wrapq.metrics import METRICS, metrics, own_names
+from wrapq.paths import expand
 from wrapq.recipe.spec_patch import SpecPatch
 
-Positive = Annotated[int, Field(ge=1)]
-_ORDERED = ("rules", "stack")
+Positive = Annotated[int, Field(ge=1, le=2**53)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+ORDERED = ("rules", "stack")
+"""The sections whose entries have an order."""
 _LAYERS = re.compile(r"-?\d+|(-?\d+)?:(-?\d+)?")
 _PERCENT = re.compile(r"-?\d+(\.\d+)? ?%")
 
@@ -30,6 +36,13 @@ def _folder_name(text: str) -> str:
     return text
 
 
+def _path(text: str) -> str:
+    try:
+        return str(expand(text))
+    except WrapqError as error:
+        raise ValueError(str(error)) from None
+
+
 def _texts(value: Any, _: Any) -> str | list[str] | None:
     items = value if isinstance(value, list) else [value]
     if value is not None and not (items and all(isinstance(item, str) and item for item in items)):
@@ -38,9 +51,8 @@ def _texts(value: Any, _: Any) -> str | list[str] | None:
 
 
 def _layers(value: Any, _: Any) -> int | str | None:
-    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
-        return value
-    if isinstance(value, str) and _LAYERS.fullmatch(value):
+    number = isinstance(value, int) and not isinstance(value, bool)
+    if value is None or number or (isinstance(value, str) and _LAYERS.fullmatch(value)):
         return value
     raise ValueError(f"{value!r} should be a block's index such as 3 or -1, or a range such as 0:8")
 
@@ -54,17 +66,11 @@ def _bound(value: Any, _: Any) -> float | str | None:
 
 Texts = Annotated[str | list[str] | None, WrapValidator(_texts)]
 """One text or several."""
-Name = Annotated[
-    str,
-    Field(pattern=r"^[A-Za-z0-9_.-]+$", min_length=1, max_length=100),
-    AfterValidator(_folder_name),
-]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$", min_length=1, max_length=100), AfterValidator(_folder_name)]
 """The name of a recipe, which becomes the name of a folder."""
 EntryName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", min_length=1, max_length=100)]
 """The name of a rule or a stage; no dot, since it is one step of a dotted path."""
-
-
-Bound = Annotated[float | str | None, WrapValidator(_bound)]
+Bound = Annotated[float | str | None, WrapValidator(_bound), PlainSerializer(lambda value: value)]
 """A number, or a share such as `2%`; None asks nothing."""
 
 
@@ -155,7 +161,7 @@ class Calibration(_Open):
     """Tokens per sequence."""
     batch_size: Positive = 8
     """Sequences per forward pass."""
-    seed: int = 0
+    seed: Seed = 0
     """Which sequences are drawn."""
     schedule: Literal["sequential", "parallel"] = "sequential"
     """`sequential`: each block sees what the quantized blocks before it give; `parallel`: the float model's values."""
@@ -185,31 +191,36 @@ class Export(_Open):
     """The exporter's registered name, compressed_tensors or a plug-in's; `none` writes no copy."""
 
 
-class Goals(_Closed):
+def _metric_name(name: str) -> str:
+    if name not in own_names() and name not in set(METRICS):
+        raise PydanticKnownError("extra_forbidden")
+    return name
+
+
+def _describe_goals(schema: dict[str, Any]) -> None:
+    bound = schema["additionalProperties"]
+    title = lambda name: name.replace("_", " ").title()  # noqa: E731
+    schema["properties"] = {
+        m.name: {**bound, "title": title(m.name), "default": None, "description": m.goal} for m in metrics()
+    }
+    schema["additionalProperties"] = False
+
+
+class Goals(BaseModel):
     """What the quantized model should reach; a run says which goals it met, and its exit status follows."""
 
-    perplexity: Bound = None
-    """At most this perplexity."""
-    perplexity_increase: Bound = None
-    """At most this much more perplexity than the float model, such as 2%."""
-    kl: Bound = None
-    """At most this mean divergence from the float model's predictions, in nats per token."""
-    top1_agreement: Bound = None
-    """At least this share of tokens for which the float model predicts the same, such as 95%."""
-    bits_per_weight: Bound = None
-    """At most this many bits per quantized weight, scales and zero points included."""
-    size_mb: Bound = None
-    """At most this large a file of weights, in MB of a million bytes."""
-    seconds: Bound = None
-    """At most this long a run."""
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True, json_schema_extra=_describe_goals)
+    __pydantic_extra__: dict[Annotated[str, AfterValidator(_metric_name)], Bound] = Field(init=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, goals: Any) -> Any:
+        return {**dict.fromkeys(own_names()), **goals} if isinstance(goals, dict) else goals
 
     def bounds(self) -> dict[str, float]:
         """The goals that are set, by the name of their metric."""
-        return {name: _number(value) for name in Goals.model_fields if (value := getattr(self, name)) is not None}
-
-
-def _number(value: float | str) -> float:
-    return float(value.rstrip("% ")) / 100 if isinstance(value, str) else float(value)
+        given = ((name, value) for name, value in self.__pydantic_extra__.items() if value is not None)
+        return {n: float(v.rstrip("% ")) / 100 if isinstance(v, str) else float(v) for n, v in given}
 
 
 class Recipe(_Closed):
@@ -233,7 +244,7 @@ class Recipe(_Closed):
     """What quality is measured on."""
     export: Export = Export()
     """Whether the result is also written in another project's format."""
-    seed: int = 0
+    seed: Seed = 0
     """The seed of everything random outside calibration."""
     goals: Goals = Goals()
     """What the quantized model should reach."""
@@ -246,7 +257,7 @@ class Recipe(_Closed):
         their default are the same.
         """
         data = self.model_dump(mode="json", exclude={"name", "description", "goals"})
-        for key in _ORDERED:
+        for key in ORDERED:
             data[key] = list(data[key].items())
         text = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()
@@ -279,7 +290,7 @@ class Runtime(_Closed):
 
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
     """`auto` takes a GPU when there is one; else cpu, mps, cuda or cuda:N."""
-    threads: Positive | None = None
+    threads: Annotated[int, Field(ge=1, le=4096)] | None = None
     """CPU threads; torch decides when not given."""
     kernels: Annotated[str, Field(min_length=1)] = "auto"
     """`auto` measures, once a model is saved, which kernels are faster; `reference` measures nothing; or a kernel."""
@@ -296,14 +307,14 @@ class Runtime(_Closed):
 class Paths(_Closed):
     """Where files go."""
 
-    outputs: Annotated[str, Field(min_length=1)] = "outputs"
+    outputs: Annotated[str, Field(min_length=1), AfterValidator(_path)] = "outputs"
     """The folder for what runs leave, relative to the working directory."""
-    cache: str | None = None
+    cache: Annotated[str, AfterValidator(_path)] | None = None
     """The folder for statistics that runs share; `cache` under the outputs folder when not given."""
 
     def cache_folder(self) -> Path:
         """Where statistics are kept."""
-        return Path(self.cache or Path(self.outputs) / "cache").expanduser()
+        return Path(self.cache or Path(self.outputs) / "cache")
 
 
 class Sweep(_Open):
@@ -317,7 +328,7 @@ class Sweep(_Open):
     """The metric that decides the winner, or several of which the first does; the names are those of `goals`."""
 
 
-class Launcher(_Open):
+class LauncherSettings(_Open):
     """What runs the jobs of a sweep; the launcher's options stand beside it."""
 
     kind: Annotated[str, Field(min_length=1)] = "local"
@@ -335,5 +346,5 @@ class Settings(_Closed):
     """Where files go."""
     sweep: Sweep = Sweep()
     """Which jobs `wrapq sweep` runs."""
-    launcher: Launcher = Launcher()
+    launcher: LauncherSettings = LauncherSettings()
     """What runs the jobs of `wrapq sweep`."""

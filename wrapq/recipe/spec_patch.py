@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, WrapValidator, field_validator
 
 from wrapq.errors import SpecError
-from wrapq.quant.dtypes import ScaleDType, dtype_named
+from wrapq.quant.dtypes import DTYPES, ScaleDType, dtype_named
 from wrapq.quant.short_form import ALIASES
 from wrapq.quant.spec import FLOAT, Granularity, QuantSpec, ZeroPoint
 
@@ -19,7 +19,7 @@ class ObserverChoice(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, use_attribute_docstrings=True)
 
     name: Annotated[str, Field(min_length=1)]
-    """The observer's registered name: minmax, ema, percentile, mse, entropy."""
+    """The observer's registered name."""
 
 
 class ObserverComparison(BaseModel):
@@ -48,8 +48,7 @@ class SpecFields(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
-    dtype: str | None = None
-    """int2 to int16, uint2 to uint16, fp8_e4m3, fp8_e5m2, fp6_e2m3, fp6_e3m2, fp4_e2m1 or nf4."""
+    dtype: Annotated[str | None, Field(description=f"One of {', '.join(DTYPES)}.")] = None
     granularity: Granularity | None = None
     """Which elements share a scale: the whole tensor, a channel, a group of the last axis, a block, a token, a head."""
     axis: int | None = None

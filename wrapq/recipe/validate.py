@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from wrapq.errors import Problem
-from wrapq.recipe.documents import KeyPath
-from wrapq.recipe.layers import Layers, is_spec
+from wrapq.errors import Problem, unknown
+from wrapq.metrics import metrics
+from wrapq.recipe.merge import Layers, is_spec
 from wrapq.recipe.schema import Match, Recipe, Rule, Settings
 from wrapq.recipe.spec_patch import SpecFields
-from wrapq.recipe.suggest import unknown
+from wrapq.recipe.yaml_reader import KeyPath
 
 M = TypeVar("M", bound=BaseModel)
 MISSING = "???"
@@ -25,13 +25,14 @@ def build(model: type[M], data: dict[str, Any], layers: Layers) -> tuple[M | Non
         return model.model_validate(data), []
     except ValidationError as error:
         skip = set(missing_paths(data))
-        return None, [p for e in error.errors() if (path := _path(e)) not in skip for p in [_problem(e, path, layers)]]
+        located = [(tuple(str(step) for step in e["loc"] if step != "[key]"), e) for e in error.errors()]
+        return None, [_problem(e, path, layers) for path, e in located if path not in skip]
 
 
 def missing_problems(layers: Layers) -> list[Problem]:
     """One problem for each key that a file leaves for the user to set (`???`)."""
     return [
-        Problem(at(layers, path), f"{'.'.join(path)} has no value", remedy=f"set it: {'.'.join(path)}=VALUE")
+        layers.problem(path, f"{'.'.join(path)} has no value", remedy=f"set it: {'.'.join(path)}=VALUE")
         for path in missing_paths(layers.data)
     ]
 
@@ -45,31 +46,32 @@ def missing_paths(data: Any, path: KeyPath = ()) -> Iterator[KeyPath]:
             yield from missing_paths(value, (*path, key))
 
 
-def at(layers: Layers, path: KeyPath) -> str:
-    """`source: dotted.path`, the way a problem says where it is."""
-    source = layers.source(path)
-    return f"{source}: {'.'.join(path)}" if source else ".".join(path)
-
-
-def _path(error: Any) -> KeyPath:
-    return tuple(str(step) for step in error["loc"] if step != "[key]")
-
-
 def _problem(error: Any, path: KeyPath, layers: Layers) -> Problem:
-    kind, value, where = error["type"], error["input"], at(layers, path)
+    kind, value = error["type"], error["input"]
     if kind == "extra_forbidden":
-        return _unknown_key(where, path)
+        return _unknown_key(layers, path)
     if kind == "missing":
-        return _missing_key(layers, path)
+        remedies = {
+            ("rules", "match"): "say which modules the rule is for, such as match: {type: Linear}",
+            ("stack", "algorithm"): "say which algorithm the stage runs, such as algorithm: rtn",
+        }
+        known = remedies.get((path[0], path[-1])) if len(path) == 3 else None
+        what = f"the key {path[-1]!r} is missing"
+        return layers.problem(path[:-1] or path, what, remedy=known or f"set it: {'.'.join(path)}=VALUE")
     if error["loc"] and error["loc"][-1] == "[key]":
-        return Problem(where, f"{value!r} is no name: use letters, digits, _ and -")
+        return layers.problem(path, f"{value!r} is no name: use letters, digits, _ and -")
     if kind in ("value_error", "assertion_error"):
-        return Problem(where, str(error["ctx"]["error"]))
+        return layers.problem(path, str(error["ctx"]["error"]))
     if kind == "literal_error":
-        return unknown(where, "value", str(value), [word.strip("' ") for word in _expected(error)])
+        expected = error["ctx"]["expected"].replace(" or ", ", ").split(",")
+        return _unknown(layers, path, "value", str(value), [word.strip("' ") for word in expected])
     if kind == "string_pattern_mismatch":
-        return Problem(where, f"{value!r} is not allowed here", remedy=_pattern_remedy(path))
-    return Problem(where, f"{_show(value)} is wrong here: {_SAYS.get(kind) or error['msg']}")
+        name = "use letters, digits, _, - and dots: it becomes the name of a folder"
+        remedy = "use auto, cpu, mps, cuda or cuda:N" if path == ("runtime", "device") else name
+        return layers.problem(path, f"{value!r} is not allowed here", remedy=remedy)
+    shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
+    return layers.problem(path, f"{shown} is wrong here: {_SAYS.get(kind) or error['msg']}")
 
 
 _SAYS = {
@@ -84,40 +86,17 @@ _SAYS = {
 }
 
 
-def _pattern_remedy(path: KeyPath) -> str:
-    if path == ("runtime", "device"):
-        return "use auto, cpu, mps, cuda or cuda:N"
-    return "use letters, digits, _, - and dots: it becomes the name of a folder"
-
-
-def _expected(error: Any) -> list[str]:
-    return error["ctx"]["expected"].replace(" or ", ", ").split(",")
-
-
-def _show(value: Any) -> str:
-    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _missing_key(layers: Layers, path: KeyPath) -> Problem:
-    parent, key = path[:-1], path[-1]
-    if len(path) == 3 and path[0] == "rules" and key == "match":
-        remedy = "say which modules the rule is for, such as match: {type: Linear}"
-    elif len(path) == 3 and path[0] == "stack" and key == "algorithm":
-        remedy = "say which algorithm the stage runs, such as algorithm: rtn"
-    else:
-        remedy = f"set it: {'.'.join(path)}=VALUE"
-    return Problem(at(layers, parent) if parent else ".".join(path), f"the key {key!r} is missing", remedy=remedy)
-
-
-def _unknown_key(where: str, path: KeyPath) -> Problem:
+def _unknown_key(layers: Layers, path: KeyPath) -> Problem:
     key, names = path[-1], _names_at(path[:-1])
-    if is_spec(path[:-1]):
-        meant = next((name for part, name in _SYNONYMS.items() if part in key), None)
-        if meant:
-            rest = ", ".join(name for name in names if name != meant)
-            return Problem(where, f"unknown key {key!r}", (meant,), f"the keys of a spec are: {meant}, {rest}")
-    return unknown(where, "key", key, names)
+    meant = next((name for part, name in _SYNONYMS.items() if part in key), None)
+    if meant and is_spec(path[:-1]):
+        rest = ", ".join(name for name in names if name != meant)
+        return layers.problem(path, f"unknown key {key!r}", (meant,), f"the keys of a spec are: {meant}, {rest}")
+    return _unknown(layers, path, "key", key, names)
+
+
+def _unknown(layers: Layers, path: KeyPath, kind: str, name: str, names: Iterable[str]) -> Problem:
+    return unknown(str(layers.source(path) or ""), ".".join(path), kind, name, names)
 
 
 def _names_at(path: KeyPath) -> tuple[str, ...]:
@@ -128,6 +107,8 @@ def _names_at(path: KeyPath) -> tuple[str, ...]:
         if len(path) == 3 and path[2] == "match":
             return tuple(Match.model_fields)
         return tuple(SpecFields.model_fields if is_spec(path) else Rule.model_fields)
+    if path == ("goals",):
+        return tuple(metric.name for metric in metrics())
     owner: Any = Recipe if path[0] in Recipe.model_fields else Settings
     annotation = owner.model_fields[path[0]].annotation
     models = [annotation, *get_args(annotation)]

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import nn
 
-from wrapq.calibration.algorithm import ALGORITHMS, Corrector
+from wrapq.algorithms.base import Corrector
 from wrapq.quant.affine import scale_shape, storage_dtype, zero_point_dtype
 from wrapq.quant.dtypes import SCALE_BITS
 from wrapq.quant.packing import packed_columns
 from wrapq.quant.spec import QuantSpec
 from wrapq.recipe.schema import Recipe
 from wrapq.resolve.plan import Estimate, ModulePlan, StagePlan
+from wrapq.resolve.stages import algorithm_of
 
 _PARAMETER_BYTES = 4
 """Of a word of packed integers (int32) and of a global scale (float32)."""
@@ -35,9 +37,7 @@ def weight_bytes(shape: tuple[int, int], spec: QuantSpec) -> int:
     return packed + scales * SCALE_BITS[spec.scale_dtype] // 8 + zero_bytes + global_scale
 
 
-def estimate(
-    model: nn.Module, modules: Sequence[ModulePlan], recipe: Recipe, needs_data: bool, stages: Sequence[StagePlan] = ()
-) -> Estimate:
+def estimate(model: nn.Module, modules: Sequence[ModulePlan], recipe: Recipe, stages: Sequence[StagePlan]) -> Estimate:
     """What the run costs and leaves; the few bytes of each fixed activation's parameters are not counted.
 
     The peak is the float weights, the codes chosen (a byte each up to 8 bits), the dequantized copies
@@ -61,9 +61,11 @@ def estimate(
         shapes += _SHAPE_BYTES
         integers += tensor.numel() * storage_dtype(spec.dtype).itemsize
         dequantized += itemsize * tensor.numel()
-    tokens = recipe.calibration.samples * recipe.calibration.seq_len if needs_data else 0
+    calibration = recipe.calibration
+    tokens = calibration.samples * calibration.seq_len if any(stage.needs for stage in stages) else 0
     hidden = getattr(getattr(model, "config", None), "hidden_size", 0) or 0
-    in_flight = tokens if recipe.calibration.schedule == "sequential" else min(tokens, _batch_tokens(recipe))
+    one_batch = min(tokens, calibration.batch_size * calibration.seq_len)
+    in_flight = tokens if calibration.schedule == "sequential" else one_batch
     return Estimate(
         float_bytes=float_bytes,
         quantized_bytes=float_bytes + untied - replaced + packed + shapes,
@@ -83,14 +85,7 @@ def _untied_bytes(model: nn.Module, stages: Sequence[StagePlan], itemsize: int) 
 
 def _added_elements(module: ModulePlan, stages: Sequence[StagePlan]) -> int:
     """How many numbers the corrections of `stages` add to the weight of `module`; a bias of its own takes theirs."""
-    added = 0
-    for stage in stages:
-        kind = ALGORITHMS.get(stage.algorithm)
-        if module.weight_shape and issubclass(kind, Corrector) and f"{module.name}.weight" in stage.targets:
-            counts = kind.adds != "bias" or not module.has_bias
-            added += kind(kind.Options(**stage.options)).added_elements(module.weight_shape) if counts else 0
-    return added
-
-
-def _batch_tokens(recipe: Recipe) -> int:
-    return recipe.calibration.batch_size * recipe.calibration.seq_len
+    here = (s for s in stages if s.phase == "correct" and f"{module.name}.weight" in s.targets)
+    correctors = (cast(Corrector, algorithm_of(stage)) for stage in here if module.weight_shape)
+    counted = (corrector for corrector in correctors if corrector.adds != "bias" or not module.has_bias)
+    return sum(corrector.added_elements(cast(tuple[int, int], module.weight_shape)) for corrector in counted)

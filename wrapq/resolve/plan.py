@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any, Literal
 
@@ -35,9 +35,7 @@ class PointPlan(_Frozen):
         return _parsed(self.spec)
 
 
-@cache
-def _parsed(spec: str) -> QuantSpec:
-    return QuantSpec.parse(spec)
+_parsed = cache(QuantSpec.parse)
 
 
 class ModulePlan(_Frozen):
@@ -56,6 +54,11 @@ class ModulePlan(_Frozen):
     weight_shape: tuple[int, int] | None
     """Of the weight as a matrix [N, K]."""
     points: tuple[PointPlan, ...]
+
+
+def specs_of(modules: Iterable[ModulePlan]) -> dict[str, dict[str, QuantSpec]]:
+    """For each of `modules` the spec of each of its points."""
+    return {module.name: {point.name: point.quant_spec for point in module.points} for module in modules}
 
 
 class Untouched(_Frozen):
@@ -120,11 +123,7 @@ class Plan(_Frozen):
 
     def specs(self) -> dict[str, dict[str, QuantSpec]]:
         """For each module the spec of each of its points."""
-        return {m.name: {p.name: p.quant_spec for p in m.points} for m in self.modules}
-
-    def stage_of_points(self) -> dict[str, StagePlan]:
-        """The stage that decides each point, by the point's full name."""
-        return {target: stage for stage in self.stages for target in stage.targets}
+        return specs_of(self.modules)
 
     @property
     def needs_calibration(self) -> bool:

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import replace
 
-from pydantic import ValidationError
 from torch import nn
 
-from wrapq.calibration.blocks import Blocks, find_blocks
-from wrapq.calibration.sources.base import SOURCES, Source
-from wrapq.errors import CalibrationError, PlanError, Problem, RecipeError, SpecError, UnknownNameError, Unread
+from wrapq.data.sources.base import SOURCES
+from wrapq.errors import CalibrationError, PlanError, Problem, ProblemsError, RecipeError, SpecError, and_more
+from wrapq.export.base import EXPORTERS, FORMAT, NONE, make_exporter
+from wrapq.graph.blocks import Blocks, find_blocks
+from wrapq.recipe.preset_index import RECIPE
+from wrapq.recipe.provenance import Provenance
 from wrapq.recipe.schema import Calibration, Evaluation, Export, Recipe, Rule
-from wrapq.resolve.checks import build_spec, tied_problems, weight_shape
+from wrapq.registry import Place, build
 from wrapq.resolve.estimate import estimate
-from wrapq.resolve.exporter import EXPORTERS, NONE, make_exporter
-from wrapq.resolve.model import ModelSource
-from wrapq.resolve.plan import ModelFacts, ModulePlan, Plan, PointPlan, Untouched
+from wrapq.resolve.model_source import ModelSource
+from wrapq.resolve.plan import ModelFacts, ModulePlan, Plan, PointPlan, StagePlan, Untouched, specs_of
 from wrapq.resolve.rules import Drafted, Sources, draft_points
 from wrapq.resolve.selectors import GATE, Site, find_sites
-from wrapq.resolve.stages import StackEntry, check_stack, option_problems, plan_stages
+from wrapq.resolve.spec_fit import build_spec, held_problems, tied_problems, weight_shape, why_unfit
+from wrapq.resolve.stages import StackEntry, check_stack, plan_stages
 from wrapq.resolve.transforms import Transforms
 from wrapq.wrappers.experts import apart
 
 
-def resolve(recipe: Recipe, sources: Mapping[str, Any] | None = None, trust_remote_code: bool = False) -> Plan:
+def resolve(recipe: Recipe, sources: Mapping[str, Provenance] | None = None, trust_remote_code: bool = False) -> Plan:
     """The plan of `recipe`; reads the model's configuration, no weights.
 
     Args:
@@ -43,13 +44,44 @@ def resolve(recipe: Recipe, sources: Mapping[str, Any] | None = None, trust_remo
     try:
         model = ModelSource(recipe.model, trust_remote_code).meta_model()
     except PlanError as error:
-        raise PlanError([replace(p, where=where.where("model.path")) for p in error.problems]) from None
-    return resolve_model(recipe, model, stack, where)
+        raise PlanError([replace(p, source=where.of("model.path")) for p in error.problems]) from None
+    with apart(model):
+        modules, untouched, selected, blocks = _resolve_rules(recipe.rules, model, where)
+    if not modules:
+        what = "no rule quantizes anything in this model: the run would change nothing"
+        raise PlanError([Problem("", "rules", what, (), "wrapq evaluate measures a model as it is")])
+    specs = specs_of(modules)
+    transforms = Transforms(model, specs)
+    with apart(model, specs):  # as in the run
+        stages, problems = plan_stages(stack, modules, selected, transforms, where)
+    if problems := problems + _unread(recipe, stages, where):
+        raise PlanError(problems)
+    with apart(model):
+        estimated = estimate(model, modules, recipe, stages)
+    plan = Plan(
+        recipe=recipe,
+        model=ModelFacts(
+            path=recipe.model.path,
+            type=type(model).__name__,
+            parameters=sum(p.numel() for p in model.parameters()),
+            blocks=blocks.prefix,
+            block_count=blocks.count,
+        ),
+        modules=modules,
+        untouched=untouched,
+        stages=stages,
+        estimate=estimated,
+        notes=tuple(transforms.notes),
+        presets=where.origins(),
+    )
+    check_export(plan)
+    return plan
 
 
 def check_names(recipe: Recipe, sources: Sources) -> list[StackEntry]:
     """Everything the registries can say of a recipe, without a model; all mistakes in one `RecipeError`."""
-    stack, problems = check_stack(recipe, sources)
+    parallel, compared = recipe.calibration.schedule == "parallel", recipe.evaluation.compare_schedules
+    stack, problems = check_stack(recipe.stack, sources, recipe.rules, recipe.stack_order, parallel, compared)
     problems += _check_source("calibration", recipe.calibration, sources)
     problems += _check_source("evaluation", recipe.evaluation, sources)
     problems += _check_export(recipe.export, sources)
@@ -66,45 +98,7 @@ def resolve_specs(
     Raises:
         PlanError: every rule without effect and every spec that does not fit its module.
     """
-    resolved = _resolve_rules(rules, model, sources)
-    return resolved.modules, resolved.untouched
-
-
-def resolve_model(recipe: Recipe, model: nn.Module, stack: Sequence[StackEntry], sources: Sources) -> Plan:
-    """The plan of a recipe whose names are checked, for `model`; see `resolve`."""
-    with apart(model):
-        resolved = _resolve_rules(recipe.rules, model, sources)
-    if not resolved.modules:
-        what = "no rule quantizes anything in this model: the run would change nothing"
-        raise PlanError([Problem("rules", what, (), "wrapq evaluate measures a model as it is")])
-    specs = {m.name: {p.name: p.quant_spec for p in m.points} for m in resolved.modules}
-    transforms = Transforms(model, specs)
-    with apart(model, specs):  # as in the run
-        stages, problems = plan_stages(stack, resolved.modules, resolved.selected, transforms, sources)
-    needs_data = any(stage.needs for stage in stages)
-    if problems := problems + _unread(recipe, needs_data, sources):
-        raise PlanError(problems)
-    facts = ModelFacts(
-        path=recipe.model.path,
-        type=type(model).__name__,
-        parameters=sum(p.numel() for p in model.parameters()),
-        blocks=resolved.blocks.prefix,
-        block_count=resolved.blocks.count,
-    )
-    with apart(model):
-        estimated = estimate(model, resolved.modules, recipe, needs_data, stages)
-    plan = Plan(
-        recipe=recipe,
-        model=facts,
-        modules=resolved.modules,
-        untouched=resolved.untouched,
-        stages=stages,
-        estimate=estimated,
-        notes=tuple(transforms.notes),
-        presets=sources.origins(),
-    )
-    check_export(plan)
-    return plan
+    return _resolve_rules(rules, model, sources)[:2]
 
 
 def check_export(plan: Plan) -> None:
@@ -114,42 +108,40 @@ def check_export(plan: Plan) -> None:
         raise PlanError(problems)
 
 
-@dataclass(frozen=True)
-class _Resolved:
-    modules: tuple[ModulePlan, ...]
-    untouched: tuple[Untouched, ...]
-    selected: Mapping[str, Sequence[Site]]
-    blocks: Blocks
-
-
-def _resolve_rules(rules: Mapping[str, Rule], model: nn.Module, sources: Sources) -> _Resolved:
+def _resolve_rules(
+    rules: Mapping[str, Rule], model: nn.Module, sources: Sources
+) -> tuple[tuple[ModulePlan, ...], tuple[Untouched, ...], Mapping[str, Sequence[Site]], Blocks]:
+    """The modules that `rules` quantize, those they leave alone, the sites that each selects, the model's blocks."""
     blocks = find_blocks(model)
     sites = find_sites(model, blocks)
     drafted = draft_points(rules, sites, blocks, sources)
     modules, problems = _plan_modules(sites, drafted)
-    specs = {m.name: {p.name: p.quant_spec for p in m.points} for m in modules}
-    if problems := [*drafted.problems, *problems, *tied_problems(model, specs)]:
+    specs = specs_of(modules)
+    if problems := [*drafted.problems, *problems, *tied_problems(model, specs), *held_problems(model, specs)]:
         raise PlanError(problems)  # before the stages, in which what is wrong here would only echo
-    untouched = tuple(_untouched(sites, drafted, set(specs)))
-    return _Resolved(tuple(modules), untouched, drafted.selected, blocks)
+    return tuple(modules), tuple(_untouched(sites, drafted, specs)), drafted.selected, blocks
 
 
 def _plan_modules(sites: Sequence[Site], drafted: Drafted) -> tuple[list[ModulePlan], list[Problem]]:
     modules = []
     failures: dict[tuple[str, str], list[str]] = {}
+    unfits: dict[tuple[str, str], list[str]] = {}
     for site in sites:
         drafts = drafted.points.get(site.name, {})
+        if site.name in drafted.points and (unfit := why_unfit(site, bool(drafts))):
+            unfits.setdefault(unfit, []).append(site.name)
+            continue
         points = []
         for point in site.points:
             if (draft := drafts.get(point.name)) is None:
                 continue
-            said = tuple(dict.fromkeys(draft.sources.values()))
+            set_by = tuple(dict.fromkeys(draft.sources.values()))
             try:
                 spec = build_spec(site, point, draft)
             except SpecError as error:
-                failures.setdefault((" + ".join(said), str(error)), []).append(f"{site.name}.{point.name}")
+                failures.setdefault((" + ".join(set_by), str(error)), []).append(f"{site.name}.{point.name}")
                 continue
-            points.append(PointPlan(name=point.name, role=point.role, spec=str(spec), sources=said))
+            points.append(PointPlan(name=point.name, role=point.role, spec=str(spec), sources=set_by))
         if site.wrapper and points:
             modules.append(
                 ModulePlan(
@@ -164,16 +156,13 @@ def _plan_modules(sites: Sequence[Site], drafted: Drafted) -> tuple[list[ModuleP
                     points=tuple(points),
                 )
             )
-    problems = [
-        Problem(where, f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {what}")
-        for (where, what), names in failures.items()
-    ]
+    problems = [Problem(source, "", f"{and_more(names)}: {what}") for (source, what), names in failures.items()]
+    problems += [Problem("", "", f"{and_more(names)}: {what}", (), do) for (what, do), names in unfits.items()]
     return modules, problems
 
 
-def _untouched(sites: Sequence[Site], drafted: Drafted, quantized: set[str]) -> list[Untouched]:
+def _untouched(sites: Sequence[Site], drafted: Drafted, quantized: Container[str]) -> Iterator[Untouched]:
     """Modules with parameters of their own or a wrapper, and no quantized point."""
-    rows = []
     for site in sites:
         own = sum(p.numel() for p in site.module.parameters(recurse=False))
         if site.name in quantized or not (own or site.wrapper):
@@ -184,60 +173,46 @@ def _untouched(sites: Sequence[Site], drafted: Drafted, quantized: set[str]) -> 
             reason = f"rule {drafted.left[site.name]}"
         else:
             reason = f"no rule; one output: type {GATE}" if site.is_gate else "no rule"
-        rows.append(Untouched(name=site.name, type=type(site.module).__name__, parameters=own, reason=reason))
-    return rows
+        yield Untouched(name=site.name, type=type(site.module).__name__, parameters=own, reason=reason)
 
 
-def _check_source(section: str, config: Calibration | Evaluation, sources: Sources) -> list[Problem]:
+def _check_source(section: str, config: Calibration | Evaluation, sources: Sources) -> Sequence[Problem]:
     try:
-        kind: type[Source] = SOURCES.get(config.source)
-    except UnknownNameError as error:
-        return [Problem(sources.where(f"{section}.source"), f"unknown data source {config.source!r}", error.nearest)]
-    try:
-        kind(kind.Options.model_validate(config.options)).check()
-    except ValidationError as error:
-        valid = [*kind.Options.model_fields, *type(config).model_fields]
-        return list(option_problems(error, section, valid, f"source {config.source}", sources))
+        place = Place(section, "source", type(config).model_fields, sources.of, "source {}")
+        build(SOURCES, config.source, config.options, place).check()
+    except ProblemsError as error:
+        return error.problems
     except CalibrationError as error:
-        said = next((k for k in ("path", *config.options) if f"{section}.{k}" in sources.leaves), "source")
-        return [Problem(sources.where(f"{section}.{said}"), str(error))]
+        key = next((k for k in ("path", *config.options) if f"{section}.{k}" in sources.leaves), "source")
+        return [sources.problem(f"{section}.{key}", str(error))]
     return []
 
 
-def _check_export(config: Export, sources: Sources) -> list[Problem]:
-    where = sources.where("export.format")
+def _check_export(config: Export, sources: Sources) -> Sequence[Problem]:
     if config.format == NONE:
         what = "nothing reads it: export.format is none"
-        return [
-            Unread(sources.where(f"export.{key}"), what, (), "choose a format: export=...") for key in config.options
-        ]
+        return [sources.unread(f"export.{key}", what, "choose a format: export=...") for key in config.options]
     try:
-        kind = EXPORTERS.get(config.format)
-    except UnknownNameError as error:
-        return [Problem(where, f"unknown export format {config.format!r}", (*error.nearest, NONE))]
-    try:
-        kind.Options.model_validate(config.options)
-    except ValidationError as error:
-        valid = [*kind.Options.model_fields, *Export.model_fields]
-        return list(option_problems(error, "export", valid, f"the format {config.format}", sources))
+        build(EXPORTERS, config.format, config.options, replace(FORMAT, source=sources.of))
+    except ProblemsError as error:
+        return error.problems
     return []
 
 
-def _unread(recipe: Recipe, needs_data: bool, sources: Sources) -> list[Problem]:
+def _unread(recipe: Recipe, stages: Sequence[StagePlan], sources: Sources) -> list[Problem]:
     """Keys of the calibration that a recipe or the command line set although no stage looks at data.
 
     A file that says every one of them is a complete recipe, as `wrapq recipe from-run` writes it, and may.
     """
-    if needs_data:
+    if any(stage.needs for stage in stages):
         return []
-    said = {
-        leaf: str(source).rpartition(":")[0]
+    written = {
+        leaf: source.file
         for leaf, source in sources.leaves.items()
-        if leaf.startswith(("calibration.", "evaluation.compare_schedules")) and not str(source).startswith("conf/")
+        if leaf.startswith(("calibration.", "evaluation.compare_schedules"))
+        and (source.origin is None or source.origin.kind == RECIPE)
     }
     keys = [f"calibration.{key}" for key in Calibration.model_fields]
-    complete = {file for file in said.values() if all(said.get(key) == file for key in keys)}
+    complete = {file for file in written.values() if all(written.get(key) == file for key in keys)}
     what = "nothing reads it: no stage of this recipe looks at calibration data"
-    return [
-        Unread(sources.where(leaf), what, (), "leave it out") for leaf, file in said.items() if file not in complete
-    ]
+    return [sources.unread(leaf, what, "leave it out") for leaf, file in written.items() if file not in complete]

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from wrapq.calibration.blocks import Blocks
-from wrapq.errors import Problem, nearest
+from wrapq.errors import Problem, Unread, nearest
+from wrapq.graph.blocks import Blocks
 from wrapq.quant.short_form import parse_fields
 from wrapq.quant.spec import FLOAT
-from wrapq.recipe.provenance import Origin
+from wrapq.recipe.provenance import Origin, Provenance
 from wrapq.recipe.schema import Rule
 from wrapq.resolve.selectors import Site, broken_patterns, explain_no_match, select
 from wrapq.wrappers.base import Point
@@ -18,7 +18,7 @@ from wrapq.wrappers.base import Point
 
 @dataclass
 class Draft:
-    """What the rules so far say of one point: the fields of its spec, and who said each."""
+    """What the rules so far say of one point: the fields of its spec, and who set each."""
 
     fields: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
@@ -37,28 +37,37 @@ class Draft:
 
 @dataclass(frozen=True)
 class Sources:
-    """Where each leaf of the recipe was set."""
+    """Where each leaf of the recipe was set, by dotted path."""
 
-    leaves: Mapping[str, Any]
+    leaves: Mapping[str, Provenance]
 
-    def of(self, path: str) -> str:
-        """The file and line or override that set `path`, or what is nearest above or below it."""
+    def find(self, path: str) -> Provenance | None:
+        """What set `path`, or what is nearest above or below it."""
         probe = path
         while probe:
             if probe in self.leaves:
-                return str(self.leaves[probe])
+                return self.leaves[probe]
             probe = probe.rpartition(".")[0]
-        below = (source for leaf, source in self.leaves.items() if leaf.startswith(f"{path}."))
-        return str(next(below, "the recipe"))
+        return next((source for leaf, source in self.leaves.items() if leaf.startswith(f"{path}.")), None)
+
+    def of(self, path: str) -> str:
+        """The file and line or override that set `path`."""
+        return str(self.find(path) or "the recipe")
 
     def origins(self) -> tuple[Origin, ...]:
         """The preset files among the sources, by name."""
-        found = {origin for source in self.leaves.values() if (origin := getattr(source, "origin", None))}
+        found = {source.origin for source in self.leaves.values() if source.origin}
         return tuple(sorted(found, key=lambda origin: origin.preset))
 
-    def where(self, path: str) -> str:
-        """The source of `path`, then the path itself, as problems quote it."""
-        return f"{self.of(path)}: {path}"
+    def problem(self, path: str, what: str, nearest: tuple[str, ...] = (), remedy: str = "") -> Problem:
+        """What is wrong with the key at `path`."""
+        return Problem(self.of(path), path, what, nearest, remedy)
+
+    def unread(self, path: str, what: str, remedy: str) -> Unread:
+        """Why nothing reads the key at `path`."""
+        source = self.find(path)
+        override = source.override if source is not None and not source.file else ""
+        return Unread(self.of(path), path, what, (), remedy, override)
 
 
 @dataclass
@@ -81,7 +90,7 @@ def draft_points(rules: Mapping[str, Rule], sites: Sequence[Site], blocks: Block
     """Apply all rules in order; every rule without effect is among the problems."""
     drafted = Drafted()
     for name, rule in rules.items():
-        broken = [Problem(sources.where(f"rules.{name}.match.name"), what) for what in broken_patterns(rule.match)]
+        broken = [sources.problem(f"rules.{name}.match.name", what) for what in broken_patterns(rule.match)]
         selected = [] if broken else select(rule.match, sites, blocks)
         drafted.selected[name] = selected
         drafted.problems += broken or _check_selection(name, rule, selected, sites, blocks, sources)
@@ -122,25 +131,23 @@ def _check_selection(
 ) -> Iterator[Problem]:
     if not selected:
         if not rule.optional:
-            reason, close = explain_no_match(rule.match, sites, blocks)
-            path = f"rules.{name}.match"
-            # the first word of the reason is the key at fault, which may have another source than its neighbours
-            source = sources.of(f"{path}.{reason.partition(' ')[0]}")
-            where = f"{source}: {path}"
-            yield Problem(where, reason, close, "correct it, or set optional: true in the rule")
+            key, reason, close = explain_no_match(rule.match, sites, blocks)
+            path = f"rules.{name}.match"  # whose keys may have sources of their own
+            source = sources.of(f"{path}.{key}" if key else path)
+            yield Problem(source, path, reason, close, "correct it, or set optional: true in the rule")
         return
     if not rule.quantize:
         return
     wrapped = [site for site in selected if site.wrapper is not None]
     if not wrapped:
         kinds = ", ".join(sorted({type(site.module).__name__ for site in selected}))
-        yield Problem(sources.where(f"rules.{name}.match"), f"matches only modules that have no wrapper: {kinds}")
+        yield sources.problem(f"rules.{name}.match", f"matches only modules that have no wrapper: {kinds}")
         return
     known = list(dict.fromkeys(point.name for site in wrapped for point in site.points))
-    said = [key for key in ("weight", "input", "output") if getattr(rule, key) is not None]
-    for path, key in [(key, key) for key in said] + [(f"points.{key}", key) for key in rule.points]:
+    named = [key for key in ("weight", "input", "output") if getattr(rule, key) is not None]
+    for path, key in [(key, key) for key in named] + [(f"points.{key}", key) for key in rule.points]:
         if key not in known:
             what = f"none of the {len(wrapped)} modules it matches has a point {key!r}"
-            yield Problem(sources.where(f"rules.{name}.{path}"), what, nearest(key, known))
-    if not said and not rule.points and rule.activations is None and not rule.replace:
-        yield Problem(sources.where(f"rules.{name}"), "the rule selects modules but says nothing of them")
+            yield sources.problem(f"rules.{name}.{path}", what, nearest(key, known))
+    if not named and not rule.points and rule.activations is None and not rule.replace:
+        yield sources.problem(f"rules.{name}", "the rule selects modules but says nothing of them")

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from wrapq.calibration.blocks import Blocks
 from wrapq.errors import nearest
+from wrapq.graph.blocks import Blocks
 from wrapq.recipe.schema import Match
 from wrapq.wrappers.base import Point, Wrapper
-from wrapq.wrappers.registry import WRAPPERS
+from wrapq.wrappers.wrapper_registry import WRAPPERS
 
 GATE, _LINEAR = "Gate", "Linear"
 """Kinds of modules that a rule's `type` may name."""
@@ -97,26 +97,24 @@ def broken_patterns(match: Match) -> Iterator[str]:
 def layer_range(layers: int | str, count: int) -> range:
     """The block indices that `3`, `-1` (the last), `0:8` or `-2:` mean among `count` blocks."""
     if isinstance(layers, int) or ":" not in layers:
-        index = int(layers)
-        index += count if index < 0 else 0
-        return range(index, index + 1) if 0 <= index < count else range(0)
+        return range(count)[int(layers) : int(layers) + 1 or None]
     start, _, stop = layers.partition(":")
     return range(count)[slice(int(start) if start else None, int(stop) if stop else None)]
 
 
-def explain_no_match(match: Match, sites: Sequence[Site], blocks: Blocks) -> tuple[str, tuple[str, ...]]:
-    """Why `match` fits nothing, and the valid names nearest to what it says."""
+def explain_no_match(match: Match, sites: Sequence[Site], blocks: Blocks) -> tuple[str, str, tuple[str, ...]]:
+    """The key of `match` that fits nothing, empty where it is all of them together; why; the nearest valid names."""
     if match.layers is not None and not layer_range(match.layers, blocks.count):
         last = f"0 to {blocks.count - 1}" if blocks.count else "none"
-        return f"layers {match.layers} is outside the model's {blocks.count} blocks ({last})", ()
+        return "layers", f"layers {match.layers} is outside the model's {blocks.count} blocks ({last})", ()
     for pattern in _listed(match.name):
         if not any(name_fits(pattern, site.name) for site in sites):
-            return f"name {pattern!r} matches no module", _nearest_names(pattern, sites)
+            return "name", f"name {pattern!r} matches no module", _nearest_names(pattern, sites)
     for pattern in _listed(match.type):
         if not any(fnmatch.fnmatchcase(name, pattern) for site in sites for name in site.types):
             known = sorted({name for site in sites if site.wrapper for name in site.types})
-            return f"type {pattern!r} matches no module", nearest(pattern, known)
-    return "no module fits all of its name, type and layers together", ()
+            return "type", f"type {pattern!r} matches no module", nearest(pattern, known)
+    return "", "no module fits all of its name, type and layers together", ()
 
 
 def _nearest_names(pattern: str, sites: Sequence[Site]) -> tuple[str, ...]:

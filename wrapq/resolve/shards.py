@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from wrapq.errors import ModelError
+from wrapq.errors import ModelError, reading
 
 
 class Shards(Mapping[str, Tensor]):
@@ -19,27 +19,36 @@ class Shards(Mapping[str, Tensor]):
     counts as memory of the process for as long as the file is open.
 
     Args:
-        files: the files; of a tensor that two of them hold, the last one counts.
+        files: the files, which must not change while this is used; of a tensor that two of them hold, the last counts.
 
     Raises:
-        ModelError: a file cannot be read.
+        ModelError: a file cannot be read, or is another one when a tensor is asked for.
     """
 
     def __init__(self, files: Iterable[Path]) -> None:
-        self._holds: dict[str, tuple[Path, Any]] = {}
+        self._holds: dict[str, tuple[Path, Any, str]] = {}
+        self._versions: dict[Path, object] = {}
         for path in files:
-            try:
+            with reading(f"{path} cannot be read", ModelError):
+                self._versions[path] = _version(path)
                 file = safe_open(path, framework="pt", backend="pread")
-            except (OSError, SafetensorError) as error:
-                raise ModelError(f"{path} cannot be read: {error}") from error
-            self._holds |= dict.fromkeys(file.keys(), (path, file))
+                names: list[str] = file.keys()
+            self._holds |= {name: (path, file, name) for name in names}
 
     def __getitem__(self, name: str) -> Tensor:
-        path, file = self._holds[name]
-        try:
-            return file.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"{path}: {name} cannot be read: {error}") from error
+        path, file, known = self._holds[name]
+        with reading(f"{path}: {known} cannot be read", ModelError):
+            tensor, changed = file.get_tensor(known), _version(path) != self._versions[path]
+        if changed:
+            raise ModelError(f"{path} was changed while it was being read: what was read before is of another file")
+        return tensor
+
+    def layout(self, name: str) -> tuple[tuple[int, ...], str]:
+        """The shape and the type of a tensor, as the header of its file says them."""
+        path, file, known = self._holds[name]
+        with reading(f"{path}: {known} cannot be read", ModelError):
+            held = file.get_slice(known)
+            return tuple(held.get_shape()), held.get_dtype()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._holds)
@@ -47,23 +56,14 @@ class Shards(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._holds)
 
+    def renamed(self, names: Mapping[str, str]) -> Shards:
+        """The same tensors under other names: for each new one that it has here."""
+        other = Shards(())
+        other._holds = {name: self._holds[known] for name, known in names.items()}
+        other._versions = self._versions
+        return other
 
-class Renamed(Mapping[str, Tensor]):
-    """The tensors of `weights` under other names.
 
-    Args:
-        weights: the tensors.
-        names: for each new name the one in `weights`.
-    """
-
-    def __init__(self, weights: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
-        self.weights, self.names = weights, dict(names)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.weights[self.names[name]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
+def _version(path: Path) -> object:
+    facts = path.stat()
+    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns

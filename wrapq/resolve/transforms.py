@@ -1,4 +1,4 @@
-"""The transforms of a stack: what each will change, and what cannot work, found from the model without weights."""
+"""The transforms of a stack: their targets and conflicts, found from the model without weights."""
 
 from __future__ import annotations
 
@@ -9,67 +9,79 @@ from typing import Any
 
 from torch import nn
 
-from wrapq.calibration.algorithm import Found, Placed, Transform
-from wrapq.calibration.graph import Graph, find_graph
-from wrapq.errors import Problem
+from wrapq.algorithms.transform import PlannedTransform, Targets, Transform
+from wrapq.errors import ModelError, Problem, and_more
+from wrapq.graph.dataflow import Graph, find_graph
 from wrapq.wrappers.model import Specs
 
 
 @dataclass
 class Transforms:
-    """The transforms of one stack, asked in the order in which they will run.
+    """The transforms of one stack, planned in the order in which they will run.
 
     Attributes:
         model: the model, on the meta device.
         specs: what is quantized in it.
         inputs: arguments of one small forward; None for a language model's.
-        notes: what was left alone, and why.
+        notes: the places that transforms skip, and why.
     """
 
     model: nn.Module
     specs: Specs
     inputs: Mapping[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
-    _before: list[tuple[str, Transform, tuple[str, ...], frozenset[str]]] = field(default_factory=list)
+    _before: dict[str, tuple[PlannedTransform, frozenset[str]]] = field(default_factory=dict)
+    """By stage what is planned already, and the modules whose inputs it looks at."""
 
     @cached_property
     def graph(self) -> Graph:
-        """Who feeds whom; raises `ModelError` where the model cannot be followed."""
+        """The model's channel edges and residual streams; raises `ModelError` where it cannot be traced."""
         return find_graph(self.model, self.inputs)
 
-    def ask(self, stage: str, name: str, transform: Transform, allowed: frozenset[str] | None) -> Found:
-        """What `transform` will change among the `allowed` modules, all of them if None; raises `ModelError`."""
-        found = transform.find(self.graph, self.specs)
-        if allowed is not None:
-            kept = tuple(t for t in found.targets if allowed & {t, *transform.inputs(self.graph, t)})
-            found = Found(kept, found.left)
-        reasons: dict[str, list[str]] = {}
-        for what, why in found.left.items():
-            reasons.setdefault(why, []).append(what)
-        for why, names in reasons.items():
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            self.notes.append(f"{stage}: {name} leaves {names[0]}{more} alone: {why}")
-        return found
+    def plan(
+        self, stage: str, name: str, transform: Transform, allowed: frozenset[str] | None = None, source: str = ""
+    ) -> tuple[tuple[str, ...], list[Problem]]:
+        """The targets of the transform called `name` in a stage, and its problems, after the stages planned before.
 
-    def check(self, stage: str, name: str, transform: Transform, found: Found, where: str) -> Iterator[Problem]:
-        """What is wrong with the stage, given those before it."""
-        if not found.targets:
-            reasons = "; ".join(list(dict.fromkeys(found.left.values()))[:3]) or "the model has no place for it"
+        Args:
+            allowed: the modules that the rules of the stage match; None allows all.
+            source: where the stage was set.
+        """
+        try:
+            targets = transform.find_targets(self.graph, self.specs)
+        except ModelError as error:
+            return (), [Problem(source, f"stack.{stage}", f"{name} cannot follow this model: {error}")]
+        if allowed is not None:
+            names = tuple(t for t in targets.names if allowed & {t, *transform.inputs(self.graph, t)})
+            targets = targets._replace(names=names)
+        reasons: dict[str, list[str]] = {}
+        for place, reason in targets.skipped.items():
+            reasons.setdefault(reason, []).append(place)
+        for reason, places in reasons.items():
+            self.notes.append(f"{stage}: {name} leaves {and_more(places)} alone: {reason}")
+        return targets.names, list(self._problems(stage, name, transform, targets, source))
+
+    def _problems(
+        self, stage: str, name: str, transform: Transform, targets: Targets, source: str
+    ) -> Iterator[Problem]:
+        path = f"stack.{stage}"
+        if not targets.names:
+            reasons = "; ".join(list(dict.fromkeys(targets.skipped.values()))[:3]) or "the model has no place for it"
             remedy = f"remove the stage with ~stack.{stage}"
-            yield Problem(where, f"{name} has nothing to do: {reasons}", (), remedy)
-        placed = [Placed(before, targets) for _, before, targets, _ in self._before]
-        if (reason := transform.misplaced(self.graph, found.targets, placed)) is not None:
-            yield Problem(where, f"{name} cannot run there: {reason}")
-        inputs = frozenset(i for t in found.targets for i in transform.inputs(self.graph, t))
-        online = frozenset(transform.online(self.graph, found.targets))
-        for other, before, targets, _ in self._before:
-            its = frozenset(before.online(self.graph, targets))
-            if both := sorted(its & (inputs if transform.migrates else online)):
-                what = f"{stage} would change the input of {both[0]}, which {other} turns at each forward"
-                yield Problem(where, what, (), f"name {stage} before {other}, or give each stage its own rules")
-        for other, before, _, its in self._before if transform.migrates else ():
-            if before.migrates and (both := sorted(its & inputs)):
-                what = f"{other} and {stage} would both scale the input of {both[0]}"
-                remedy = "give each stage its own rules: stack.NAME.rules=[...]"
-                yield Problem(where, what, (), remedy)
-        self._before.append((stage, transform, found.targets, inputs))
+            yield Problem(source, path, f"{name} has nothing to do: {reasons}", (), remedy)
+        before = [planned for planned, _ in self._before.values()]
+        if (reason := transform.order_problem(self.graph, targets.names, before)) is not None:
+            yield Problem(source, path, f"{name} cannot run there: {reason}")
+        inputs = frozenset(i for t in targets.names for i in transform.inputs(self.graph, t))
+        online = frozenset(transform.online(self.graph, targets.names))
+        for name_before, (other, _) in self._before.items():
+            rotated = frozenset(other.transform.online(self.graph, other.targets))
+            if both := sorted(rotated & (inputs if transform.migrates else online)):
+                what = f"{stage} would change the input of {both[0]}, which {name_before} turns at each forward"
+                remedy = f"name {stage} before {name_before}, or give each stage its own rules"
+                yield Problem(source, path, what, (), remedy)
+        for name_before, (other, other_inputs) in self._before.items() if transform.migrates else ():
+            if other.transform.migrates and (both := sorted(other_inputs & inputs)):
+                what = f"{name_before} and {stage} would both scale the input of {both[0]}"
+                yield Problem(source, path, what, (), "give each stage its own rules: stack.NAME.rules=[...]")
+        self._before[stage] = PlannedTransform(transform, targets.names), inputs

@@ -12,6 +12,7 @@ from torch import Tensor
 from wrapq.quant.affine import LARGEST, TINY
 from wrapq.quant.qparams import QParams
 from wrapq.quant.spec import QuantSpec
+from wrapq.runtime.kernel import has_plain_scales
 
 if TYPE_CHECKING:
     from wrapq.runtime.module import QuantizedWeight
@@ -21,7 +22,7 @@ _MIDDLE = 128
 
 
 @dataclass(frozen=True)
-class Activation:
+class QuantizedActivation:
     """`x ~ (q - zero) * scale`: q int8 or float8_e4m3fn [M, K], zero a plain integer; scale float32 [1], [M, 1] or, for
     groups, [M, K / g]."""
 
@@ -42,21 +43,19 @@ class ActivationQuantizer:
     """
 
     def __init__(self, spec: QuantSpec, qparams: QParams | None) -> None:
-        self.dtype, self.granularity, self.group = spec.dtype, spec.granularity, spec.group_size
-        self.is_int = spec.dtype.kind == "int"
+        self.granularity, self.group = spec.granularity, spec.group_size
+        self.is_int, self.half_range = spec.dtype.kind == "int", spec.dtype.half_range
         shift = 0 if spec.dtype.signed else _MIDDLE
-        self.half_range = spec.dtype.half_range
         self.low, self.high = -self.half_range, self.half_range
         if self.is_int:
             self.low, self.high = spec.dtype.qmin - shift, spec.dtype.qmax - shift
         self.largest = LARGEST / (self.half_range + 0.5)
-        self.scale, self.zero = None, 0
+        self.scale, self.zero, fixed = None, 0, None
         if qparams is not None:
             self.scale = qparams.scale.detach()
-            zero = 0 if qparams.zero_point is None else int(qparams.zero_point)
-            self.zero = zero - shift
-        fixed = None if qparams is None else (float(qparams.scale), self.zero)
-        self.key = (self.dtype, self.granularity, self.group, fixed)
+            self.zero = (0 if qparams.zero_point is None else int(qparams.zero_point)) - shift
+            fixed = float(qparams.scale), self.zero
+        self.key = (spec.dtype, self.granularity, self.group, fixed)
 
     @classmethod
     def of(cls, module: QuantizedWeight) -> ActivationQuantizer | None:
@@ -75,42 +74,40 @@ class ActivationQuantizer:
             return f"input {spec.dtype} is no integer of at most 8 bits"
         if kind == "float" and spec.dtype.name != "fp8_e4m3":
             return f"input {spec.dtype} is not fp8_e4m3"
-        if getattr(spec, "scale_dtype", "float32") != "float32" or getattr(spec, "global_scale", False):
+        if not has_plain_scales(spec):
             return f"input {spec}: scales are not plain float32"
         if spec.granularity not in granularities:
             return f"input {spec}: one scale per {spec.granularity}, not per {' or '.join(granularities)}"
-        if spec.dynamic and not spec.symmetric:
-            return f"input {spec}: dynamic zero points"
-        return None
+        return f"input {spec}: dynamic zero points" if spec.dynamic and not spec.symmetric else None
 
-    def __call__(self, x: Tensor) -> Activation:
+    def __call__(self, x: Tensor) -> QuantizedActivation:
         """`x` [..., K] as integers [M, K]."""
-        last = _LAST
-        if last is not None and last.fits(x, self.key):
+        global _LAST
+        if (last := _LAST) is not None and last.fits(x, self.key):
             return last.result
         rows = x.reshape(-1, x.shape[-1])
-        result = self._quantize(rows) if self.granularity != "group" else self._quantize_groups(rows)
-        _remember(x, self.key, result)
+        if self.granularity == "group":
+            groups = self._quantize(rows.unflatten(1, (-1, self.group)))
+            result = QuantizedActivation(groups.q.flatten(1), groups.scale.squeeze(2), groups.zero)
+        else:
+            result = self._quantize(rows)
+        # tensors of inference mode do not count their changes; tracing must not see state that outlives it
+        if not x.is_inference() and not torch.compiler.is_compiling():
+            _LAST = _Last(weakref.ref(x, _forget), x._version, self.key, result)
         return result
 
-    def _quantize(self, x: Tensor) -> Activation:
+    def _quantize(self, x: Tensor) -> QuantizedActivation:
         x = x if x.dtype == torch.float32 else x.float()
-        scale = self._dynamic_scale(x) if self.scale is None else self.scale
+        if (scale := self.scale) is None:
+            bound = x.abs().amax().reshape(1) if self.granularity == "tensor" else x.abs().amax(-1, keepdim=True)
+            scale = bound.div_(self.half_range).clamp_(TINY, self.largest)
         steps = torch.div(x, scale)
         if not self.is_int:
-            return Activation(steps.clamp_(self.low, self.high).to(torch.float8_e4m3fn), scale, 0)
+            return QuantizedActivation(steps.clamp_(self.low, self.high).to(torch.float8_e4m3fn), scale, 0)
         steps.round_()
         if self.zero:
             steps.add_(self.zero)
-        return Activation(steps.clamp_(self.low, self.high).to(torch.int8), scale, self.zero)
-
-    def _quantize_groups(self, x: Tensor) -> Activation:
-        grouped = self._quantize(x.unflatten(1, (-1, self.group)))
-        return Activation(grouped.q.flatten(1), grouped.scale.squeeze(2), grouped.zero)
-
-    def _dynamic_scale(self, x: Tensor) -> Tensor:
-        bound = x.abs().amax().reshape(1) if self.granularity == "tensor" else x.abs().amax(-1, keepdim=True)
-        return bound.div_(self.half_range).clamp_(TINY, self.largest)
+        return QuantizedActivation(steps.clamp_(self.low, self.high).to(torch.int8), scale, self.zero)
 
 
 @dataclass(frozen=True)
@@ -120,20 +117,13 @@ class _Last:
     x: weakref.ref[Tensor]
     version: int
     key: tuple[object, ...]
-    result: Activation
+    result: QuantizedActivation
 
     def fits(self, x: Tensor, key: tuple[object, ...]) -> bool:
         return self.x() is x and not x.is_inference() and x._version == self.version and self.key == key
 
 
 _LAST: _Last | None = None  # replaced as a whole and compared by identity, so that threads cannot mix entries
-
-
-def _remember(x: Tensor, key: tuple[object, ...], result: Activation) -> None:
-    global _LAST
-    # tensors of inference mode do not count their changes; tracing must not see state that outlives it
-    if not x.is_inference() and not torch.compiler.is_compiling():
-        _LAST = _Last(weakref.ref(x, _forget), x._version, key, result)
 
 
 def _forget(dead: weakref.ref[Tensor]) -> None:

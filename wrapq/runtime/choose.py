@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
+from statistics import geometric_mean
 
 import torch
 from torch import Tensor, nn
 
-from wrapq.runtime.kernel import KERNELS, REFERENCE, Kernel
+from wrapq.runtime.kernel import KERNELS, REFERENCE, Inapplicable, Kernel
 from wrapq.runtime.module import QuantizedWeight
 
 AUTO = "auto"
@@ -60,10 +61,7 @@ class KernelReport:
 
     def counts(self) -> dict[str, int]:
         """For each kernel the number of modules that it computes."""
-        counts: dict[str, int] = {}
-        for choice in self.choices:
-            counts[choice.kernel] = counts.get(choice.kernel, 0) + 1
-        return counts
+        return dict(Counter(choice.kernel for choice in self.choices))
 
     def summary(self) -> str:
         """One line: `int8_mm 14 modules (9.1x at 1, 6.0x at 128 rows over the reference), reference 1 modules`."""
@@ -73,7 +71,7 @@ class KernelReport:
         """The geometric mean over the timed modules (of `kernel`) at `rows` rows; None where none was timed."""
         chosen = (c for c in self.choices if kernel in (None, c.kernel))
         speeds = [c.speedups[rows] for c in chosen if rows in c.speedups]
-        return _mean(speeds) if speeds else None
+        return geometric_mean(speeds) if speeds else None
 
     def table(self) -> str:
         """A line for each module: name, kernel, bytes, speed over the reference and over float, reason."""
@@ -82,25 +80,13 @@ class KernelReport:
             speeds = [f"{t[m]:.2f}" if m in t else "" for t in (c.speedups, c.float_speedups) for m in ROWS]
             rows.append((c.module, c.kernel, str(c.bytes), *speeds, c.reason))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        return (
-            "\n".join("  ".join(t.ljust(w) for t, w in zip(row, widths, strict=True)).rstrip() for row in rows) + "\n"
-        )
+        lines = ("  ".join(t.ljust(w) for t, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+        return "\n".join(lines) + "\n"
 
     def _speed(self, name: str) -> str:
         speeds = {rows: self.speedup(rows, name) for rows in ROWS}
         known = [f"{speed:.1f}x at {rows}" for rows, speed in speeds.items() if speed is not None and name != REFERENCE]
         return f" ({', '.join(known)} rows over the reference)" if known else ""
-
-
-@dataclass(frozen=True)
-class _Verdict:
-    """What one distinct shape and spec gets."""
-
-    kernel: type[Kernel] | None
-    bytes: int
-    speedups: Mapping[int, float] = field(default_factory=dict)
-    float_speedups: Mapping[int, float] = field(default_factory=dict)
-    reason: str = ""
 
 
 @torch.no_grad()
@@ -119,31 +105,32 @@ def choose_kernels(model: nn.Module, policy: str = AUTO) -> KernelReport:
     Raises:
         UnknownNameError: no kernel has the name `policy`.
     """
-    named = [] if policy in (AUTO, REFERENCE) else [KERNELS.get(policy)]
+    candidates = [KERNELS.get(name) for name in {AUTO: tuple(KERNELS), REFERENCE: ()}.get(policy, (policy,))]
     modules = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedWeight)}
     _mark_shared(modules.values())
-    verdicts: dict[tuple[object, ...], _Verdict] = {}
+    by_shape: dict[tuple[object, ...], KernelChoice] = {}
     choices = []
     for name, module in modules.items():
         module.use_kernel(None)
-        if (key := _key(module)) not in verdicts:
-            candidates = [KERNELS.get(k) for k in KERNELS] if policy == AUTO else named
-            verdicts[key] = _judge(module, candidates, policy)
-        verdict = verdicts[key]
-        module.use_kernel(verdict.kernel)
-        kernel = REFERENCE if verdict.kernel is None else verdict.kernel.name
-        speeds = (verdict.speedups, verdict.float_speedups)
-        choices.append(KernelChoice(name, kernel, verdict.bytes, *speeds, verdict.reason))
+        if (key := _key(module)) not in by_shape:
+            by_shape[key] = _choose(module, candidates, policy)
+        choice = replace(by_shape[key], module=name)
+        module.use_kernel(None if choice.kernel == REFERENCE else KERNELS.get(choice.kernel))
+        choices.append(choice)
     report = KernelReport(tuple(choices))
     _log.info("kernels: %s", report.summary() or "no module has a quantized weight")
     return report
 
 
-def _judge(module: QuantizedWeight, candidates: list[type[Kernel]], policy: str) -> _Verdict:
+def _choose(module: QuantizedWeight, candidates: list[type[Kernel]], policy: str) -> KernelChoice:
+    """The choice for all modules of the shape and the specs of `module`."""
+    none = KernelChoice("", REFERENCE, _bytes(module, None))
     reasons = {kernel.name: reason for kernel in candidates if (reason := kernel.unsupported(module)) is not None}
     usable = [kernel for kernel in candidates if kernel.name not in reasons]
-    if not usable:
-        return _Verdict(None, _bytes(module, None), reason=_reason(reasons, policy))
+    if not usable:  # the kernels for this kind of module and device say why, or all where there are none
+        near = {name: why for name, why in reasons.items() if not isinstance(why, Inapplicable)} or reasons
+        rejected = "; ".join(f"{name}: {why}" for name, why in near.items())
+        return replace(none, reason="as asked" if policy == REFERENCE else rejected)
     inputs = {rows: x for rows in ROWS if (x := _input(module, rows)) is not None}
     reference = {rows: _seconds([module.forward], x) for rows, x in inputs.items()}
     floats = _float_seconds(module, inputs)
@@ -153,22 +140,13 @@ def _judge(module: QuantizedWeight, candidates: list[type[Kernel]], policy: str)
         prepared = [kernel(module) for _ in range(copies)]
         times = {rows: _seconds([each.run for each in prepared], x) for rows, x in inputs.items()}
         faster = all(times[rows] < reference[rows] for rows in times)
-        if policy != AUTO or (faster and _mean(times.values()) < _mean(best_times.values())):
+        if policy != AUTO or (faster and geometric_mean(times.values()) < geometric_mean(best_times.values())):
             best, best_times = prepared[0], times
     if best is None:
-        slow = f"not faster: {', '.join(kernel.name for kernel in usable)}"
-        return _Verdict(None, _bytes(module, None), dict.fromkeys(ROWS, 1.0), _ratios(floats, reference), slow)
-    kind, size = type(best), _bytes(module, best)
-    return _Verdict(kind, size, _ratios(reference, best_times), _ratios(floats, best_times))
-
-
-def _reason(reasons: Mapping[str, str], policy: str) -> str:
-    """What stands against each kernel that is for this kind of module and device at all."""
-    if policy == REFERENCE:
-        return "as asked"
-    elsewhere = ("not for ", "is not Linear", "is not Embedding")
-    near = {name: why for name, why in reasons.items() if not any(text in why for text in elsewhere)} or reasons
-    return "; ".join(dict.fromkeys(f"{name}: {why}" for name, why in near.items()))
+        slow, equal = f"not faster: {', '.join(kernel.name for kernel in usable)}", dict.fromkeys(ROWS, 1.0)
+        return replace(none, speedups=equal, float_speedups=_ratios(floats, reference), reason=slow)
+    speedups = _ratios(reference, best_times), _ratios(floats, best_times)
+    return KernelChoice("", best.name, _bytes(module, best), *speedups)
 
 
 def _key(module: QuantizedWeight) -> tuple[object, ...]:
@@ -179,17 +157,13 @@ def _key(module: QuantizedWeight) -> tuple[object, ...]:
     return (type(module), specs, *layout, getattr(module, "bias", None) is None)
 
 
-def _mark_shared(modules: Iterable[QuantizedWeight]) -> None:
+def _mark_shared(modules: Collection[QuantizedWeight]) -> None:
     """Tied weights stay one tensor: a kernel must not take it away from one of the modules."""
-    modules = list(modules)
     for module in modules:
         module.forget_kernel()
-    holders: dict[int, list[QuantizedWeight]] = {}
+    holders = Counter(module.weight_packed.data_ptr() for module in modules)
     for module in modules:
-        holders.setdefault(module.weight_packed.data_ptr(), []).append(module)
-    for group in holders.values():
-        for module in group:
-            module.keeps_packed = len(group) > 1
+        module.keeps_packed = holders[module.weight_packed.data_ptr()] > 1
 
 
 def _input(module: QuantizedWeight, rows: int) -> Tensor | None:
@@ -247,14 +221,6 @@ def _bytes(module: QuantizedWeight, kernel: Kernel | None) -> int:
     return tensor_bytes([*tensors, *kernel.tensors()]) + kernel.hidden_bytes
 
 
-def resident_bytes(model: nn.Module) -> int:
-    """Bytes of all tensors that `model` and the kernels made so far hold, shared ones once."""
-    made = [m._kernel for m in model.modules() if isinstance(m, QuantizedWeight) and m._kernel is not None]
-    held = (tensor for kernel in made for tensor in kernel.tensors())
-    hidden = sum(kernel.hidden_bytes for kernel in made)
-    return tensor_bytes([*model.parameters(), *model.buffers(), *held]) + hidden
-
-
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of `tensors`, those at the same place counted once; an opaque layout counts as its elements."""
     sizes: dict[object, int] = {}
@@ -266,8 +232,3 @@ def tensor_bytes(tensors: Iterable[Tensor]) -> int:
 
 def _ratios(slow: Mapping[int, float], fast: Mapping[int, float]) -> dict[int, float]:
     return {rows: slow[rows] / fast[rows] for rows in slow}
-
-
-def _mean(values: Iterable[float]) -> float:
-    values = list(values)
-    return math.exp(sum(map(math.log, values)) / len(values))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from wrapq.quant.packing import unpack
 from wrapq.quant.qparams import QParams
-from wrapq.runtime.kernel import KERNELS, Kernel, is_not
+from wrapq.runtime.kernel import KERNELS, Kernel, has_plain_scales, is_not
 
 if TYPE_CHECKING:
     from wrapq.runtime.module import QuantizedWeight
@@ -24,7 +24,6 @@ class EmbeddingRows(Kernel):
 
     @classmethod
     def unsupported(cls, module: QuantizedWeight) -> str | None:
-        """See `Kernel.unsupported`."""
         spec = module.specs["weight"]
         if reason := is_not("Embedding", module):
             return reason
@@ -32,16 +31,13 @@ class EmbeddingRows(Kernel):
             return "max_norm changes the table"
         if spec.granularity not in ("tensor", "channel", "group") or spec.axis not in (0, -2, None):
             return f"weight {spec}: scales run across rows"
-        if getattr(spec, "scale_dtype", "float32") != "float32" or getattr(spec, "global_scale", False):
-            return f"weight {spec}: scales are not plain float32"
-        return None
+        return None if has_plain_scales(spec) else f"weight {spec}: scales are not plain float32"
 
     def __init__(self, module: QuantizedWeight) -> None:
         self.packed, self.columns, self.dtype = module.weight_packed, module.weight_columns, module.weight_dtype
         self.qparams = module.qparams("weight")
 
     def run(self, x: Tensor) -> Tensor:
-        """The rows of the ids `x` [B, T] as [B, T, D]."""
         ids, parameters = x.reshape(-1), self.qparams
         spec, scale, zero_point = parameters.spec, parameters.scale.detach(), parameters.zero_point
         if spec.granularity != "tensor":
@@ -52,5 +48,4 @@ class EmbeddingRows(Kernel):
         return rows.view(*x.shape, self.columns)
 
     def codes(self) -> Tensor:
-        """See `Kernel.codes`."""
         return unpack(self.packed, self.qparams.spec.dtype, self.columns)

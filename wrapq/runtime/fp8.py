@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from wrapq.runtime.activations import ActivationQuantizer
-from wrapq.runtime.kernel import KERNELS, Kernel, finished, is_not, not_by_row, scale_by_row
+from wrapq.runtime.kernel import KERNELS, Kernel, finished, has_plain_scales, is_not, not_by_row, scale_by_row
 
 if TYPE_CHECKING:
     from wrapq.quant.spec import QuantSpec
@@ -27,13 +27,10 @@ class _FP8(Kernel):
 
     @classmethod
     def unsupported(cls, module: QuantizedWeight) -> str | None:
-        """See `Kernel.unsupported`."""
-        if reason := is_not("Linear", module):
+        if reason := is_not("Linear", module, cls.devices):
             return reason
         spec, device = module.specs["weight"], module.weight_device
-        if device.type not in cls.devices:
-            return f"not for {device.type}"
-        if spec.dtype.name != "fp8_e4m3" or spec.scale_dtype != "float32" or spec.global_scale:
+        if spec.dtype.name != "fp8_e4m3" or not has_plain_scales(spec):
             return f"weight {spec} is not fp8_e4m3 with float32 scales"
         if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
             return "fp8 needs compute capability 8.9"
@@ -44,7 +41,6 @@ class _FP8(Kernel):
         self.bias, self.activation = module.bias, cast(ActivationQuantizer, ActivationQuantizer.of(module))
 
     def codes(self) -> Tensor:
-        """See `Kernel.codes`."""
         return self.weight.view(torch.uint8)
 
 
@@ -58,7 +54,6 @@ class FP8MM(_FP8):
 
     @classmethod
     def unsupported(cls, module: QuantizedWeight) -> str | None:
-        """See `Kernel.unsupported`."""
         if reason := super().unsupported(module) or not_by_row(module.specs["weight"]):
             return reason
         rows, columns = module.matrix_shape
@@ -71,7 +66,6 @@ class FP8MM(_FP8):
         self.scale, self.one = scale_by_row(module), torch.ones((), device=self.weight.device)
 
     def run(self, x: Tensor) -> Tensor:
-        """See `Kernel.run`."""
         a = self.activation(x)
         y = torch._scaled_mm(a.q, self.weight.t(), self.one, self.one, out_dtype=torch.float32)
         return finished(y.mul_(self.scale).mul_(a.scale), self.bias, x)
@@ -88,7 +82,6 @@ class FP8Block(_FP8):
 
     @classmethod
     def unsupported(cls, module: QuantizedWeight) -> str | None:
-        """See `Kernel.unsupported`."""
         if reason := super().unsupported(module):
             return reason
         weight, activation = module.specs["weight"], module.specs.get("input")
@@ -109,7 +102,6 @@ class FP8Block(_FP8):
         self.multiply, self.scale = (_scaled_blocks, _aligned(scale)) if in_torch else (_torchao_blocks, scale)
 
     def run(self, x: Tensor) -> Tensor:
-        """See `Kernel.run`."""
         a = self.activation(x)
         return finished(self.multiply(a.q, a.scale, self.weight, self.scale).float(), self.bias, x)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -32,17 +33,19 @@ _multiply_on_cpu: Any = getattr(torch, "_weight_int4pack_mm_for_cpu", None)
 class _Int4(Kernel):
     """What both have in common: how integers become the kernel's operands, and what is done with its sums."""
 
-    device: ClassVar[str]
+    devices: ClassVar[tuple[str, ...]]
     rows_multiple: ClassVar[int]
+    _pack: Callable[[Tensor], Tensor]
+    _unpack: Callable[[], Tensor]
+    _multiply: Callable[[Tensor], Tensor]
+    _multiply_packed: Callable[[Tensor, Tensor], Tensor]
+    """bfloat16 [M, N] from rows [M, K] and bfloat16 [K / g, N, 2]: `w = (u - 8) * scale + zero` for u from 0 to 15."""
 
     @classmethod
     def unsupported(cls, module: QuantizedWeight) -> str | None:
-        """See `Kernel.unsupported`."""
-        if reason := is_not("Linear", module):
+        if reason := is_not("Linear", module, cls.devices):
             return reason
         spec, rows = module.specs["weight"], module.matrix_shape[0]
-        if module.weight_device.type != cls.device:
-            return f"not for {module.weight_device.type}"
         if not is_integer(spec, _BITS):
             return f"weight {spec} is not a 4 bit integer with float32 scales"
         if spec.zero_point == "float":
@@ -62,33 +65,18 @@ class _Int4(Kernel):
         ordered = codes if self.order is None else codes[:, self.order]
         self.packed = self._pack(ordered.to(torch.int32).sub_(spec.dtype.qmin))
 
-    def _pack(self, unsigned: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def _unpack(self) -> Tensor:
-        raise NotImplementedError
-
     def codes(self) -> Tensor:
-        """See `Kernel.codes`."""
         codes = self._unpack().add_(self.dtype.qmin).to(storage_dtype(self.dtype))
         return codes if self.order is None else codes[:, torch.argsort(self.order)]
 
     def run(self, x: Tensor) -> Tensor:
-        """See `Kernel.run`. Integers of the activation, exact in bfloat16, are multiplied before they are scaled."""
+        """The module's output for `x`: the activation's integers, exact in bfloat16, are multiplied, then scaled."""
         if self.activation is None:
             return self._finish(self._multiply(self._rows(x)), x)
         a = self.activation(x)
         integers = self._rows(a.q).bfloat16()
         y = self._multiply(integers.sub_(a.zero) if a.zero else integers)
         return self._finish(y.float().mul_(a.scale), x)
-
-    def _multiply(self, rows: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def _multiply_packed(self, rows: Tensor, scales_and_zeros: Tensor) -> Tensor:
-        """bfloat16 [M, N] from rows [M, K] and bfloat16 [K / g, N, 2]: `w = (u - 8) * scale + zero` for u from 0 to
-        15."""
-        raise NotImplementedError
 
     def _read_off(self) -> Tensor:
         """The integers of a layout of which only the kernel knows the order: what it multiplies the identity with."""
@@ -100,8 +88,7 @@ class _Int4(Kernel):
     def _finish(self, y: Tensor, x: Tensor) -> Tensor:
         """`y` [M, N] with the bias, in the shape and dtype that the float operation on `x` gives."""
         y = y.float() if x.dtype == torch.float32 else y.to(x.dtype)  # the first is a call of half the time
-        if self.bias is not None:
-            y = y + self.bias
+        y = y if self.bias is None else y + self.bias
         return y if x.dim() == 2 else y.view(*x.shape[:-1], -1)
 
     def _rows(self, x: Tensor) -> Tensor:
@@ -115,11 +102,10 @@ class Int4CPU(_Int4):
 
     name = "int4_cpu"
     arithmetic = "bfloat16 scales, zero points and, where the kernel itself runs, activations; summed in float32"
-    device, rows_multiple = "cpu", 16
+    devices, rows_multiple = ("cpu",), 16
 
     @classmethod
     def unsupported(cls, module: QuantizedWeight) -> str | None:
-        """See `Kernel.unsupported`."""
         if _multiply_on_cpu is None:
             return "this torch has no 4 bit kernel for CPUs"
         return super().unsupported(module)
@@ -136,17 +122,15 @@ class Int4CPU(_Int4):
         self.most_rows = None if self.block is None or fast_half(module.weight_device) else FEW_ROWS
 
     def _multiply(self, rows: Tensor) -> Tensor:
-        few = self.most_rows is None or len(rows) <= self.most_rows
-        return self._few(rows) if few else self._many(rows)
-
-    def _few(self, rows: Tensor) -> Tensor:
-        return self._multiply_packed(rows.bfloat16(), self._scales_and_zeros())
+        if self.most_rows is None or len(rows) <= self.most_rows:
+            return self._multiply_packed(rows.bfloat16(), self._scales_and_zeros())
+        return self._many(rows)
 
     def _multiply_packed(self, rows: Tensor, scales_and_zeros: Tensor) -> Tensor:
         return _multiply_on_cpu(rows, self.packed, self.group, scales_and_zeros)
 
     def _scales_and_zeros(self) -> Tensor:
-        """See `_multiply_packed`; made at every call.
+        """The pairs that `_multiply_packed` takes, made at every call.
 
         Held, it would cost as much memory as the scales, which it cannot replace: bfloat16 drops their lower half.
         A pair is one word, the scale's upper half below that of the zero: arithmetic of words is what torch
@@ -164,7 +148,7 @@ class Int4CPU(_Int4):
 
     def _many(self, rows: Tensor) -> Tensor:
         """Dequantize some blocks of the weight to float32, multiply, and forget them."""
-        (n, k), x, half = self.shape, rows.float(), self._half_block()
+        (n, k), x, half = self.shape, rows.float(), (self.block or self.shape[0]) // 2
         nibbles = self.packed.view(torch.int8).view(-1, k, half)
         y = torch.empty(len(rows), n)
         blocks = max(1, _PART // (2 * half * k))
@@ -175,9 +159,6 @@ class Int4CPU(_Int4):
             weight = self._dequantize(nibbles[part], parameters[:, part], scratch)
             y.view(len(rows), -1, 2, half)[:, part] = torch.matmul(x, weight).permute(2, 0, 1, 3)
         return y
-
-    def _half_block(self) -> int:
-        return (self.block or self.shape[0]) // 2
 
     def _dequantize(self, nibbles: Tensor, parameters: Tensor, scratch: Tensor) -> Tensor:
         """The weight of some blocks [blocks, 2, K, block / 2]: lower and upper nibbles are halves of a block.
@@ -209,7 +190,7 @@ class Int4CUDA(_Int4):
 
     name = "int4_cuda"
     arithmetic = "bfloat16 activations, scales, zero points and output"
-    device, rows_multiple = "cuda", 8
+    devices, rows_multiple = ("cuda",), 8
 
     def __init__(self, module: QuantizedWeight) -> None:
         super().__init__(module)
@@ -224,7 +205,6 @@ class Int4CUDA(_Int4):
 
     @classmethod
     def unsupported(cls, module: QuantizedWeight) -> str | None:
-        """See `Kernel.unsupported`."""
         if reason := super().unsupported(module):
             return reason
         if torch.cuda.get_device_capability(module.weight_device) < (8, 0):

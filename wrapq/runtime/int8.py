@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from wrapq.runtime.activations import Activation, ActivationQuantizer
+from wrapq.runtime.activations import ActivationQuantizer, QuantizedActivation
 from wrapq.runtime.kernel import KERNELS, Kernel, finished, is_integer, is_not, not_by_row, scale_by_row
 
 if TYPE_CHECKING:
@@ -37,12 +37,9 @@ class _Int8(Kernel):
 
     @classmethod
     def unsupported(cls, module: QuantizedWeight) -> str | None:
-        """See `Kernel.unsupported`."""
-        if reason := is_not("Linear", module):
+        if reason := is_not("Linear", module, cls.devices):
             return reason
-        spec, device = module.specs["weight"], module.weight_device.type
-        if device not in cls.devices:
-            return f"not for {device}"
+        spec = module.specs["weight"]
         if not is_integer(spec, 8) or not spec.dtype.signed or not spec.symmetric:
             return f"weight {spec} is not symmetric int8"
         return not_by_row(spec) or cls._unsupported_input(module.specs.get("input"))
@@ -56,7 +53,6 @@ class _Int8(Kernel):
         self.weight = module.codes().contiguous()
 
     def codes(self) -> Tensor:
-        """See `Kernel.codes`."""
         return self.weight
 
 
@@ -79,26 +75,19 @@ class Int8MM(_Int8Activation):
 
     @classmethod
     def unsupported(cls, module: QuantizedWeight) -> str | None:
-        """See `Kernel.unsupported`."""
-        reason = super().unsupported(module)
+        if reason := super().unsupported(module):
+            return reason
         rows, columns = module.matrix_shape
-        if (
-            reason is None
-            and module.weight_device.type == "cuda"
-            and (rows % _CUDA_MULTIPLE or columns % _CUDA_MULTIPLE)
-        ):
-            return f"{rows} x {columns} are not multiples of {_CUDA_MULTIPLE}"
-        return reason
+        unfit = module.weight_device.type == "cuda" and (rows % _CUDA_MULTIPLE or columns % _CUDA_MULTIPLE)
+        return f"{rows} x {columns} are not multiples of {_CUDA_MULTIPLE}" if unfit else None
 
     def __init__(self, module: QuantizedWeight) -> None:
         super().__init__(module)
         self.columns = self.weight.t()
-        self.offset: Tensor | None = None
-        if self.activation.zero:
-            self.offset = self.weight.sum(1, dtype=torch.int32).mul_(-self.activation.zero)
+        zero = self.activation.zero
+        self.offset = self.weight.sum(1, dtype=torch.int32).mul_(-zero) if zero else None
 
     def run(self, x: Tensor) -> Tensor:
-        """See `Kernel.run`."""
         a = self.activation(x)
         sums = self._multiply(a)
         if self.offset is not None:
@@ -106,7 +95,7 @@ class Int8MM(_Int8Activation):
         y = sums.view(torch.float32).copy_(sums)  # in the same memory: fresh pages cost more than the arithmetic
         return finished(y.mul_(self.scale).mul_(a.scale), self.bias, x)
 
-    def _multiply(self, a: Activation) -> Tensor:
+    def _multiply(self, a: QuantizedActivation) -> Tensor:
         rows = a.q.shape[0]
         if a.q.is_cuda and rows < _CUDA_ROWS:
             return torch._int_mm(pad(a.q, (0, 0, 0, _CUDA_ROWS - rows)), self.columns)[:rows].contiguous()
@@ -122,7 +111,6 @@ class Int8OneDNN(_Int8Activation):
 
     @classmethod
     def unsupported(cls, module: QuantizedWeight) -> str | None:
-        """See `Kernel.unsupported`."""
         if not hasattr(torch.ops.onednn, "qlinear_pointwise"):
             return "this torch has no oneDNN linear for integers"
         return super().unsupported(module) or _without_vnni()
@@ -133,7 +121,6 @@ class Int8OneDNN(_Int8Activation):
         self.no_zeros = torch.zeros(module.matrix_shape[0], dtype=torch.int32)
 
     def run(self, x: Tensor) -> Tensor:
-        """See `Kernel.run`."""
         a = self.activation(x)
         unsigned = (a.q ^ -128).view(torch.uint8)  # 128 higher
         operands = (unsigned, 1.0, a.zero + 128, self.weight, self.scale, self.no_zeros, None, 1.0, 0)
@@ -141,7 +128,6 @@ class Int8OneDNN(_Int8Activation):
         return finished(y.mul_(a.scale), self.bias, x)
 
     def codes(self) -> Tensor:
-        """See `Kernel.codes`."""
         return self.weight.to_dense().t()
 
 
@@ -154,11 +140,8 @@ class Int8FBGEMM(_Int8Activation):
 
     @classmethod
     def unsupported(cls, module: QuantizedWeight) -> str | None:
-        """See `Kernel.unsupported`."""
-        if (
-            not hasattr(torch, "_make_per_tensor_quantized_tensor")
-            or "fbgemm" not in torch.backends.quantized.supported_engines
-        ):
+        known = hasattr(torch, "_make_per_tensor_quantized_tensor")
+        if not known or "fbgemm" not in torch.backends.quantized.supported_engines:
             return "this torch has no fbgemm"
         if reason := super().unsupported(module) or _without_vnni():
             return reason
@@ -180,7 +163,6 @@ class Int8FBGEMM(_Int8Activation):
         del self.weight
 
     def run(self, x: Tensor) -> Tensor:
-        """See `Kernel.run`."""
         a = self.activation(x)
         multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
         integers = a.q.float()  # which it rounds to themselves
@@ -188,7 +170,6 @@ class Int8FBGEMM(_Int8Activation):
         return finished(y.mul_(self.scale).mul_(a.scale), self.bias, x)
 
     def codes(self) -> Tensor:
-        """See `Kernel.codes`."""
         return torch.ops.quantized.linear_unpack(self.packed)[0].int_repr()
 
 
@@ -224,7 +205,6 @@ class Int8Weight(_Int8):
             self.scale = self.scale.bfloat16()
 
     def run(self, x: Tensor) -> Tensor:
-        """See `Kernel.run`."""
         rows = x.reshape(-1, x.shape[-1])
         if rows.is_cuda:
             return finished(self._on_gpu(rows), self.bias, x)

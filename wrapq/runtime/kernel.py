@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -14,6 +14,10 @@ from wrapq.registry import Registry
 if TYPE_CHECKING:
     from wrapq.quant.spec import QuantSpec
     from wrapq.runtime.module import QuantizedWeight
+
+
+class Inapplicable(str):
+    """Why a kernel cannot compute a module, where it is meant for other kinds of module or device."""
 
 
 class Kernel(ABC):
@@ -60,8 +64,6 @@ class Kernel(ABC):
 KERNELS: Registry[type[Kernel]] = Registry("kernel", "wrapq.runtime")
 REFERENCE = "reference"
 """The name of computing without a kernel: dequantize, then the float operation."""
-
-
 _FORWARDS = {
     "torch.nn.modules.linear.Linear": "Linear",
     "transformers.pytorch_utils.Conv1D": "Linear",
@@ -69,20 +71,26 @@ _FORWARDS = {
 }
 
 
-def is_not(kind: str, module: QuantizedWeight) -> str | None:
-    """Why `module` does not compute what a plain module of `kind` does, or None when it does."""
+def is_not(kind: str, module: QuantizedWeight, devices: Collection[str] = ()) -> str | None:
+    """Why `module` does not compute what a plain module of `kind` does, on one of `devices` if given; None when it
+    does."""
     if module.wrapper.kind != kind:
-        return f"{module.wrapper.__name__} is not {kind}"
+        return Inapplicable(f"{module.wrapper.__name__} is not {kind}")
     own = next(cls for cls in type(module).__bases__[-1].__mro__ if "forward" in vars(cls))
     if _FORWARDS.get(f"{own.__module__}.{own.__qualname__}") != kind:
         return f"{own.__qualname__} has a forward of its own"
-    return None
+    device = module.weight_device.type
+    return Inapplicable(f"not for {device}") if devices and device not in devices else None
+
+
+def has_plain_scales(spec: QuantSpec) -> bool:
+    """Whether the scales of `spec` are float32 and relative to no other."""
+    return spec.scale_dtype == "float32" and not spec.global_scale
 
 
 def is_integer(spec: QuantSpec, bits: int) -> bool:
     """Whether the grid of `spec` is that of integers with `bits` bits and plain float32 scales."""
-    plain = getattr(spec, "scale_dtype", "float32") == "float32" and not getattr(spec, "global_scale", False)
-    return plain and getattr(spec.dtype, "kind", "int") == "int" and spec.dtype.bits == bits
+    return has_plain_scales(spec) and spec.dtype.kind == "int" and spec.dtype.bits == bits
 
 
 def not_by_row(spec: QuantSpec) -> str | None:
@@ -101,8 +109,7 @@ def scale_by_row(module: QuantizedWeight) -> Tensor:
 def finished(y: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     """`y` float32 [M, N], which is changed, with the bias, in the shape and dtype that the float operation on `x`
     gives."""
-    if bias is not None:
-        y = y.add_(bias)
+    y = y if bias is None else y.add_(bias)
     y = y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
     return y if x.dtype == torch.float32 else y.to(x.dtype)
 

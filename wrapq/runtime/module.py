@@ -26,8 +26,6 @@ _log = logging.getLogger(__name__)
 _PARTS = ("packed", "shape", "scale", "zero_point", "permutation", "global_scale")
 """What a point's tensors are called after the point."""
 _CONTAINERS = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
-
-
 _CLASSES: dict[tuple[str, tuple[type, ...]], type] = {}
 
 
@@ -73,15 +71,8 @@ class QuantizedModule(nn.Module):
             return dynamic_fake_quantize(x, spec)
         return self.qparams(point).fake_quantize(x)
 
-    def meet(self, raw: Tensor, x: Tensor) -> Tensor:
-        """Nothing is gathered any more: `x`."""
-        return x
-
     def repaired(self, x: Tensor, y: Tensor) -> Tensor:
-        """`y`, what the weight made of `x`, with what `weight_lora_a` and `weight_lora_b` make of it, where there are.
-
-        The product is `x A^T B^T`: the two thin factors are never multiplied with each other.
-        """
+        """`y`, what the weight made of `x`, with what `weight_lora_a` and `weight_lora_b` make of it, if any."""
         a, b = (self._parameters.get(name) for name in ("weight_lora_a", "weight_lora_b"))
         return y if a is None or b is None else add_low_rank(x, y, a, b)
 
@@ -185,10 +176,7 @@ class QuantizedWeight(QuantizedModule):
             self._buffers["weight_packed"], self._kernel = self._packed(), None
 
     def kernel(self) -> Kernel | None:
-        """The kernel, ready to run; None for the reference.
-
-        A kernel that does not run where the module was moved to is left for the reference, and the log says so.
-        """
+        """The kernel, ready to run; None for the reference, also where it does not run, which the log then says."""
         if self._kernel is None and self.kernel_type is not None:
             if reason := self.kernel_type.unsupported(self):
                 _log.warning("kernel %s left for the reference: %s", self.kernel_type.name, reason)
@@ -201,14 +189,15 @@ class QuantizedWeight(QuantizedModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the wrapper computes, by the kernel where there is one; kernels have no gradient."""
-        if self.kernel_type is None or len(args) != 1 or kwargs or not _is_inference(args[0]):
+        if self.kernel_type is None or len(args) != 1 or kwargs:
             return super().forward(*args, **kwargs)
-        kernel = self.kernel()
-        if kernel is None:
-            return super().forward(*args)
-        y = kernel.run(args[0])
+        (x,) = args
+        learns = x.requires_grad and torch.is_grad_enabled()
+        if not x.numel() or learns or (kernel := self.kernel()) is None:
+            return super().forward(x)
+        y = kernel.run(x)
         if "weight_lora_a" in self._parameters:
-            y = self.repaired(self.q("input", args[0]), y)
+            y = self.repaired(self.q("input", x), y)
         return self.q("output", y)
 
     def _packed(self) -> Tensor | None:
@@ -245,8 +234,7 @@ class QuantizedWeight(QuantizedModule):
         super()._load_from_state_dict(*args)
 
     def extra_repr(self) -> str:
-        kernel = "" if self.kernel_type is None else f", kernel={self.kernel_type.name}"
-        return super().extra_repr() + kernel
+        return super().extra_repr() + ("" if self.kernel_type is None else f", kernel={self.kernel_type.name}")
 
 
 def added_bias(bias: Tensor | None, more: Tensor, like: Tensor) -> Tensor:
@@ -255,22 +243,14 @@ def added_bias(bias: Tensor | None, more: Tensor, like: Tensor) -> Tensor:
 
 
 def add_low_rank(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """`y + x A^T B^T` for `x` [..., K], `y` [..., N], `a` [r, K] and `b` [N, r]."""
+    """`y + (x A^T) B^T` for `x` [..., K], `y` [..., N], `a` [r, K] and `b` [N, r], which are never multiplied with each
+    other."""
     return y + linear(linear(x, a), b)
 
 
-def _is_inference(x: Tensor) -> bool:
-    return bool(x.numel()) and not (x.requires_grad and torch.is_grad_enabled())
-
-
 def new_quantized(module: nn.Module, wrapper: Any, specs: Mapping[str, QuantSpec]) -> Any:
-    """A converted stand-in for the float `module`, without integers or parameters yet.
-
-    Args:
-        module: the float module; it is not changed.
-        wrapper: the wrapper class whose forward runs.
-        specs: the spec of every quantized point.
-    """
+    """A stand-in for the float `module`, which is not changed, without integers or parameters yet: the forward of the
+    class `wrapper` runs, with the spec of every quantized point."""
     base = QuantizedWeight if "weight" in specs else QuantizedModule
     new = shadow(module, combined_class("Quantized", base, wrapper, type(module)))
     new.__dict__["specs"], new.__dict__["wrapper"] = dict(specs), wrapper

@@ -51,7 +51,7 @@ class OnlineRotation(nn.Module):
         return cls(signs, *(factor.to(torch.int8) for factor in found))
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x` [..., K] turned; raises `ModelError` where K is no multiple of the block."""
+        """`x` [..., K] rotated; raises `ModelError` where K is no multiple of the block."""
         sizes, size = (len(self.left), len(self.right)), len(self.signs)
         if x.shape[-1] % size:
             raise ModelError(f"{x.shape[-1]} channels are no multiple of the {size} that are turned at a time")
@@ -59,21 +59,21 @@ class OnlineRotation(nn.Module):
         if not self.right.is_floating_point():
             right = right * size**-0.5
         blocks = x.unflatten(-1, (-1, size)) * self.signs
-        turned = blocks.unflatten(-1, sizes) @ right
-        return (turned if sizes[0] == 1 else left.t() @ turned).flatten(-2).flatten(-2)
+        rotated = blocks.unflatten(-1, sizes) @ right
+        return (rotated if sizes[0] == 1 else left.t() @ rotated).flatten(-2).flatten(-2)
 
     def extra_repr(self) -> str:
         return f"{len(self.left)} x {len(self.right)} channels"
 
 
-def turn_inputs(module: nn.Module) -> Any:
-    """Let `module`, which holds a rotation, turn the first argument of its forward; returns the handle that ends it.
+def rotate_inputs(module: nn.Module) -> Any:
+    """Let `module`, which holds a rotation, rotate the first argument of its forward; returns the handle that ends it.
 
     It is a hook, so that whatever stands in for the module later, while it is calibrated and once it is converted,
-    gets its input turned, kernels included.
+    gets its input rotated, kernels included.
     """
-    return module.register_forward_pre_hook(_turned)
+    return module.register_forward_pre_hook(_rotated)
 
 
-def _turned(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def _rotated(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (module._modules[ONLINE](args[0]), *args[1:])

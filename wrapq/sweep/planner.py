@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 
 from wrapq.calibration.processes import Processes
-from wrapq.engine.blockwise import check_streaming
 from wrapq.engine.kernels import check_kernels
-from wrapq.errors import ModelError, Problem, ProblemsError, RecipeError, Unread
+from wrapq.engine.streaming_checkpoint import check_streaming
+from wrapq.errors import Problem, ProblemsError, RecipeError, Unread
 from wrapq.recipe.axes import Axes
 from wrapq.recipe.compose import compose
 from wrapq.recipe.schema import Settings
 from wrapq.resolve.resolve import resolve
-from wrapq.sweep.jobs import Job
-
-
-def cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
+from wrapq.sweep.job import Job, SweepError
+from wrapq.sweep.launchers.base import cores
 
 _SHOWN = 6  # job numbers listed for one mistake
-
-
-class SweepError(ProblemsError):
-    """Jobs of a sweep that cannot be done as they are asked for."""
-
-    title = "problem in the sweep"
-
-    def __init__(self, problems: Sequence[Problem]) -> None:
-        super().__init__(problems)
-        self.args = (str(self).replace("problem in the sweeps", "problems in the sweep", 1),)
 
 
 class Planner:
@@ -72,30 +56,31 @@ class Planner:
             ModelError: the model's configuration cannot be read.
         """
         found: dict[int, Job] = {}
-        mistakes: dict[Problem, list[int]] = {}
-        unread: dict[int, tuple[Mapping[str, str], ProblemsError]] = {}
+        refused: dict[int, ProblemsError] = {}
+        idle: dict[int, tuple[Mapping[str, str], ProblemsError, set[str]]] = {}
         for number, chosen in enumerate(values, first):
             try:
                 found[number] = self._job(number, dict(chosen))
-            except ModelError:
-                raise
             except ProblemsError as error:
-                if all(self._is_unread(problem) for problem in error.problems):
-                    unread[number] = chosen, error
-                    continue
-                for problem in error.problems:
-                    mistakes.setdefault(problem, []).append(number)
+                unread = [problem.override for problem in error.problems if isinstance(problem, Unread)]
+                if len(unread) == len(error.problems) and set(unread) <= set(self.axes.fixed):
+                    idle[number] = chosen, error, set(unread)
+                else:
+                    refused[number] = error
         if found:  # what one recipe of the sweep reads, the others may leave
-            self._optional |= {text for _, left in unread.values() for text in self._texts(left)}
-        for number, (chosen, left) in unread.items():
-            if self._texts(left) <= self._optional:
-                found[number] = self._job(number, dict(chosen), self._texts(left))
+            self._optional |= {text for _, _, texts in idle.values() for text in texts}
+        for number, (chosen, why, texts) in idle.items():
+            if texts <= self._optional:
+                found[number] = self._job(number, dict(chosen), texts)
             else:
-                for problem in left.problems:
-                    mistakes.setdefault(problem, []).append(number)
-        if mistakes:
-            count = len(found) + len({number for numbers in mistakes.values() for number in numbers})
-            raise SweepError([_named(problem, numbers, count) for problem, numbers in mistakes.items()])
+                refused[number] = why
+        if refused:
+            numbers: dict[Problem, list[int]] = {}
+            for number, why in refused.items():
+                for problem in why.problems:
+                    numbers.setdefault(problem, []).append(number)
+            count = len(found) + len(refused)
+            raise SweepError([_named(problem, having, count) for problem, having in numbers.items()])
         return [found[number] for number in sorted(found)]
 
     def _job(self, number: int, values: dict[str, str], without: Set[str] = frozenset()) -> Job:
@@ -112,21 +97,10 @@ class Planner:
             self._jobs[overrides] = Job(number, values, plan, settings)
         return replace(self._jobs[overrides], number=number, values=values)
 
-    def _is_unread(self, problem: Problem) -> bool:
-        """Whether the problem is only that a recipe does not read what all jobs are given."""
-        return isinstance(problem, Unread) and _override(problem) in self.axes.fixed
-
-    def _texts(self, error: ProblemsError) -> set[str]:
-        return {_override(problem) for problem in error.problems}
-
-
-def _override(problem: Problem) -> str:
-    return problem.where.removeprefix("override ").partition(": ")[0]
-
 
 def _named(problem: Problem, numbers: Sequence[int], count: int) -> Problem:
     if count == 1:
         return problem
     listed = ", ".join(map(str, numbers[:_SHOWN])) + (" ..." if len(numbers) > _SHOWN else "")
     who = f"all {count} jobs" if len(numbers) == count else f"job{'s' if len(numbers) > 1 else ''} {listed} of {count}"
-    return Problem(f"{who}: {problem.where}", problem.what, problem.nearest, problem.remedy)
+    return replace(problem, source=": ".join(filter(None, (who, problem.source))))

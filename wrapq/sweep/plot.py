@@ -5,20 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from wrapq.engine.goals import SECONDS
-from wrapq.sweep.table import SIZE, Table
+from wrapq.metrics import METRICS, SECONDS, SIZE
+from wrapq.sweep.table import SweepTable
 
-TITLES = {
-    SIZE: "size of the weights [MB]",
-    SECONDS: "time of the run [s]",
-    "kl": "KL divergence to float [nats/token]",
-    "perplexity": "perplexity",
-    "perplexity_increase": "increase of perplexity",
-}
 _POINT, _FRONT, _WINNER, _GOAL = "#8a94a6", "#2563eb", "#d97706", "#64748b"
 
 
-def save_plot(table: Table, path: Path) -> None:
+def save_plot(table: SweepTable, path: Path) -> None:
     """Draw every finished job, numbered, with the fronts, the goals and the winner."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -27,12 +20,12 @@ def save_plot(table: Table, path: Path) -> None:
     FigureCanvasAgg(figure)
     for axes, against in zip(figure.subplots(1, 2, sharey=True), (SIZE, SECONDS), strict=True):
         _draw(axes, table, against)
-        axes.set_xlabel(TITLES[against])
-    figure.axes[0].set_ylabel(TITLES[table.quality])
+        axes.set_xlabel(METRICS.get(against).axis)
+    figure.axes[0].set_ylabel(METRICS.get(table.quality).axis)
     figure.savefig(path, format="png", dpi=130)
 
 
-def _draw(axes: Any, table: Table, against: str) -> None:
+def _draw(axes: Any, table: SweepTable, against: str) -> None:
     rows = [row for row in table.rows if row.done]
     place = lambda row: (row.outcome.figures[against], row.outcome.figures[table.quality])  # noqa: E731
     if not rows:
@@ -45,15 +38,10 @@ def _draw(axes: Any, table: Table, against: str) -> None:
         axes.annotate(str(row.number), place(row), xytext=(5, 5), textcoords="offset points", fontsize=8)
     if table.winner is not None:
         axes.scatter(*place(table.winner), marker="*", s=190, color=_WINNER, label="winner", zorder=4)
-    _draw_goals(axes, table, against)
-    axes.grid(alpha=0.25)
-    axes.legend(loc="upper right", fontsize=8, framealpha=0.8)
-
-
-def _draw_goals(axes: Any, table: Table, against: str) -> None:
-    bounds = {(name, v.bound) for row in table.rows for name, v in row.outcome.goals.items()}
-    for name, bound in sorted(bounds):
+    for name, bound in sorted({(name, v.bound) for row in table.rows for name, v in row.outcome.goals.items()}):
         if name == against:
             axes.axvline(bound, color=_GOAL, linestyle="--", linewidth=1)
         elif name == table.quality:
             axes.axhline(bound, color=_GOAL, linestyle="--", linewidth=1)
+    axes.grid(alpha=0.25)
+    axes.legend(loc="upper right", fontsize=8, framealpha=0.8)

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from wrapq.engine.goals import AT_LEAST, SECONDS, all_met
-from wrapq.recipe.schema import Goals
-from wrapq.sweep.jobs import DONE, FAILED, Outcome
-
-FIGURES = tuple(Goals.model_fields)
-SIZE = "size_mb"
-QUALITY = ("perplexity", "perplexity_increase", "kl")
+from wrapq.engine.goals import all_met
+from wrapq.foreign import spreadsheet_cell
+from wrapq.metrics import KL, SECONDS, SIZE, metrics, pareto
+from wrapq.sweep.job import DONE, FAILED, Outcome
 
 
 @dataclass(frozen=True)
-class Row:
+class SweepRow:
     """One job of the table.
 
     Attributes:
@@ -52,7 +50,7 @@ class Row:
             "job": self.number,
             **self.values,
             "status": outcome.status,
-            **{name: reached.get(name) for name in FIGURES},
+            **{metric.name: reached.get(metric.name) for metric in metrics()},
             "goals_met": self.meets_goals if outcome.goals else None,
             "pareto": " ".join(self.fronts),
             "winner": self.winner,
@@ -64,7 +62,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Table:
+class SweepTable:
     """All rows of a sweep, judged.
 
     Attributes:
@@ -72,22 +70,23 @@ class Table:
         minimize: the figures that decide the winner, the first first.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[SweepRow, ...]
     minimize: tuple[str, ...]
-    has_goals: bool = field(default=False)
+    has_goals: bool = False
 
     @property
     def quality(self) -> str:
         """The figure that stands for quality in the Pareto fronts."""
-        return next((name for name in self.minimize if name in QUALITY), "kl")
+        costs = {metric.name for metric in metrics() if metric.cost}
+        return next((name for name in self.minimize if name not in costs), KL)
 
     @property
-    def winner(self) -> Row | None:
+    def winner(self) -> SweepRow | None:
         """The row that wins; None when no job is done, or none meets its goals."""
         return next((row for row in self.rows if row.winner), None)
 
     @property
-    def failed(self) -> tuple[Row, ...]:
+    def failed(self) -> tuple[SweepRow, ...]:
         """The rows of jobs that failed."""
         return tuple(row for row in self.rows if row.outcome.status == FAILED)
 
@@ -96,7 +95,7 @@ class Table:
         among = " among the jobs that meet all goals" if self.has_goals else ""
         return f"lowest {self.minimize[0]}{among}"
 
-    def front(self, against: str) -> list[Row]:
+    def front(self, against: str) -> list[SweepRow]:
         """The rows on the front of quality against `against`, the smallest of it first."""
         on = [row for row in self.rows if against in row.fronts]
         return sorted(on, key=lambda row: row.outcome.figures[against])
@@ -108,44 +107,25 @@ class Table:
         text = io.StringIO()
         writer = csv.DictWriter(text, list(columns), restval="", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(cells)
+        writer.writerows({name: spreadsheet_cell(value) for name, value in row.items()} for row in cells)
         return text.getvalue()
 
 
-def make_table(rows: Iterable[Row], minimize: Sequence[str]) -> Table:
-    """Judge the rows: fronts and winner."""
-    table = Table(tuple(rows), tuple(minimize))
-    fronts = {against: _front(table, against) for against in (SIZE, SECONDS)}
-    winner = _winner(table.rows, table.minimize)
-    judged = tuple(
-        replace(
-            row,
-            fronts=tuple(against for against, numbers in fronts.items() if row.number in numbers),
-            winner=row.number == winner,
-        )
-        for row in table.rows
-    )
-    return Table(judged, table.minimize, any(row.outcome.goals for row in table.rows))
+def make_table(rows: Iterable[SweepRow], minimize: Sequence[str]) -> SweepTable:
+    """Judge the rows: which are on a front, and which one wins.
 
-
-def _front(table: Table, against: str) -> set[int]:
-    """The numbers of the jobs that no other beats in quality and `against` both."""
-    points = [(r.number, r.outcome.figures[table.quality], r.outcome.figures[against]) for r in table.rows if r.done]
-    return {
-        number
-        for number, quality, cost in points
-        if not any(q <= quality and c <= cost and (q < quality or c < cost) for _, q, c in points)
-    }
-
-
-def _winner(rows: Sequence[Row], minimize: Sequence[str]) -> int | None:
-    """The job whose figures are the lowest, the first of `minimize` first; of equals the smaller, then the earlier."""
+    The winner's figures are the lowest, the first of `minimize` first; of equals it is the smaller, then the earlier.
+    """
+    rows = tuple(rows)
+    table = SweepTable(rows, tuple(minimize), any(row.outcome.goals for row in rows))
+    done = [row for row in rows if row.done]
+    fronts: dict[int, tuple[str, ...]] = dict.fromkeys((row.number for row in rows), ())
+    for against in (SIZE, SECONDS):
+        points = [(row.outcome.figures[table.quality], row.outcome.figures[against]) for row in done]
+        for row in itertools.compress(done, pareto(points)):
+            fronts[row.number] += (against,)
     names = [*minimize, SIZE]
     able = [row for row in rows if row.meets_goals and all(name in row.outcome.figures for name in names)]
     best = min(able, key=lambda row: [*(row.outcome.figures[name] for name in names), row.number], default=None)
-    return best.number if best else None
-
-
-def minimizable() -> list[str]:
-    """The figures that a sweep may minimize."""
-    return [name for name in FIGURES if name not in AT_LEAST]
+    judged = (replace(row, fronts=fronts[row.number], winner=row is best) for row in rows)
+    return replace(table, rows=tuple(judged))

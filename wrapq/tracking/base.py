@@ -1,9 +1,8 @@
-"""What a tracker is: the one interface through which the engine writes down a run."""
+"""The tracker contract: the one interface through which the engine records a run."""
 
 from __future__ import annotations
 
 import json
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -21,16 +20,23 @@ class TrackingError(WrapqError):
 
 
 class StoreAwayError(TrackingError):
-    """A tracking store that cannot be reached, or cannot serve just now: the same call may succeed later."""
+    """A tracking store that cannot be reached or cannot serve just now: the same call may succeed later."""
 
 
-class Tracker(ABC):
-    """The record of one run.
+class Tracker:
+    """The record of one run; this one, which the engine is given when tracking is off, records nothing.
+
+    A tracker for a store overrides what the store can take:
+
+        class NotebookTracker(Tracker):
+            def start(self, name, tags, params, folder, *, wait=True): ...
+            def metrics(self, values, step=None): ...
+            def finish(self, status=FINISHED, reason=None): ...
 
     Only `start` (and what waits for it: `ready`, `run_id`, `run_url`) may raise, and only where the store refuses the
-    run: a store that is away costs nothing but its record's delay. Everything is kept in order, and what could not be
-    recorded is remembered in `problems`. As a context manager a tracker finishes its run: FAILED with the error, KILLED
-    on Ctrl-C, FINISHED otherwise.
+    run: while a store cannot be reached, its records are only late. Records keep their order, and what could not be
+    recorded is listed in `problems`. As a context manager a tracker finishes its run: FAILED with the error, KILLED on
+    Ctrl-C, FINISHED otherwise.
 
     Attributes:
         problems: what could not be recorded yet, or ever, one line each.
@@ -39,10 +45,9 @@ class Tracker(ABC):
     def __init__(self) -> None:
         self.problems: list[str] = []
 
-    def prepare(self) -> None:  # noqa: B027 - a tracker may have nothing to begin
+    def prepare(self) -> None:
         """Begin, beside the caller's work, what opening the run will need; writes nothing and never raises."""
 
-    @abstractmethod
     def start(
         self, name: str, tags: Mapping[str, Any], params: Mapping[str, Any], folder: Path, *, wait: bool = True
     ) -> None:
@@ -52,55 +57,45 @@ class Tracker(ABC):
             TrackingError: the store refuses the run.
         """
 
-    @abstractmethod
     def ready(self) -> None:
-        """Wait until the run is open or its store known to be away; raises `TrackingError` when it was refused."""
+        """Wait until the run is open or its store cannot be reached; raises `TrackingError` when it was refused."""
 
     @property
-    @abstractmethod
     def run_id(self) -> str | None:
         """The run's id in the store; None when nothing is recorded, or not yet."""
+        return None
 
     @property
-    @abstractmethod
     def run_url(self) -> str | None:
         """Where a browser shows the run; None for a local store, which has no address until `wrapq ui` serves it."""
+        return None
 
-    @abstractmethod
     def params(self, values: Mapping[str, Any]) -> None:
-        """What the run was asked to do; nested mappings become dotted names."""
+        """Record what the run was asked to do; nested mappings become dotted names."""
 
-    @abstractmethod
     def tags(self, values: Mapping[str, Any]) -> None:
-        """What the run is: digests, versions, names."""
+        """Record what the run is: digests, versions, names."""
 
-    @abstractmethod
     def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
-        """What the run measured."""
+        """Record what the run measured."""
 
-    @abstractmethod
     def curves(self, values: Mapping[str, Sequence[float]]) -> None:
-        """Metrics over an index, such as the layer: value i of a curve is recorded at step i."""
+        """Record metrics over an index, such as the layer: value i of a curve at step i."""
 
-    @abstractmethod
     def dataset(
         self, name: str, digest: str, source: str, context: str, profile: Mapping[str, Any] | None = None
     ) -> None:
-        """Data the run read: `context` says for what (`calibration`, `evaluation`), `profile` how much."""
+        """Record data that the run read: `context` is `calibration` or `evaluation`, `profile` the amount."""
 
-    @abstractmethod
     def artifact(self, path: str | Path, folder: str | None = None) -> None:
-        """A file, or a folder with all it holds. It is read when it is sent: it must stay where it is."""
+        """Record a file, or a folder with all it holds. It is read when it is sent: it must stay where it is."""
 
-    @abstractmethod
     def text(self, name: str, content: str) -> None:
-        """A text artifact called `name` (`report/errors.txt`), with secrets blanked out."""
+        """Record a text artifact called `name` (`report/errors.txt`), with secrets blanked out."""
 
-    @abstractmethod
     def register(self, name: str, alias: str | None, description: str, tags: Mapping[str, Any]) -> None:
         """Enter the artifact folder `model` in the registry of models as the next version of `name`."""
 
-    @abstractmethod
     def finish(self, status: str = FINISHED, reason: str | None = None) -> None:
         """Close the run, and wait for what is still to be sent as long as the store takes it.
 

@@ -8,14 +8,17 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wrapq.redact import redact, redact_value
 from wrapq.tracking.base import FINISHED, Tracker, TrackingError, flatten
 from wrapq.tracking.names import PARAM_LENGTH, TAG_LENGTH, entity_key, entity_value
 from wrapq.tracking.outbox import FINISH, OPEN, REOPEN, Event, Outbox
-from wrapq.tracking.sender import Sender
-from wrapq.tracking.stores import is_remote
+from wrapq.tracking.process import Sender
+from wrapq.tracking.stores import is_remote, store_uri
+
+if TYPE_CHECKING:
+    from wrapq.recipe.schema import Settings
 
 PER_EVENT = 100  # parameters or tags
 METRICS_PER_EVENT = 1000
@@ -26,11 +29,18 @@ LOCK_SECONDS = 15.0
 _log = logging.getLogger(__name__)
 
 
+def make_tracker(settings: Settings) -> Tracker:
+    """The tracker that `settings.tracking` asks for; imports nothing heavy and writes nothing before `start`."""
+    if not settings.tracking.enabled:
+        return Tracker()
+    return MLflowTracker(store_uri(settings), settings.tracking.experiment, Path(settings.paths.outputs))
+
+
 class MLflowTracker(Tracker):
     """A run in an MLflow store.
 
-    Every call is written to the outbox in the run's folder, and that is all the caller waits for. A process of its own
-    sends what is there, tries again when the store was away, and is given some time at the end; what it could not send
+    Every call is appended to the outbox in the run's folder, and the caller waits for no more. A separate process sends
+    the events, tries again when the store could not be reached, and has some time at the end; what it could not send
     stays in the outbox for `wrapq sync`.
 
     Args:
@@ -47,7 +57,6 @@ class MLflowTracker(Tracker):
         self._finished = False
 
     def prepare(self) -> None:
-        """Start the process that imports MLflow."""
         self.sender.prepare()
 
     def start(
@@ -57,15 +66,16 @@ class MLflowTracker(Tracker):
 
         A process of its own imports MLflow and opens the store, which takes two seconds, four when the database is
         new. With `wait=False` that happens beside the caller's work.
-
-        Raises:
-            TrackingError: the store cannot be opened or the run not be created (with `wait=False`: from `ready`).
         """
         if self.outbox is not None:
             raise TrackingError("the run was started before: a tracker records one run")
         self.outbox = Outbox(folder)
         if self.outbox.exists():
-            self._take_up(self.outbox)
+            with self.outbox.owned(LOCK_SECONDS):  # until the process that may still send the run's end is done
+                self.outbox.drop_partial_line()
+                sent = self.outbox.sent()
+                sent.state = "waiting"
+                self.outbox.write_sent(sent)
             self._send(REOPEN)
         else:
             own = {"mlflow.source.name": "wrapq", "mlflow.user": _user()}
@@ -78,11 +88,6 @@ class MLflowTracker(Tracker):
             self.ready()
 
     def ready(self) -> None:
-        """Wait until the run is open, at most some seconds where the store is a server.
-
-        Raises:
-            TrackingError: the store refuses the run.
-        """
         if self.outbox is None:
             raise TrackingError("the run has not been started")
         waited = 0.0
@@ -98,34 +103,25 @@ class MLflowTracker(Tracker):
 
     @property
     def run_id(self) -> str | None:
-        """The run's id; waits until the run is open, and is None when the store is away."""
         self.ready()
         return self.outbox.sent().run_id if self.outbox else None
 
     @property
     def run_url(self) -> str | None:
-        """The run's page on a tracking server; None for a local store. Waits until the run is open."""
         self.ready()
         return self.outbox.sent().run_url if self.outbox else None
 
     def params(self, values: Mapping[str, Any]) -> None:
         """Record parameters; a value beyond MLflow's length limit is cut and says so."""
-        texts = list(_texts(values, PARAM_LENGTH).items())
-        for start in range(0, len(texts), PER_EVENT):
-            self._send("params", values=dict(texts[start : start + PER_EVENT]))
+        self._send_texts("params", _texts(values, PARAM_LENGTH))
 
     def tags(self, values: Mapping[str, Any]) -> None:
-        """Record tags; a value beyond MLflow's length limit is cut and says so."""
-        texts = list(_texts(values, TAG_LENGTH).items())
-        for start in range(0, len(texts), PER_EVENT):
-            self._send("tags", values=dict(texts[start : start + PER_EVENT]))
+        self._send_texts("tags", _texts(values, TAG_LENGTH))
 
     def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
-        """Record metrics, at `step` 0 when none is given."""
         self._send_metrics([(key, float(value), step or 0) for key, value in values.items()])
 
     def curves(self, values: Mapping[str, Sequence[float]]) -> None:
-        """Record every value of every curve at its index."""
         self._send_metrics([(key, float(v), i) for key, curve in values.items() for i, v in enumerate(curve)])
 
     def dataset(
@@ -150,7 +146,6 @@ class MLflowTracker(Tracker):
         self._send("artifact", path=str(path), folder=folder)
 
     def text(self, name: str, content: str) -> None:
-        """Record a text as an artifact, secrets blanked out."""
         self._send("text", name=name, content=redact(content))
 
     def register(self, name: str, alias: str | None, description: str, tags: Mapping[str, Any]) -> None:
@@ -169,27 +164,20 @@ class MLflowTracker(Tracker):
         self._send(FINISH, status=status, time=_now())
         self._finished = True
         self.sender.drain(self.outbox)
-        self._tell(self.outbox)
-
-    def _take_up(self, outbox: Outbox) -> None:
-        """Make a run that was stopped ready to go on, once whoever still sends its end has done so."""
-        with outbox.locked(LOCK_SECONDS):
-            outbox.mend()
-            sent = outbox.sent()
-            sent.state = "waiting"
-            outbox.write_sent(sent)
-
-    def _tell(self, outbox: Outbox) -> None:
-        """What was not recorded, and what can be done about it."""
-        sent, count = outbox.sent(), outbox.count()
+        sent, count = self.outbox.sent(), self.outbox.count()
         for rejected in sent.rejected:
             self._problem(rejected)
         if sent.count < count:
             why = sent.reason or "the tracking process ended early"
             self._problem(
                 f"{count - sent.count} of {count} records are not sent: {why}\n"
-                f"they are kept; send them with: wrapq sync {outbox.run_folder}"
+                f"they are kept; send them with: wrapq sync {self.outbox.run_folder}"
             )
+
+    def _send_texts(self, method: str, values: dict[str, str]) -> None:
+        items = list(values.items())
+        for start in range(0, len(items), PER_EVENT):
+            self._send(method, values=dict(items[start : start + PER_EVENT]))
 
     def _send_metrics(self, points: list[tuple[str, float, int]]) -> None:
         now = _now()
@@ -198,7 +186,7 @@ class MLflowTracker(Tracker):
             self._send("metrics", points=named[start : start + METRICS_PER_EVENT], time=now)
 
     def _send(self, method: str, **arguments: Any) -> None:
-        """Write one event down; never raises."""
+        """Append one event; never raises."""
         if self._finished:
             self._problem(f"{method} after the run was finished")
             return

@@ -1,4 +1,4 @@
-"""The calls on an MLflow store, one method per kind of record; everything MLflow-specific is here."""
+"""The calls on an MLflow store, a method per kind of record; all that imports MLflow is here."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
 
 from wrapq.redact import redact
 from wrapq.tracking.base import StoreAwayError, TrackingError
@@ -41,21 +43,14 @@ def load_mlflow() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
-class Store:
+class MLflowStore:
     """One run in one store, through a client of its own: MLflow's global state is neither read nor changed."""
 
     def __init__(self, uri: str, experiment: str, outputs: Path) -> None:
         self.uri, self.experiment, self.outputs = uri, experiment, Path(outputs)
-        self.run_id: str | None = None
+        self.run_id = ""  # until it is open
         self.run_url: str | None = None
-        self._client: MlflowClient | None = None
-
-    @property
-    def client(self) -> MlflowClient:
-        """The open client; raises `TrackingError` before `open`."""
-        if self._client is None:
-            raise TrackingError("the tracking store is not open")
-        return self._client
+        self.client: MlflowClient
 
     def open(
         self, name: str, key: str, tags: Mapping[str, str], time: int, run_id: str | None = None, tried: bool = False
@@ -77,12 +72,21 @@ class Store:
         from mlflow import MlflowClient
 
         try:
-            self._make_folder()
-            with _one_at_a_time(self._database_file()):  # two processes must not both create the tables
-                self._client = MlflowClient(tracking_uri=self.uri)
+            lock: Any = contextlib.nullcontext()
+            if self.uri.startswith("sqlite:///"):
+                database = Path(self.uri.removeprefix("sqlite:///"))
+                database.parent.mkdir(parents=True, exist_ok=True)
+                lock = FileLock(database.with_name(f".{database.name}.lock"))
+            with lock:  # two processes must not both create the tables
+                self.client = MlflowClient(tracking_uri=self.uri)
                 experiment = self._experiment_id()
-            known = run_id or (self._find(experiment, key) if tried else None)
-            self.run_id = known or self._create(experiment, name, {**tags, RUN_KEY: key}, time)
+            if run_id is None and tried:
+                runs = self.client.search_runs([experiment], f"tags.`{RUN_KEY}` = '{key}'", max_results=1)
+                run_id = runs[0].info.run_id if runs else None
+            if run_id is None:
+                tags = {**tags, RUN_KEY: key}
+                run_id = self.client.create_run(experiment, start_time=time, tags=tags, run_name=name).info.run_id
+            self.run_id = run_id
         except TrackingError:
             raise
         except Exception as error:  # MLflow, SQLAlchemy, requests and the file system each have their own
@@ -101,8 +105,15 @@ class Store:
             StoreAwayError: the store could not be reached or could not serve; the same call may succeed later.
             TrackingError: the store will never take it.
         """
+        from mlflow.exceptions import MlflowException
+
         try:
-            getattr(self, method)(**arguments)
+            try:
+                getattr(self, method)(**arguments)
+            except MlflowException as error:
+                if error.error_code != "BAD_REQUEST":  # as MLflow calls what its database refuses
+                    raise
+                getattr(self, method)(**arguments)  # another run entered the same row meanwhile: now it is found
         except Exception as error:
             kind = TrackingError if is_final(error) else StoreAwayError
             raise kind(_first_line(error)) from error
@@ -117,7 +128,7 @@ class Store:
         from mlflow.entities import Metric, Param, RunTag
 
         self.client.log_batch(
-            self._run,
+            self.run_id,
             metrics=[Metric(*point) for point in metrics],
             params=[Param(key, value) for key, value in params.items()],
             tags=[RunTag(key, value) for key, value in tags.items()],
@@ -129,18 +140,18 @@ class Store:
 
         described = json.dumps({"uri": source})
         dataset = Dataset(name, digest, "wrapq", described, profile=json.dumps(profile, default=str))
-        self.client.log_inputs(self._run, [DatasetInput(dataset, [InputTag(k, v[:500]) for k, v in tags.items()])])
+        self.client.log_inputs(self.run_id, [DatasetInput(dataset, [InputTag(k, v[:500]) for k, v in tags.items()])])
 
     def artifact(self, path: str, folder: str | None) -> None:
         """Copy a file, or a folder's content, to the run's artifacts."""
         if Path(path).is_dir():
-            self.client.log_artifacts(self._run, path, folder or Path(path).name)
+            self.client.log_artifacts(self.run_id, path, folder or Path(path).name)
         else:
-            self.client.log_artifact(self._run, path, folder)
+            self.client.log_artifact(self.run_id, path, folder)
 
     def text(self, name: str, content: str) -> None:
         """Write a text artifact."""
-        self.client.log_text(self._run, content, name)
+        self.client.log_text(self.run_id, content, name)
 
     def register(self, name: str, alias: str | None, description: str, tags: Mapping[str, str]) -> None:
         """Enter the run's artifact folder `model` in the model registry; a run is entered once."""
@@ -148,63 +159,41 @@ class Store:
 
         with contextlib.suppress(MlflowException):  # it is there already; any other reason comes back just below
             self.client.create_registered_model(name)
-        known = [v for v in self.client.search_model_versions(f"name='{name}'") if v.run_id == self._run]
-        if known:
-            version = known[0]
-        else:
-            source = f"{self.client.get_run(self._run).info.artifact_uri}/model"
-            version = self.client.create_model_version(name, source, self._run, dict(tags), description=description)
+        versions = self.client.search_model_versions(f"name='{name}'")
+        version = next((version for version in versions if version.run_id == self.run_id), None)
+        if version is None:
+            source = f"{self.client.get_run(self.run_id).info.artifact_uri}/model"
+            version = self.client.create_model_version(name, source, self.run_id, dict(tags), description=description)
         if alias:
             self.client.set_registered_model_alias(name, alias, version.version)
 
     def finish(self, status: str, time: int) -> None:
         """Close the run."""
-        self.client.set_terminated(self._run, status, time)
+        self.client.set_terminated(self.run_id, status, time)
 
     def reopen(self) -> None:
         """Go on with a run that had ended."""
-        self.client.update_run(self._run, "RUNNING")
-        if "failure" in self.client.get_run(self._run).data.tags:
-            self.client.delete_tag(self._run, "failure")
-
-    @property
-    def _run(self) -> str:
-        if self.run_id is None:
-            raise TrackingError("the run is not open")
-        return self.run_id
-
-    def _find(self, experiment: str, key: str) -> str | None:
-        found = self.client.search_runs([experiment], f"tags.`{RUN_KEY}` = '{key}'", max_results=1)
-        return found[0].info.run_id if found else None
-
-    def _create(self, experiment: str, name: str, tags: dict[str, str], time: int) -> str:
-        return self.client.create_run(experiment, start_time=time, tags=tags, run_name=name).info.run_id
-
-    def _database_file(self) -> Path | None:
-        return Path(self.uri.removeprefix("sqlite:///")) if self.uri.startswith("sqlite:///") else None
-
-    def _make_folder(self) -> None:
-        database = self._database_file()
-        if database is not None:
-            database.parent.mkdir(parents=True, exist_ok=True)
+        self.client.update_run(self.run_id, "RUNNING")
+        if "failure" in self.client.get_run(self.run_id).data.tags:
+            self.client.delete_tag(self.run_id, "failure")
 
     def _experiment_id(self) -> str:
         from mlflow.exceptions import MlflowException
 
-        found = self.client.get_experiment_by_name(self.experiment)
-        if found is None:
+        experiment = self.client.get_experiment_by_name(self.experiment)
+        if experiment is None:
             try:
                 return self.client.create_experiment(self.experiment, artifact_location(self.uri, self.outputs))
             except MlflowException:  # another process created it since
-                found = self.client.get_experiment_by_name(self.experiment)
-                if found is None:
+                experiment = self.client.get_experiment_by_name(self.experiment)
+                if experiment is None:
                     raise
-        if found.lifecycle_stage != "active":
+        if experiment.lifecycle_stage != "active":
             raise TrackingError(
                 f"the experiment {self.experiment!r} was deleted: choose another name with tracking.experiment=..., "
-                f"or restore it: mlflow experiments restore --experiment-id {found.experiment_id}"
+                f"or restore it: mlflow experiments restore --experiment-id {experiment.experiment_id}"
             )
-        return found.experiment_id
+        return experiment.experiment_id
 
 
 def is_final(error: Exception, at_the_door: bool = False) -> bool:
@@ -226,19 +215,6 @@ def is_final(error: Exception, at_the_door: bool = False) -> bool:
             return True
         return 400 <= status < 500 and status not in passing
     return isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError | ValueError | TypeError)
-
-
-@contextlib.contextmanager
-def _one_at_a_time(database: Path | None) -> Iterator[None]:
-    """Hold a lock beside a database file, where the system has file locks; without a file there is nothing to lock."""
-    if database is None or os.name == "nt":
-        yield
-        return
-    import fcntl
-
-    with database.with_name(f".{database.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _first_line(error: BaseException) -> str:

@@ -20,6 +20,8 @@ def entity_key(key: str) -> str:
 
 
 def entity_value(text: str, limit: int) -> str:
-    """`text` within `limit` characters; one that is cut says how long it was."""
+    """`text` within `limit` characters; one that is cut says how long it was. Bytes of a path that are not UTF-8 are
+    escaped."""
+    text = text.encode(errors="backslashreplace").decode()
     note = f" ... [cut, {len(text)} characters]"
     return text if len(text) <= limit else text[: limit - len(note)] + note

@@ -1,4 +1,4 @@
-"""What a run wants recorded, on disk before anything else sees it, and how much of it the store has taken.
+"""The outbox of a run: every record on disk before it is sent, and how many the store has taken.
 
 The folder `outbox/` of a run holds `events.jsonl`, one event a line and only ever appended to, and `sent.json`, which
 says how far two lanes got: `record` (parameters, tags, metrics, status) and `files` (artifacts), each in order, so
@@ -10,32 +10,37 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from wrapq.ownership import own
+
 FOLDER, EVENTS, SENT, LOCK, RESERVE = "outbox", "events.jsonl", "sent.json", "lock", "reserve"
-RESERVED = 1 << 16  # bytes set aside for the last words of a run that filled its disk
+RESERVED = 1 << 16  # bytes set aside for the last records of a run that filled its disk
 Lane = Literal["record", "files"]
 FILE_METHODS = frozenset({"artifact", "text", "register"})
 OPEN, FINISH, REOPEN = "open", "finish", "reopen"
 PARENT, SWEEP = "mlflow.parentRunId", "sweep_folder"
-"""Tags of a sweep's job: the sweep's run, as MLflow has it, and the sweep's folder."""
+"""Tags of a sweep's job: the id of the sweep's MLflow run, and the sweep's folder."""
+
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Event:
-    """One call on the store: `method` of `Store`, for the run that is open."""
+    """One call on the store: `method` of `MLflowStore`, for the run that is open."""
 
     method: str
     arguments: dict[str, Any] = field(default_factory=dict)
 
     @property
     def lane(self) -> Lane:
-        """The lane in which the event waits."""
+        """The lane that the event is sent in."""
         return "files" if self.method in FILE_METHODS else "record"
 
 
@@ -44,7 +49,7 @@ class Sent:
     """How far the events of an outbox got.
 
     Attributes:
-        state: `waiting` before the first try, `open`, `away` (cannot be reached now) or `refused` (will not have it).
+        state: `waiting` before the first try, `open`, `away` (cannot be reached now) or `refused`.
         reason: why, where the state is `away` or `refused`.
         tried: whether creating the run was tried, so that it may exist although no answer came.
         run_id: the run's id in the store, once it is known.
@@ -71,11 +76,7 @@ class Sent:
 
 
 class Outbox:
-    """The outbox of one run; the run's process appends, one other process sends.
-
-    Args:
-        folder: the run's folder, which exists.
-    """
+    """The outbox of the run in `folder`, which exists; the run's process appends, one other process sends."""
 
     def __init__(self, folder: Path) -> None:
         self.run_folder = Path(folder).resolve()
@@ -87,9 +88,9 @@ class Outbox:
         return self.events.is_file()
 
     def append(self, event: Event) -> None:
-        """Write an event down; raises `OSError` when that is not possible."""
+        """Append an event; raises `OSError` when that is not possible."""
         self.path.mkdir(exist_ok=True)
-        line = json.dumps({"method": event.method, "arguments": event.arguments}, ensure_ascii=False) + "\n"
+        line = json.dumps({"method": event.method, "arguments": event.arguments}) + "\n"
 
         def write() -> None:
             with self.events.open("ab") as file:
@@ -98,18 +99,18 @@ class Outbox:
         if event.method == OPEN:
             with contextlib.suppress(OSError):
                 (self.path / RESERVE).write_bytes(bytes(RESERVED))
-        self._with_room(write, self.mend)
+        self._with_room(write, self.drop_partial_line)
         if event.method == FINISH:
             (self.path / RESERVE).unlink(missing_ok=True)
 
-    def mend(self) -> None:
-        """Take away the beginning of a line that a process which died left unfinished."""
+    def drop_partial_line(self) -> None:
+        """Remove an incomplete last line, which a process that died leaves."""
         if self.exists():
             whole = self.events.read_bytes().rpartition(b"\n")
             os.truncate(self.events, len(whole[0]) + len(whole[1]))
 
     def read(self, offset: int = 0) -> Iterator[tuple[Event, int]]:
-        """The whole events from byte `offset` on, each with the offset of its end."""
+        """The complete events from byte `offset` on, each with the offset of its end; damaged ones are left out."""
         if not self.exists():
             return
         with self.events.open("rb") as file:
@@ -118,40 +119,47 @@ class Outbox:
                 if not line.endswith(b"\n"):  # is being written just now
                     return
                 offset += len(line)
-                yield Event(**json.loads(line)), offset
+                try:
+                    event = Event(**json.loads(line))
+                except (ValueError, TypeError):
+                    _log.warning("%s: the record before byte %d is damaged: left out", self.events, offset)
+                    continue
+                yield event, offset
 
     def opening(self) -> dict[str, Any]:
-        """The arguments of the first event, which say what the run is called and where it goes."""
-        return next(self.read())[0].arguments
+        """The arguments of the first event: the name of the run and its store; nothing where it is incomplete."""
+        return next((event.arguments for event, _ in self.read() if event.method == OPEN), {})
 
     def tags(self) -> dict[str, str]:
-        """The tags that the run was begun with; none where its first event is not whole."""
-        return next((event.arguments.get("tags", {}) for event, _ in self.read()), {})
+        """The tags that the run was opened with; none where its first event is incomplete."""
+        return self.opening().get("tags", {})
 
     def parent(self) -> str | None:
-        """The run of the sweep that this run is a job of, where the store does not know yet that it is."""
+        """The id of the parent run of a sweep's job, where the store does not link the two yet."""
         folder = None if self.sent().linked else self.tags().get(SWEEP)
         return None if folder is None else Outbox(Path(folder)).sent().run_id
 
     def finished(self) -> bool:
-        """Whether the last event about the run's status says that it ended."""
-        said = [event.method for event, _ in self.read() if event.method in (OPEN, REOPEN, FINISH)]
-        return bool(said) and said[-1] == FINISH
+        """Whether the last event on the run's status is its end."""
+        changes = [event.method for event, _ in self.read() if event.method in (OPEN, REOPEN, FINISH)]
+        return changes[-1:] == [FINISH]
 
     def count(self) -> int:
-        """How many events there are."""
+        """The number of events."""
         return sum(1 for _ in self.read())
 
     def sent(self) -> Sent:
-        """How far the events got."""
+        """How far the events were sent; where that is damaged, they are sent again to the run that has their key."""
         try:
-            said = json.loads((self.path / SENT).read_text(encoding="utf-8"))
-            return Sent(**{key: said[key] for key in Sent.__dataclass_fields__ if key in said})
+            state = json.loads((self.path / SENT).read_text(encoding="utf-8"))
+            return Sent(**{key: value for key, value in state.items() if key in Sent.__dataclass_fields__})
         except FileNotFoundError:
             return Sent()
+        except (OSError, ValueError, AttributeError):
+            return Sent(tried=True)
 
     def write_sent(self, sent: Sent) -> None:
-        """Replace what is known of how far the events got."""
+        """Record how far the events were sent."""
         self.path.mkdir(exist_ok=True)
         partial = self.path / f".{SENT}.partial"
         try:
@@ -161,7 +169,7 @@ class Outbox:
             partial.unlink(missing_ok=True)
 
     def _with_room(self, write: Callable[[], object], mend: Callable[[], object] = lambda: None) -> None:
-        """Let `write` run, and where the disk is full again in the room that was set aside, after `mend`."""
+        """Run `write`; where the disk is full, `mend` and run it again in the space that was set aside."""
         try:
             write()
         except OSError:
@@ -170,34 +178,15 @@ class Outbox:
             write()
 
     @contextlib.contextmanager
-    def locked(self, seconds: float = 0.0) -> Iterator[bool]:
-        """Hold the right to send, waiting for it at most `seconds`; gives whether it was got.
+    def owned(self, seconds: float = 0.0) -> Iterator[None]:
+        """Own the outbox for sending, after waiting at most `seconds`; raises `InUseError`."""
+        with own(self.path / LOCK, f"the outbox of {self.run_folder}", seconds):
+            yield
 
-        Where the system has no file locks it is always given.
-        """
-        if os.name == "nt":
-            yield True
-            return
-        import fcntl
-
-        self.path.mkdir(exist_ok=True)
-        end = time.monotonic() + seconds
-        with (self.path / LOCK).open("w") as file:
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() >= end:
-                        yield False
-                        return
-                    time.sleep(0.05)
-            yield True
-
-    def close_for_the_dead(self) -> None:
-        """End the record of a run whose process ended without doing so, at the time it was last heard of."""
+    def close_abandoned(self) -> None:
+        """Close a run whose process died, as killed at the time of its last event."""
         when = int(self.events.stat().st_mtime * 1000)
         reason = "the process of the run ended without a word"
-        self.mend()
+        self.drop_partial_line()
         self.append(Event("tags", {"values": {"failure": reason}}))
         self.append(Event(FINISH, {"status": "KILLED", "time": when}))

@@ -1,14 +1,14 @@
-"""Which store a run is recorded in, and how it is looked at."""
+"""Addresses of tracking stores, and how a store is looked at."""
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wrapq.redact import redact
-from wrapq.tracking.base import Tracker, TrackingError
-from wrapq.tracking.null import NullTracker
+from wrapq.tracking.base import TrackingError
 
 if TYPE_CHECKING:
     from wrapq.recipe.schema import Settings
@@ -16,18 +16,22 @@ if TYPE_CHECKING:
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 
 
-def make_tracker(settings: Settings) -> Tracker:
-    """The tracker that `settings.tracking` asks for; imports nothing heavy and writes nothing before `start`."""
-    if not settings.tracking.enabled:
-        return NullTracker()
-    from wrapq.tracking.mlflow import MLflowTracker
-
-    return MLflowTracker(store_uri(settings), settings.tracking.experiment, Path(settings.paths.outputs))
-
-
 def store_uri(settings: Settings) -> str:
-    """`tracking.uri`, or when it is not set the database `mlflow.db` in the outputs folder."""
-    return settings.tracking.uri or f"sqlite:///{Path(settings.paths.outputs).expanduser().resolve() / 'mlflow.db'}"
+    """`tracking.uri`, or when it is not set the database `mlflow.db` in the outputs folder.
+
+    Raises:
+        TrackingError: an address cannot hold the name of that folder.
+    """
+    if settings.tracking.uri:
+        return settings.tracking.uri
+    database = Path(settings.paths.outputs).expanduser().resolve() / "mlflow.db"
+    if found := re.search(r"\?|%[0-9A-Fa-f]{2}|[\ud800-\udfff]", str(database)):
+        raise TrackingError(
+            f"the address of '{database}' would mean another file, for its {found[0]!r}: choose another folder with "
+            "paths.outputs=FOLDER or another store with tracking.uri=..., or run without tracking: "
+            "tracking.enabled=false"
+        )
+    return f"sqlite:///{database}"
 
 
 def is_remote(uri: str) -> bool:
@@ -46,11 +50,8 @@ def artifact_location(uri: str, outputs: Path) -> str | None:
 
 
 def ui_command(uri: str, outputs: Path, host: str = "127.0.0.1", port: int = 5000) -> list[str]:
-    """The command that serves the store in a browser.
-
-    Raises:
-        TrackingError: the store is a server, which has its own pages, or nothing was recorded in it yet.
-    """
+    """The command that serves the store in a browser; raises `TrackingError` where it is a server, which has its own
+    pages, or nothing was recorded in it yet."""
     if uri.startswith(("http://", "https://")):
         raise TrackingError(f"the tracking store is already served: open {redact(uri)}")
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():

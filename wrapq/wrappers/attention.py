@@ -8,18 +8,18 @@ none is stored.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from wrapq.errors import ModelError
+from wrapq.observers.forward_context import in_context
 from wrapq.runtime.rotation import ONLINE
 from wrapq.wrappers.base import Point, Wrapper
-from wrapq.wrappers.quantizer import VISIBLE
-from wrapq.wrappers.registry import WRAPPERS
+from wrapq.wrappers.wrapper_registry import WRAPPERS
 
 IMPLEMENTATION = "wrapq"
 """The name under which the function is registered with transformers."""
@@ -32,7 +32,7 @@ class Attention(Wrapper):
     """Scaled dot-product attention with all its tensors as points.
 
     `query`, `key` and `value` are [B, H, T, D] after position encoding, `key` and `value` as the cache holds them,
-    `query` and `key` turned where an online rotation does; `scores` [B, H, T, S] before the mask is added, `probs`
+    `query` and `key` rotated where an online rotation does; `scores` [B, H, T, S] before the mask is added, `probs`
     after softmax, `context` [B, T, H, D] their product with value.
     """
 
@@ -52,7 +52,6 @@ class Attention(Wrapper):
 
     @classmethod
     def width(cls, module: nn.Module, point: str) -> int | None:
-        """See `Wrapper.width`."""
         size = getattr(module, "head_dim", None)
         return size if isinstance(size, int) and point not in ("scores", "probs") else None
 
@@ -89,17 +88,16 @@ def attention_forward(
     Returns:
         The context [B, T, H, D] and the probabilities [B, H, T, S].
     """
-    wrapped = isinstance(module, Attention)
-    if not wrapped and softcap is None:
+    if not isinstance(module, Attention) and softcap is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         terms = {"dropout": dropout, "scaling": scaling, "position_bias": position_bias, **kwargs}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **terms)
     if kwargs.get("s_aux") is not None:
         raise ModelError(f"{type(module).__name__} uses attention sinks, which the attention points do not cover")
-    q: Callable[..., Tensor] = module.q if isinstance(module, Attention) else _unquantized
-    if wrapped and (turn := module._modules.get(ONLINE)) is not None:
-        query, key = turn(query), turn(key)
+    q: Callable[..., Tensor] = module.q if isinstance(module, Attention) else lambda point, x, token_dim=1: x
+    if isinstance(module, Attention) and (rotate := module._modules.get(ONLINE)) is not None:
+        query, key = rotate(query), rotate(key)
     repeat = query.shape[1] // key.shape[1]
     key, value = q("key", key, _HEADS_FIRST), q("value", value, _HEADS_FIRST)
     if repeat > 1:
@@ -122,20 +120,11 @@ def attention_forward(
     return q("context", (probs @ value).transpose(1, 2).contiguous()), probs
 
 
-@contextmanager
-def _visible(scores: Tensor, hidden: Tensor) -> Iterator[None]:
+def _visible(scores: Tensor, hidden: Tensor) -> AbstractContextManager[None]:
     """While this holds, only scores [B, H, T, S] that are not `hidden` enter a statistic.
 
     A mask with heads of its own says nothing here: what it hides counts as zero.
     """
     shared = hidden.dim() == len(scores.shape) and hidden.shape[1] == 1
     batch, _, queries, keys = scores.shape
-    token = VISIBLE.set(~hidden[:, 0].expand(batch, queries, keys) if shared else None)
-    try:
-        yield
-    finally:
-        VISIBLE.reset(token)
-
-
-def _unquantized(point: str, x: Tensor, token_dim: int = 1) -> Tensor:
-    return x
+    return in_context(visible=~hidden[:, 0].expand(batch, queries, keys) if shared else None)

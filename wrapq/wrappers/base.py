@@ -10,16 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from wrapq.errors import LifecycleError
+from wrapq.observers.forward_context import forward_context
 from wrapq.quant.spec import QuantSpec
-from wrapq.runtime.module import (
-    QuantizedModule,
-    add_low_rank,
-    added_bias,
-    combined_class,
-    new_quantized,
-    shadow,
-)
-from wrapq.wrappers.quantizer import STREAM, Quantizer, State, WeightQuantizer
+from wrapq.runtime.module import QuantizedModule, add_low_rank, added_bias, combined_class, new_quantized, shadow
+from wrapq.wrappers.quantizer import Quantizer, State, WeightQuantizer
 
 
 @dataclass(frozen=True)
@@ -68,7 +62,7 @@ class Wrapper(nn.Module):
         """`x` [..., K] as the point called `point` lets it through; tokens lie along `token_dim`."""
         raise NotImplementedError
 
-    def meet(self, raw: Tensor, x: Tensor) -> Tensor:
+    def on_weight_input(self, raw: Tensor, x: Tensor) -> Tensor:
         """Announce that the weight is about to multiply `x`, which is `raw` after quantization; returns `x`."""
         return x
 
@@ -130,9 +124,8 @@ class QuantModuleBase(nn.Module):
         """A stand-in for `module` with a quantizer for each entry of `specs`; the module itself is not changed."""
         names = [point.name for point in wrapper.points]
         if unknown := sorted(set(specs) - set(names)):
-            raise LifecycleError(
-                f"{name} ({type(module).__name__}) has no point {unknown[0]!r}; it has: {', '.join(names)}"
-            )
+            where = f"{name} ({type(module).__name__})"
+            raise LifecycleError(f"{where} has no point {unknown[0]!r}; it has: {', '.join(names)}")
         new = shadow(module, combined_class("Quant", cls, wrapper, type(module)))
         # not in the table of children, where it would appear in the state dict a second time
         new.__dict__["original"], new.__dict__["wrapper"] = module, wrapper
@@ -141,12 +134,6 @@ class QuantModuleBase(nn.Module):
             {p.name: make[p.role](specs[p.name], f"{name}.{p.name}") for p in wrapper.points if p.name in specs}
         )
         return new
-
-    @property
-    def state(self) -> State | None:
-        """The state of the points, or None while they differ."""
-        states = {quantizer.state for quantizer in self.point_quantizers().values()}
-        return states.pop() if len(states) == 1 else None
 
     def point_quantizers(self) -> dict[str, Quantizer]:
         """The quantizer of each point that has one, by the point's name."""
@@ -179,7 +166,7 @@ class QuantModuleBase(nn.Module):
         return bias if quantizer is None or quantizer.bias is None else added_bias(bias, quantizer.bias, self.weight)
 
     def repaired(self, x: Tensor, y: Tensor) -> Tensor:
-        """See `Wrapper.repaired`."""
+        """The output `y` of the input `x` with what a low-rank correction of the rounded weight adds."""
         quantizer = self._weight_in_force()
         if quantizer is None or quantizer.lora_a is None or quantizer.lora_b is None:
             return y
@@ -187,10 +174,10 @@ class QuantModuleBase(nn.Module):
 
     def _weight_in_force(self) -> WeightQuantizer | None:
         """The weight's point, where the weight that is computed with is the quantized one."""
-        quantizer, stream = self.weight_quantizer, STREAM.get()
+        quantizer, calibration = self.weight_quantizer, forward_context().calibration
         if quantizer is None or quantizer.state is not State.QUANTIZED or not quantizer.enabled:
             return None
-        return quantizer if stream is None or stream.quantizes else None
+        return quantizer if calibration is None or calibration.quantizes else None
 
     def float_matrix(self) -> Tensor:
         """The float weight as a matrix [N, K]."""
@@ -204,24 +191,19 @@ class QuantModuleBase(nn.Module):
         """`x` as the point lets it through; a point without a spec lets it through unchanged."""
         return self.quantizers[point](x, token_dim) if point in self.quantizers else x
 
-    def meet(self, raw: Tensor, x: Tensor) -> Tensor:
-        """See `Wrapper.meet`."""
-        quantizer = self.weight_quantizer
-        if quantizer is not None and quantizer.state is State.OBSERVING and (stream := STREAM.get()) is not None:
-            stream.meet(self, raw, x)
+    def on_weight_input(self, raw: Tensor, x: Tensor) -> Tensor:
+        quantizer, calibration = self.weight_quantizer, forward_context().calibration
+        if quantizer is not None and quantizer.state is State.OBSERVING and calibration is not None:
+            calibration.on_weight_input(self, raw, x)
         return x
 
     def converted(self) -> QuantizedModule:
-        """The module that holds integers and parameters instead of float weights, with the same outputs.
-
-        Raises:
-            LifecycleError: for a point that is not quantized, by name.
-        """
-        quantizers, specs = self.point_quantizers(), {}
-        for name, quantizer in quantizers.items():
+        """The module that holds integers and parameters instead of float weights, with the same outputs; raises
+        `LifecycleError` naming a point that is not quantized."""
+        quantizers = self.point_quantizers()
+        for quantizer in quantizers.values():
             quantizer.freeze()
-            specs[name] = quantizer.spec
-        new = new_quantized(self.original, self.wrapper, specs)
+        new = new_quantized(self.original, self.wrapper, {name: q.spec for name, q in quantizers.items()})
         new.__dict__["_modules"] = {k: v for k, v in self._modules.items() if k != "quantizers"}
         for name, quantizer in quantizers.items():
             if isinstance(quantizer, WeightQuantizer):

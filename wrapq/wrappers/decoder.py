@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from wrapq.wrappers.base import INPUT, OUTPUT, Point, Wrapper
-from wrapq.wrappers.registry import WRAPPERS
+from wrapq.wrappers.wrapper_registry import WRAPPERS
 
 
 @WRAPPERS.register("transformers.models.llama.modeling_llama.LlamaMLP")
@@ -28,7 +28,6 @@ class GatedMLP(Wrapper):
 
     @classmethod
     def width(cls, module: nn.Module, point: str) -> int | None:
-        """See `Wrapper.width`."""
         return getattr(module.gate_proj, "out_features" if point == "mul" else "in_features", None)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -51,7 +50,6 @@ class DecoderLayer(Wrapper):
 
     @classmethod
     def width(cls, module: nn.Module, point: str) -> int | None:
-        """See `Wrapper.width`."""
         weight = getattr(module.input_layernorm, "weight", None)
         return None if weight is None else weight.shape[-1]
 

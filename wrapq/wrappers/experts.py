@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate, chain
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from wrapq.observers.forward_context import forward_context, in_context
 from wrapq.runtime.module import shadow
 from wrapq.runtime.rotation import ONLINE
-from wrapq.wrappers.quantizer import PADDING
 
 _FIRST = ("gate_up_proj", "up_proj")
 _LAYOUT = ("num_experts", "has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate")
@@ -50,7 +51,6 @@ class Expert(nn.Module):
         self.down_proj = _linear(*_part(fused, "down_proj", index))
 
     def forward(self, x: Tensor) -> Tensor:
-        """The expert's output for its tokens `x` [M, K]."""
         if "gate_proj" in self._modules:
             inner = self.rest.act_fn(self.gate_proj(x)) * self.up_proj(x)
         elif "gate_up_proj" in self._modules:
@@ -72,8 +72,8 @@ class Experts(nn.ModuleList):
         self.__dict__["fused"] = fused  # no child: its tensors are not the model's meanwhile
 
     @property
-    def turns(self) -> bool:
-        """Whether a linear of an expert turns its input at each forward."""
+    def rotates(self) -> bool:
+        """Whether a linear of an expert rotates its input at each forward."""
         return any(ONLINE in linear._modules for expert in self for linear in expert.children())
 
     @torch.no_grad()
@@ -87,24 +87,22 @@ class Experts(nn.ModuleList):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The sum of what its experts make of each token [M, K], weighted, as transformers' own forward has it."""
-        total, mask = torch.zeros_like(hidden_states), PADDING.get()
+        total, mask = torch.zeros_like(hidden_states), forward_context().padding
         real = mask.flatten() if mask is not None and mask.numel() == len(hidden_states) else None
         for index, expert in enumerate(self):
             rows, places = torch.where(top_k_index == index)
             if not len(rows):
                 continue  # it sees nothing, rather than no tokens
-            token = PADDING.set(mask if real is None else real[rows])
-            try:
+            with in_context(padding=mask if real is None else real[rows]):
                 y = expert(hidden_states[rows])
-            finally:
-                PADDING.reset(token)
             total.index_add_(0, rows, (y * top_k_weights[rows, places, None]).to(total.dtype))
         return total
 
 
 def take_apart(model: nn.Module, names: Iterable[str] | None = None) -> nn.Module:
     """Give `model`, in place, experts that are modules: those with any of `names` inside, or all; returns the model."""
-    wanted = None if names is None else {name for full in names for name in _above(full)}
+    parents = (accumulate(name.split(".")[:-1], "{}.{}".format) for name in names or ())
+    wanted = None if names is None else set(chain.from_iterable(parents))
     for name, module in list(model.named_modules()):
         if name and can_be_taken_apart(module) and (wanted is None or name in wanted):
             model.set_submodule(name, Experts(module))
@@ -113,9 +111,9 @@ def take_apart(model: nn.Module, names: Iterable[str] | None = None) -> nn.Modul
 
 def put_together(model: nn.Module) -> nn.Module:
     """Undo `take_apart`: the modules of transformers come back, with the weights that the experts have by now. Experts
-    that turn what comes to them at each forward, which those modules do not, stay as they are."""
+    that rotate what comes to them at each forward, which those modules do not, stay as they are."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, Experts) and "fused" in module.__dict__ and not module.turns:
+        if isinstance(module, Experts) and "fused" in module.__dict__ and not module.rotates:
             module.write_back()
             model.set_submodule(name, cast(nn.Module, module.fused))
     return model
@@ -139,15 +137,11 @@ def forget_fused(model: nn.Module) -> None:
 
 def can_be_taken_apart(module: nn.Module) -> bool:
     """Whether `module` is transformers' kind of experts, of a layout that is known here."""
+    if isinstance(module, torch.jit.ScriptModule):  # whose tables are not those of a module
+        return False
     first = next((key for key in _FIRST if isinstance(module._parameters.get(key), nn.Parameter)), None)
     known = first is not None and module._parameters.get("down_proj") is not None
     return known and all(hasattr(module, key) for key in _LAYOUT) and not getattr(module, "has_post_expert_norm", False)
-
-
-def _above(name: str) -> Iterator[str]:
-    while "." in name:
-        name = name.rpartition(".")[0]
-        yield name
 
 
 def _first(fused: Any) -> str:

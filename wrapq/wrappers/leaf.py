@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from wrapq.wrappers.base import INPUT, OUTPUT, WEIGHT, Point, Wrapper
-from wrapq.wrappers.registry import WRAPPERS
+from wrapq.wrappers.wrapper_registry import WRAPPERS
 
 _IMAGES = tuple(replace(point, fixed_axes=None) for point in (INPUT, OUTPUT))
 """Of modules that images go through, whose channels are not the last axis."""
@@ -24,7 +24,7 @@ class Leaf(Wrapper):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The module's own forward on the quantized input; what a subclass takes besides goes to it as it is."""
         quantized = self.q("input", x)
-        met = self.meet(x, quantized) if self.multiplies(self) else quantized
+        met = self.on_weight_input(x, quantized) if self.multiplies(self) else quantized
         return self.q("output", self.repaired(met, super().forward(met, *args, **kwargs)))
 
 
@@ -36,12 +36,10 @@ class Linear(Leaf):
 
     @classmethod
     def multiplies(cls, module: nn.Module) -> bool:
-        """See `Wrapper.multiplies`."""
         return True
 
     @classmethod
     def width(cls, module: nn.Module, point: str) -> int | None:
-        """See `Wrapper.width`."""
         rows, columns = cls.to_matrix(cast(Tensor, module.weight)).shape
         return columns if point == "input" else rows
 
@@ -56,12 +54,10 @@ class Conv1D(Linear):
 
     @staticmethod
     def to_matrix(weight: Tensor) -> Tensor:
-        """[K, N] to [N, K]."""
         return weight.t().contiguous()
 
     @staticmethod
     def from_matrix(matrix: Tensor, layout: torch.Size) -> Tensor:
-        """[N, K] to [K, N]."""
         return matrix.t()
 
 
@@ -74,22 +70,21 @@ class Conv(Leaf):
 
     @classmethod
     def fixed_axes(cls, module: nn.Module, point: Point) -> tuple[int, ...] | None:
-        """See `Wrapper.fixed_axes`: channels lie before the dimensions of the image, which the data decides."""
+        """The axis of the channels, which lie before the dimensions of the image, which the data decides."""
         return (-1 - len(cast(nn.Conv2d, module).kernel_size),)
 
     @classmethod
     def multiplies(cls, module: nn.Module) -> bool:
-        """See `Wrapper.multiplies`."""
         return True
 
     @classmethod
     def groups(cls, module: nn.Module) -> int:
-        """See `Wrapper.groups`: those of the convolution, as many as channels in a depthwise one."""
+        """Those of the convolution, as many as channels in a depthwise one."""
         return cast(nn.Conv2d, module).groups
 
     @classmethod
     def reads(cls, module: nn.Module) -> tuple[object, ...]:
-        """See `Wrapper.reads`: the kernel and its way over the image."""
+        """The kernel and how it moves over the image."""
         conv = cast(nn.Conv2d, module)
         return conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.padding_mode, conv.groups
 
@@ -118,7 +113,6 @@ class Embedding(Wrapper):
 
     @classmethod
     def width(cls, module: nn.Module, point: str) -> int | None:
-        """See `Wrapper.width`."""
         return cast(Tensor, module.weight).shape[-1]
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -134,7 +128,6 @@ class LayerNorm(Leaf):
 
     @classmethod
     def width(cls, module: nn.Module, point: str) -> int | None:
-        """See `Wrapper.width`."""
         return cast(nn.LayerNorm, module).normalized_shape[-1]
 
 
@@ -146,39 +139,26 @@ class RMSNorm(Leaf):
 
     @classmethod
     def width(cls, module: nn.Module, point: str) -> int | None:
-        """See `Wrapper.width`."""
         weight = module._parameters.get("weight")
         return None if weight is None else weight.shape[-1]
 
     @staticmethod
     def matches(module: nn.Module) -> bool:  # type: ignore[override]
         """A class called ...RMSNorm with one vector as its only parameter and no children."""
-        parameters = dict(module.named_parameters())
-        return (
-            type(module).__name__.endswith("RMSNorm")
-            and list(parameters) == ["weight"]
-            and parameters["weight"].dim() == 1
-            and not any(module.children())
-        )
+        found = [(name, parameter.dim()) for name, parameter in module.named_parameters()]
+        return type(module).__name__.endswith("RMSNorm") and found == [("weight", 1)] and not any(module.children())
+
+
+_TORCH = ("SiLU", "GELU", "ReLU", "ReLU6", "Sigmoid", "Tanh", "Softmax")
+_TRANSFORMERS = (
+    *("SiLUActivation", "GELUActivation", "GELUTanh", "NewGELUActivation"),
+    *("FastGELUActivation", "QuickGELUActivation", "ReLUSquaredActivation"),
+)
 
 
 @WRAPPERS.register(
-    *(
-        f"torch.nn.modules.activation.{name}"
-        for name in ("SiLU", "GELU", "ReLU", "ReLU6", "Sigmoid", "Tanh", "Softmax")
-    ),
-    *(
-        f"transformers.activations.{name}"
-        for name in (
-            "SiLUActivation",
-            "GELUActivation",
-            "GELUTanh",
-            "NewGELUActivation",
-            "FastGELUActivation",
-            "QuickGELUActivation",
-            "ReLUSquaredActivation",
-        )
-    ),
+    *(f"torch.nn.modules.activation.{name}" for name in _TORCH),
+    *(f"transformers.activations.{name}" for name in _TRANSFORMERS),
 )
 class Activation(Leaf):
     """Elementwise functions and softmax, without parameters."""

@@ -10,12 +10,12 @@ from torch import nn
 from wrapq.errors import LifecycleError, ModelError
 from wrapq.quant.spec import QuantSpec
 from wrapq.runtime.module import QuantizedModule
-from wrapq.runtime.rotation import ONLINE, OnlineRotation, turn_inputs
+from wrapq.runtime.rotation import ONLINE, OnlineRotation, rotate_inputs
 from wrapq.wrappers.attention import Attention, use_attention_points
 from wrapq.wrappers.base import QuantModuleBase
 from wrapq.wrappers.experts import forget_fused, put_together, take_apart
 from wrapq.wrappers.quantizer import Quantizer
-from wrapq.wrappers.registry import WRAPPERS
+from wrapq.wrappers.wrapper_registry import WRAPPERS
 
 Specs = Mapping[str, Mapping[str, QuantSpec]]
 """For each module, by name, the spec of each of its points."""
@@ -41,7 +41,11 @@ def wrap_model(model: nn.Module, specs: Specs) -> nn.Module:
         put_together(model)
         raise
     model = _place(model, wrapped)
-    _switch_attention(wrapped.values())
+    attentions = [module for module in wrapped.values() if isinstance(module, Attention)]
+    for module in attentions:
+        module.__dict__["original_implementation"] = module.config._attn_implementation
+    for module in attentions:  # once all know theirs: they share a configuration
+        use_attention_points(module.config)
     return model
 
 
@@ -80,27 +84,36 @@ def convert_model(model: nn.Module) -> nn.Module:
     wrapped = dict(iter_wrapped(model))
     if not wrapped:
         raise LifecycleError("the model is not prepared: nothing to convert")
-    failures = [str(error) for q in iter_quantizers(model) if (error := _failure(q)) is not None]
-    if failures:
+    if failures := unready(iter_quantizers(model)):
         more = f"\n  and {len(failures) - 10} more" if len(failures) > 10 else ""
         raise LifecycleError("cannot convert:\n  " + "\n  ".join(failures[:10]) + more)
     shared: dict[int, QuantizedModule] = {}
     converted: dict[str, Any] = {name: module.converted() for name, module in wrapped.items()}
     for name, module in wrapped.items():
         if module.weight_quantizer is not None:
-            twin = shared.setdefault(id(module._parameters["weight"]), converted[name])
-            converted[name].share_weight(twin)
+            converted[name].share_weight(shared.setdefault(id(module._parameters["weight"]), converted[name]))
     model = _place(model, converted)
     forget_fused(model)
     return model
 
 
+def unready(points: Iterable[Quantizer]) -> list[str]:
+    """Why each of `points` that is neither quantized nor saw data cannot be converted."""
+    failures = []
+    for quantizer in points:
+        try:
+            quantizer.check()
+        except LifecycleError as error:
+            failures.append(str(error))
+    return failures
+
+
 def add_rotation(module: nn.Module, rotation: OnlineRotation) -> Callable[[], object]:
-    """Let the float `module` turn what comes to it at each forward: an attention its queries and keys once it is
+    """Let the float `module` rotate what comes to it at each forward: an attention its queries and keys once it is
     wrapped, any other its input. Returns what undoes it."""
     module.register_module(ONLINE, rotation)
     wrapper = WRAPPERS.find(module)
-    hook = None if wrapper is not None and issubclass(wrapper, Attention) else turn_inputs(module)
+    hook = None if wrapper is not None and issubclass(wrapper, Attention) else rotate_inputs(module)
 
     def undo() -> None:
         module._modules.pop(ONLINE)
@@ -132,19 +145,3 @@ def _place(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
         parent, _, child = name.rpartition(".")
         model.get_submodule(parent)._modules[child] = places[name]
     return model
-
-
-def _switch_attention(modules: Iterable[QuantModuleBase]) -> None:
-    attentions = [module for module in modules if isinstance(module, Attention)]
-    for module in attentions:
-        module.__dict__["original_implementation"] = module.config._attn_implementation
-    for module in attentions:
-        use_attention_points(module.config)
-
-
-def _failure(quantizer: Quantizer) -> LifecycleError | None:
-    try:
-        quantizer.check()
-    except LifecycleError as error:
-        return error
-    return None

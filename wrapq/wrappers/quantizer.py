@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from contextvars import ContextVar
-from typing import Protocol, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from wrapq.errors import LifecycleError, SpecError
 from wrapq.observers.base import Observer, make_observer
+from wrapq.observers.forward_context import forward_context
 from wrapq.quant.affine import dynamic_fake_quantize
 from wrapq.quant.qparams import QParams
 from wrapq.quant.spec import QuantSpec
@@ -23,37 +23,6 @@ class State(enum.Enum):
     FLOAT = "float"
     OBSERVING = "observing"
     QUANTIZED = "quantized"
-
-
-PADDING: ContextVar[Tensor | None] = ContextVar("padding", default=None)
-"""Mask [B, T] of the real tokens of the batch being run, or None where every token is real."""
-
-
-VISIBLE: ContextVar[Tensor | None] = ContextVar("visible", default=None)
-"""While attention scores are observed: mask [B, T, S] of those that the attention mask does not hide."""
-
-
-class Stream(Protocol):
-    """The forward that is running, where a walk of calibration data runs it."""
-
-    quantizes: bool
-    """False lets every point that is quantized already pass its tensor on unchanged."""
-
-    def observe(self, point: Quantizer, x: Tensor) -> None:
-        """The tensor of a static activation point, real tokens only, which is still open; may wait until it is not."""
-
-    def meet(self, module: nn.Module, raw: Tensor, x: Tensor) -> None:
-        """The input of a wrapped module as it came, and quantized, as its weight, which is still open, multiplies it;
-        may wait until the weight is rounded."""
-
-
-STREAM: ContextVar[Stream | None] = ContextVar("stream", default=None)
-"""Set by a walk; without it a point observes whatever comes, as in a user's own calibration loop."""
-
-
-_CORRECTIONS = ("bias", "lora_a", "lora_b")
-_BUFFERS = ("scale", "zero_point", "permutation", "global_scale", "dynamic")
-"""The parameters; `dynamic` is true in a dynamic point that quantizes, which a state dict could not tell otherwise."""
 
 
 class Quantizer(nn.Module):
@@ -68,6 +37,8 @@ class Quantizer(nn.Module):
         report: what the observer had to say of its choice, by name; the error of each observer where several compete.
     """
 
+    kept: ClassVar[tuple[str, ...]] = ("scale", "zero_point", "permutation", "global_scale", "dynamic")
+    """The buffers; `dynamic` is true in a dynamic point that quantizes, which a state dict could not tell otherwise."""
     scale: Tensor | None
     zero_point: Tensor | None
     permutation: Tensor | None
@@ -80,7 +51,7 @@ class Quantizer(nn.Module):
         self.state = State.FLOAT
         self.observer: Observer | None = None
         self.report: dict[str, dict[str, float]] = {}
-        for name in _BUFFERS:
+        for name in self.kept:
             self.register_buffer(name, None)
 
     @property
@@ -92,7 +63,7 @@ class Quantizer(nn.Module):
 
     def observe(self) -> None:
         """Start anew: forget parameters and observations, and observe from here on."""
-        for name in _BUFFERS:
+        for name in self.kept:
             setattr(self, name, None)
         self.observer = None if self.spec.dynamic else make_observer(self.spec)
         self.state = State.OBSERVING
@@ -110,18 +81,12 @@ class Quantizer(nn.Module):
         if self.state is State.FLOAT:
             raise LifecycleError(f"{self.where} has not been observing: prepare the model first")
         if self.state is State.OBSERVING and self.observer is not None and self.observer.empty:
-            raise LifecycleError(
-                f"{self.where} ({self.spec}) saw no data: run calibration batches through the model before "
-                f"converting it, or leave the point out"
-            )
+            remedy = "run calibration batches through the model before converting it, or leave the point out"
+            raise LifecycleError(f"{self.where} ({self.spec}) saw no data: {remedy}")
 
     def freeze(self) -> None:
-        """Turn what was observed into parameters and quantize from here on.
-
-        Raises:
-            LifecycleError: when the point never observed, or no tensor ever reached it.
-            CalibrationError: when what it saw holds NaN or infinity.
-        """
+        """Turn what was observed into parameters and quantize from here on; raises `LifecycleError` as `check`, and
+        `CalibrationError` when NaN or infinity was seen."""
         self.check()
         if self.state is State.OBSERVING and self.spec.dynamic:
             self.dynamic, self.state = torch.tensor(True), State.QUANTIZED
@@ -129,21 +94,18 @@ class Quantizer(nn.Module):
             self.set_qparams(cast(Observer, self.observer).qparams(self.where))
 
     def forward(self, x: Tensor, token_dim: int = 1) -> Tensor:
-        """`x` [..., K] observed or quantized, as the state says; tokens lie along `token_dim`.
-
-        Raises:
-            SpecError: granularity head for a tensor whose heads do not lie before its tokens, [B, H, T, D].
-        """
+        """`x` [..., K] observed or quantized, as the state says; tokens lie along `token_dim`. Raises `SpecError` for
+        granularity head and a tensor whose heads do not lie before its tokens, [B, H, T, D]."""
         if self.spec.granularity == "head" and (x.dim() != 4 or token_dim != 2):
             raise SpecError(f"{self.where}: {self.spec} is for query, key, value, scores and probs of an attention")
-        stream = STREAM.get()
+        calibration = forward_context().calibration
         if self.state is State.OBSERVING and not self.spec.dynamic:
             real = real_tokens(x.detach(), token_dim)
-            if stream is None:
+            if calibration is None:
                 cast(Observer, self.observer).update(real)
             else:
-                stream.observe(self, real)
-        if self.state is not State.QUANTIZED or not self.enabled or not (stream is None or stream.quantizes):
+                calibration.on_activation(self, real)
+        if self.state is not State.QUANTIZED or not self.enabled or not (calibration is None or calibration.quantizes):
             return x
         if torch.is_grad_enabled() and x.requires_grad:
             return cast(Tensor, _StraightThrough.apply(x, self._quantized))
@@ -157,12 +119,15 @@ class Quantizer(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         # buffers that are still None would be reported as unexpected keys
-        for name in _BUFFERS:
+        for name in self.kept:
             if (saved := state_dict.get(prefix + name)) is not None and getattr(self, name) is None:
                 setattr(self, name, torch.empty_like(saved))
         super()._load_from_state_dict(state_dict, prefix, *args)
         if self.scale is not None or self.dynamic is not None:
             self.observer, self.state = None, State.QUANTIZED
+
+
+_ROUNDED = ("integers", "bias", "lora_a", "lora_b")
 
 
 class WeightQuantizer(Quantizer):
@@ -175,6 +140,7 @@ class WeightQuantizer(Quantizer):
         dequantized: the weight [N, K] they stand for, while it is kept.
     """
 
+    kept = (*Quantizer.kept, *_ROUNDED)
     integers: Tensor | None
     bias: Tensor | None
     lora_a: Tensor | None
@@ -182,14 +148,11 @@ class WeightQuantizer(Quantizer):
 
     def __init__(self, spec: QuantSpec, where: str) -> None:
         super().__init__(spec, where)
-        for name in ("integers", *_CORRECTIONS):
-            self.register_buffer(name, None)
         self.dequantized: Tensor | None = None
 
     def observe(self) -> None:
         super().observe()
-        self.observer = self.integers = self.dequantized = None
-        self.bias = self.lora_a = self.lora_b = None
+        self.observer = self.dequantized = None
 
     def freeze(self) -> None:
         self.check()
@@ -211,9 +174,8 @@ class WeightQuantizer(Quantizer):
 
     def check(self) -> None:
         if self.integers is None:
-            raise LifecycleError(
-                f"{self.where} ({self.spec}) has not been rounded: the stack needs a rounding algorithm"
-            )
+            where = f"{self.where} ({self.spec})"
+            raise LifecycleError(f"{where} has not been rounded: the stack needs a rounding algorithm")
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """The dequantized weight [N, K], kept until the integers change."""
@@ -230,10 +192,10 @@ class WeightQuantizer(Quantizer):
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
-        for name in ("integers", *_CORRECTIONS):
-            if (saved := state_dict.get(prefix + name)) is not None:
-                setattr(self, name, torch.empty_like(saved))
-                self.dequantized = None
+        self.dequantized = None
+        for name in _ROUNDED:
+            if state_dict.get(prefix + name) is not None:
+                setattr(self, name, None)  # whatever its size
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -257,7 +219,7 @@ def real_tokens(x: Tensor, token_dim: int) -> Tensor:
     Batch and tokens become one dimension, where the tokens were: of [B, H, T, D] what is left is [H, tokens, D]. Of
     attention scores [B, H, T, S] it is those that are not masked, [H, scores, 1].
     """
-    mask, visible = PADDING.get(), VISIBLE.get()
+    mask, visible = forward_context().padding, forward_context().visible
     if visible is not None:
         if mask is not None and mask.shape == visible.shape[:2]:
             visible = visible & mask[..., None]

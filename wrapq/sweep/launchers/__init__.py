@@ -1,1 +1,1 @@
-"""What runs the jobs of a sweep: one file and one registered class per engine."""
+"""Launchers, which run the jobs of a sweep: one file and one registered class per engine."""

@@ -1,62 +1,64 @@
-"""What a launcher is, and its registry."""
+"""The launcher contract: how the jobs of a sweep are run, and the registry of the ways."""
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from wrapq.recipe.schema import Launcher as Config
-from wrapq.registry import Registry
-from wrapq.sweep.jobs import FAILED, Job, Outcome
-from wrapq.sweep.options import SweepOptions, check_options
+from wrapq.errors import ProblemsError
+from wrapq.registry import Configurable, Place, Registry, build
+from wrapq.sweep.job import FAILED, Job, Outcome, SweepError
+
+if TYPE_CHECKING:
+    from wrapq.recipe.schema import LauncherSettings
 
 Work = Callable[[Job], Outcome]
 LAUNCHERS: Registry[type[Launcher]] = Registry("launcher", "wrapq.sweep.launchers")
 
 
-class Launcher(ABC):
+class Launcher(Configurable, ABC):
     """Runs jobs, some at a time, in processes of its own or not.
 
-    A subclass declares its options as a nested `Options` and registers itself:
+    A subclass registers itself:
 
         @LAUNCHERS.register("joblib")
         class Joblib(Launcher): ...
 
     Attributes:
-        options: the validated options.
         folder: the sweep's, for files of its own.
         shares_machine: whether the jobs that run at a time share this machine's cores.
+        starts_processes: whether jobs run in processes that the launcher starts.
     """
 
-    Options: ClassVar[type[SweepOptions]] = SweepOptions
+    folder = Path()
     shares_machine = True
+    starts_processes: ClassVar[bool] = True
 
-    def __init__(self, options: SweepOptions) -> None:
-        self.options: Any = options
-        self.folder = Path()
-
-    def check(self) -> None:  # noqa: B027 - most need nothing
+    def check(self) -> None:
         """Refuse early what cannot work here; raises `WrapqError`."""
 
     @property
     @abstractmethod
     def width(self) -> int:
-        """How many jobs run at a time."""
+        """The number of jobs that run at a time."""
 
     @abstractmethod
     def run(self, work: Work, jobs: Sequence[Job]) -> Generator[Outcome]:
-        """The outcomes, each as soon as it is there. What is still running is ended when the caller stops asking.
+        """Run all jobs and yield each outcome as it arrives; closing the generator ends the jobs that still run.
 
         `work` never raises but on Ctrl-C; a job whose process dies has failed (`lost`) and takes no other with it.
         """
 
 
-def make_launcher(config: Config) -> Launcher:
+def make_launcher(config: LauncherSettings) -> Launcher:
     """The launcher that the settings ask for; raises `SweepError` or, for a missing package, `WrapqError`."""
-    kind, options = check_options(LAUNCHERS, "launcher.kind", config.kind, config.options)
-    launcher = kind(options)
+    try:
+        launcher = build(LAUNCHERS, config.kind, config.options, Place("launcher", "kind", owner="launcher {}"))
+    except ProblemsError as error:
+        raise SweepError(error.problems) from None
     launcher.check()
     return launcher
 
@@ -64,3 +66,8 @@ def make_launcher(config: Config) -> Launcher:
 def lost(job: Job, reason: str) -> Outcome:
     """The outcome of a job whose process died."""
     return Outcome(job.key, FAILED, reason=reason)
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -8,12 +8,17 @@ from typing import Annotated
 
 from pydantic import Field
 
-from wrapq.sweep.jobs import Job, Outcome
-from wrapq.sweep.launchers.base import LAUNCHERS, Launcher, Work, lost
-from wrapq.sweep.options import SweepOptions, require
-from wrapq.sweep.planner import cores
+from wrapq.registry import Options, require
+from wrapq.sweep.job import Job, Outcome
+from wrapq.sweep.launchers.base import LAUNCHERS, Launcher, Work, cores, lost
 
 _AT_LEAST = 2  # with one, joblib would run the job in this very process
+
+
+class JoblibOptions(Options):
+    """`jobs`: processes at a time; as many as there are cores when not given."""
+
+    jobs: Annotated[int, Field(ge=1)] | None = None
 
 
 @LAUNCHERS.register("joblib")
@@ -22,10 +27,8 @@ class Joblib(Launcher):
     done again one by one: only the one that dies alone has failed.
     """
 
-    class Options(SweepOptions):
-        """`jobs`: processes at a time; as many as there are cores when not given."""
-
-        jobs: Annotated[int, Field(ge=1)] | None = None
+    Options = JoblibOptions
+    options: JoblibOptions
 
     def check(self) -> None:
         require("joblib", "joblib")

@@ -10,25 +10,29 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from wrapq.errors import WrapqError
-from wrapq.sweep.jobs import Job, Outcome
+from wrapq.registry import Options, require
+from wrapq.sweep.job import Job, Outcome
 from wrapq.sweep.launchers.base import LAUNCHERS, Launcher, Work, lost
-from wrapq.sweep.options import SweepOptions, require
 
 _POLL_SECONDS = 0.5
+
+
+class SlurmOptions(Options):
+    """`cluster`: slurm, or local for processes on this machine; `jobs`: submitted at a time; `options`: what
+    submitit's `update_parameters` takes, such as `timeout_min`, `mem_gb`, `slurm_partition`.
+    """
+
+    cluster: Literal["slurm", "local"] = "slurm"
+    jobs: Annotated[int, Field(ge=1)] = 16
+    options: dict[str, Any] = {}
 
 
 @LAUNCHERS.register("slurm")
 class Slurm(Launcher):
     """submitit's executor. The sweep's folder must lie where all nodes see it."""
 
-    class Options(SweepOptions):
-        """`cluster`: slurm, or local for processes on this machine; `jobs`: submitted at a time; `options`: what
-        submitit's `update_parameters` takes, such as `timeout_min`, `mem_gb`, `slurm_partition`.
-        """
-
-        cluster: Literal["slurm", "local"] = "slurm"
-        jobs: Annotated[int, Field(ge=1)] = 16
-        options: dict[str, Any] = {}
+    Options = SlurmOptions
+    options: SlurmOptions
 
     def check(self) -> None:
         require("submitit", "slurm")
@@ -43,8 +47,14 @@ class Slurm(Launcher):
         return self.options.cluster == "local"
 
     def run(self, work: Work, jobs: Sequence[Job]) -> Generator[Outcome]:
-        executor, waiting = self._executor(), list(jobs)
-        running: list[tuple[Job, Any]] = []
+        import submitit
+
+        try:
+            executor = submitit.AutoExecutor(self.folder / "slurm", cluster=self.options.cluster)
+            executor.update_parameters(**self.options.options)
+        except Exception as error:  # submitit has no errors of its own for this
+            raise WrapqError(f"submitit takes no jobs here: {type(error).__name__}: {error}") from error
+        waiting, running = list(jobs), list[tuple[Job, Any]]()
         try:
             while waiting or running:
                 while waiting and len(running) < self.width:
@@ -59,16 +69,6 @@ class Slurm(Launcher):
             for _, task in running:
                 with contextlib.suppress(Exception):  # it may have ended by itself
                     task.cancel()
-
-    def _executor(self) -> Any:
-        import submitit
-
-        try:
-            executor = submitit.AutoExecutor(self.folder / "slurm", cluster=self.options.cluster)
-            executor.update_parameters(**self.options.options)
-        except Exception as error:  # submitit has no errors of its own for this
-            raise WrapqError(f"submitit takes no jobs here: {type(error).__name__}: {error}") from error
-        return executor
 
 
 def _outcome(job: Job, task: Any) -> Outcome:

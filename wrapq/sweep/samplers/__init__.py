@@ -1,1 +1,1 @@
-"""Which combinations of values a sweep tries: one file and one registered class per way."""
+"""Samplers, which choose the values that a sweep tries: one file and one registered class per method."""

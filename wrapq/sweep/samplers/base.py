@@ -1,4 +1,4 @@
-"""What a sampler is, and its registry."""
+"""The sampler contract: which values a sweep tries, and the registry of the ways to choose them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
-from wrapq.recipe.axes import Axes
-from wrapq.recipe.schema import Sweep as Config
-from wrapq.registry import Registry
-from wrapq.sweep.jobs import Outcome
-from wrapq.sweep.options import SweepOptions, check_options
+from wrapq.errors import ProblemsError
+from wrapq.registry import Configurable, Place, Registry, build
+from wrapq.sweep.job import SweepError
+
+if TYPE_CHECKING:
+    from wrapq.recipe.axes import Axes
+    from wrapq.recipe.schema import Sweep as Config
+    from wrapq.sweep.job import Outcome
 
 SAMPLERS: Registry[type[Sampler]] = Registry("sampler", "wrapq.sweep.samplers")
 
@@ -25,52 +28,53 @@ class Suggestion:
     values: Mapping[str, str]
 
 
-class Sampler(ABC):
+class Sampler(Configurable, ABC):
     """Chooses values for axes.
 
-    A subclass declares its options as a nested `Options` and registers itself:
+    A subclass registers itself:
 
         @SAMPLERS.register("grid")
         class Grid(Sampler): ...
 
     Args:
-        options: the validated options.
         axes: what varies.
         name: the sweep's.
         minimize: the figures to make small, most important first.
+        options: the validated options.
     """
 
-    Options: ClassVar[type[SweepOptions]] = SweepOptions
-
-    def __init__(self, options: SweepOptions, axes: Axes, name: str, minimize: Sequence[str]) -> None:
-        self.options: Any = options
+    def __init__(self, axes: Axes, name: str, minimize: Sequence[str], options: Any = None) -> None:
+        super().__init__(options)
         self.axes, self.name, self.minimize = axes, name, tuple(minimize)
 
     @abstractmethod
     def preview(self) -> Iterable[Mapping[str, str]]:
-        """The values of the jobs that are resolved before the first is run; raises `SweepError`."""
+        """The values of all jobs that can be resolved before the first is run; raises `SweepError`."""
 
     @property
     @abstractmethod
     def total(self) -> int:
-        """How many jobs there will be."""
+        """The number of jobs."""
 
-    def open(self, folder: Path) -> None:  # noqa: B027 - most remember nothing
-        """Begin in the sweep's folder, or go on there; raises `WrapqError`."""
+    def open(self, folder: Path) -> None:
+        """Begin, or continue, with the state in the sweep's folder; raises `WrapqError`."""
 
     @abstractmethod
     def ask(self, count: int) -> list[Suggestion]:
-        """What to try next; nothing when there is no more. A sampler that learns gives at most `count`."""
+        """The next values to try, none at the end. A sampler that learns gives at most `count`."""
 
-    def tell(self, suggestion: Suggestion, outcome: Outcome) -> None:  # noqa: B027 - a grid does not learn
-        """What became of a suggestion."""
+    def tell(self, suggestion: Suggestion, outcome: Outcome) -> None:
+        """Learn the outcome of a suggestion."""
 
     def elsewhere(self) -> list[tuple[int, Mapping[str, str], Outcome]]:
-        """What was tried, and came out, by an earlier process of this sweep or on other machines."""
+        """Numbers, values and outcomes from an earlier process of this sweep or from other machines."""
         return []
 
 
 def make_sampler(config: Config, axes: Axes, minimize: Sequence[str]) -> Sampler:
     """The sampler that the settings ask for; raises `SweepError`."""
-    kind, options = check_options(SAMPLERS, "sweep.sampler", config.sampler, config.options)
-    return kind(options, axes, config.name, minimize)
+    place = Place("sweep", "sampler", owner="sampler {}")
+    try:
+        return build(SAMPLERS, config.sampler, config.options, place, axes, config.name, minimize)
+    except ProblemsError as error:
+        raise SweepError(error.problems) from None

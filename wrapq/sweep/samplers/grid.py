@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from wrapq.errors import Problem
 from wrapq.recipe.axes import MAX_JOBS, Interval
-from wrapq.sweep.planner import SweepError
+from wrapq.sweep.job import SweepError
 from wrapq.sweep.samplers.base import SAMPLERS, Sampler, Suggestion
 
 
@@ -20,12 +20,12 @@ class Grid(Sampler):
     def preview(self) -> Iterable[Mapping[str, str]]:
         remedy = "write the values, or range(...), or let a sampler choose: sweep=optuna"
         problems = [
-            Problem(f"override {axis.key}=interval(...)", "a grid cannot try every number", (), remedy)
+            Problem(f"override {axis.key}=interval(...)", "", "a grid cannot try every number", (), remedy)
             for axis in self.axes.axes
             if isinstance(axis.values, Interval)
         ]
         if not problems and self.total > MAX_JOBS:
-            problems = [Problem("the grid", f"has {self.total:,} jobs; {MAX_JOBS:,} are the most")]
+            problems = [Problem("the grid", "", f"has {self.total:,} jobs; {MAX_JOBS:,} are the most")]
         if problems:
             raise SweepError(problems)
         return self.axes.grid()

@@ -13,12 +13,19 @@ from pydantic import Field
 from wrapq.errors import Problem, WrapqError
 from wrapq.recipe.axes import Axis, Interval
 from wrapq.redact import redact
-from wrapq.sweep.jobs import DONE, Outcome
-from wrapq.sweep.options import SweepOptions, require
-from wrapq.sweep.planner import SweepError
+from wrapq.registry import Options, require
+from wrapq.sweep.job import DONE, Outcome, SweepError
 from wrapq.sweep.samplers.base import SAMPLERS, Sampler, Suggestion
 
 _OUTCOME, _EXCESS, _SWEEP = "outcome", "excess", "sweep"
+
+
+class OptunaOptions(Options):
+    """`trials`: jobs in all; `seed`; `storage`: a file or the address of a database, else a file of the sweep."""
+
+    trials: Annotated[int, Field(ge=1)] = 20
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    storage: str | None = None
 
 
 @SAMPLERS.register("optuna")
@@ -30,13 +37,8 @@ class Optuna(Sampler):
     (`postgresql://...`) or a file that all of them see; together they run `trials` jobs.
     """
 
-    class Options(SweepOptions):
-        """`trials`: jobs in all; `seed`; `storage`: a file or the address of a database, else a file of the sweep."""
-
-        trials: Annotated[int, Field(ge=1)] = 20
-        seed: int = 0
-        storage: str | None = None
-
+    Options = OptunaOptions
+    options: OptunaOptions
     _study: Any = None
     _asked: dict[int, Any]
     _folder = ""
@@ -45,7 +47,7 @@ class Optuna(Sampler):
         require("optuna", "optuna")
         if not self.axes.axes:
             remedy = "give several values or an interval: stack.round.damp=interval(0.001,0.1)"
-            raise SweepError([Problem("sweep.sampler=optuna", "nothing varies", (), remedy)])
+            raise SweepError([Problem("", "sweep.sampler=optuna", "nothing varies", (), remedy)])
         return self.axes.cover()
 
     @property
@@ -54,14 +56,18 @@ class Optuna(Sampler):
 
     def open(self, folder: Path) -> None:
         import optuna
+        from optuna.storages import JournalStorage
+        from optuna.storages.journal import JournalFileBackend
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        said = repr((self.axes, self.minimize))
-        storage = self.options.storage or str(folder / "study.log")
+        question = repr((self.axes, self.minimize))
+        storage: Any = self.options.storage or str(folder / "study.log")
         try:
+            if "://" not in storage:
+                storage = JournalStorage(JournalFileBackend(storage))
             self._study = optuna.create_study(
-                storage=_storage(storage),
-                study_name=f"{self.name}-{hashlib.sha256(said.encode()).hexdigest()[:8]}",
+                storage=storage,
+                study_name=f"{self.name}-{hashlib.sha256(question.encode()).hexdigest()[:8]}",
                 directions=["minimize"] * len(self.minimize),
                 load_if_exists=True,
             )
@@ -75,9 +81,13 @@ class Optuna(Sampler):
                 self._study.enqueue_trial(trial.params)
 
     def ask(self, count: int) -> list[Suggestion]:
+        from optuna.samplers import TPESampler
+
         suggestions: list[Suggestion] = []
         while len(suggestions) < count and (tried := len(self._tried())) < self.total:
-            self._study.sampler = _sampler(self.options.seed + tried)
+            with warnings.catch_warnings(action="ignore"):  # constraints are still called experimental
+                excess = lambda trial: [trial.user_attrs.get(_EXCESS, 0.0)]  # noqa: E731
+                self._study.sampler = TPESampler(seed=self.options.seed + tried, constraints_func=excess)
             trial = self._study.ask({axis.key: _distribution(axis) for axis in self.axes.axes})
             trial.set_user_attr(_SWEEP, self._folder)
             if sum(other < trial.number for other in self._tried()) >= self.total:  # another machine was faster
@@ -121,14 +131,6 @@ def _values(trial: Any) -> dict[str, str]:
     return {key: str(value) for key, value in trial.params.items()}
 
 
-def _sampler(seed: int) -> Any:
-    from optuna.samplers import TPESampler
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # constraints are still called experimental
-        return TPESampler(seed=seed, constraints_func=lambda trial: [trial.user_attrs.get(_EXCESS, 0.0)])
-
-
 def _distribution(axis: Axis) -> Any:
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
@@ -138,12 +140,3 @@ def _distribution(axis: Axis) -> Any:
     if values.whole:
         return IntDistribution(int(values.low), int(values.high), log=values.log)
     return FloatDistribution(values.low, values.high, log=values.log)
-
-
-def _storage(text: str) -> Any:
-    if "://" in text:
-        return text
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
-
-    return JournalStorage(JournalFileBackend(text))

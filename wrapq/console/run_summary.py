@@ -1,0 +1,101 @@
+"""Results, presets and progress on a terminal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+from rich import progress as rich
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from wrapq.engine.export import Exported
+from wrapq.engine.goals import GoalVerdict
+from wrapq.engine.progress import Progress
+from wrapq.engine.record import RunResult
+from wrapq.metrics import METRICS, Measured, megabytes, stage_table
+from wrapq.resolve.plan import Plan
+
+
+class ConsoleProgress(Progress):
+    """A bar with rate and remaining time for each piece of work, gone when it is done."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    @contextmanager
+    def task(self, title: str, total: int | None = None, unit: str = "") -> Iterator[Callable[[], None]]:
+        what = (rich.SpinnerColumn(), rich.TextColumn("{task.description}", markup=False), rich.BarColumn())
+        columns = (*what, rich.MofNCompleteColumn(), _Rate(unit), rich.TimeElapsedColumn(), rich.TimeRemainingColumn())
+        hidden = not self.console.is_terminal  # a log file would only collect empty lines
+        with rich.Progress(*columns, console=self.console, transient=True, disable=hidden) as bars:
+            bar = bars.add_task(title, total=total)
+            yield lambda: bars.advance(bar)
+
+    def note(self, text: str) -> None:
+        self.console.print(Text(f"note: {text}", "yellow"))
+
+
+class _Rate(rich.ProgressColumn):
+    """Steps per second."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self.unit = unit
+
+    def render(self, task: rich.Task) -> Text:
+        """The rate, once there is one."""
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:.1f} {self.unit}/s" if speed and self.unit else "", "dim")
+
+
+def quality_table(measured: Measured) -> Table:
+    """Float against quantized: a row for each stage that was measured."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    heads, rows = stage_table(measured)
+    for head in heads:
+        table.add_column(head, justify="right" if head else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def goal_lines(verdicts: Mapping[str, GoalVerdict]) -> Iterator[Text]:
+    """A line for each goal of one run."""
+    for name, verdict in verdicts.items():
+        metric = METRICS.get(name)
+        met = Text("met", "green") if verdict.met else Text("missed", "bold red")
+        reached = metric.text(verdict.value) or ("none, since no weight is quantized" if metric.cost else "none")
+        yield Text.assemble(f"goal {name}: {metric.bound(verdict.bound)}, reached {reached}: ", met)
+
+
+def plan_line(plan: Plan) -> Text:
+    """The beginning of `wrapq run`."""
+    counts = f"{len(plan.modules)} modules to quantize, {len(plan.untouched)} left in float"
+    return Text.assemble((plan.recipe.name, "bold"), f" on {plan.model.path}: {counts}")
+
+
+def show_result(console: Console, result: RunResult, tokens: int) -> None:
+    """The end of `wrapq run`."""
+    console.print(quality_table(Measured(result.metrics, result.sizes)))
+    for line in goal_lines(result.goals):
+        console.print(line)
+    seconds = ", ".join(f"{name} {value:.1f} s" for name, value in result.seconds.items() if name != "total")
+    console.print(f"\nmeasured on {tokens:,} tokens; {result.seconds['total']:.1f} s in all: {seconds}")
+    console.print(f"model and record: {result.folder}")
+    console.print(f"to read: {result.folder / 'report.html'}")
+    if result.kernels:
+        console.print(f"kernels here: {result.kernels}")
+    if result.run_id:
+        console.print(f"MLflow run {result.run_id}: {result.run_url or 'wrapq ui shows it'}")
+    console.print(f"load it: wrapq.load({json.dumps(str(result.folder), ensure_ascii=False)})")
+    if result.exported is not None:
+        show_export(console, result.exported)
+
+
+def show_export(console: Console, exported: Exported) -> None:
+    """Where an export lies, and that it was checked."""
+    console.print(f"export: {exported.path}, {megabytes(exported.size)} of weights")
+    console.print(f"loaded by its own library in a fresh process: logits off by {exported.error:.1e} of their norm")

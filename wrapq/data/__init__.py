@@ -1,0 +1,1 @@
+"""Calibration and evaluation data: samples of token ids, and the sources they come from."""

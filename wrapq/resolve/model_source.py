@@ -1,0 +1,279 @@
+"""Opening a model: on the meta device for the plan, with its weights for the run."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from wrapq.errors import ModelError, PlanError, Problem, WrapqError, alike, and_more, reading, reason_of
+from wrapq.graph.blocks import find_blocks, without_cache
+from wrapq.paths import expand, refuse_devices
+from wrapq.recipe.schema import ModelConfig
+from wrapq.resolve.shards import Shards
+from wrapq.wrappers.experts import forget_fused, take_apart
+
+PACKAGED = "wrapq://"
+_GENERATION = "generation_config.json"
+_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})  # as safetensors calls them
+_MOST = 1024
+_TRIED = 8  # tokens
+_SHOWN = 80
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+class ModelSource:
+    """Where a model's configuration, weights and tokenizer come from.
+
+    Args:
+        config: the recipe's model section. `path` is a folder, `wrapq://demo` for the model that ships with wrapq, or
+            the name of a repository on the Hugging Face hub.
+        trust_remote_code: whether code that comes with the model may run.
+
+    Raises:
+        PlanError: the path does not exist, or does not hold a model.
+    """
+
+    def __init__(self, config: ModelConfig, trust_remote_code: bool = False) -> None:
+        self.config = config
+        self.path = _locate(config.path)
+        self.options = {"trust_remote_code": trust_remote_code, "revision": config.revision}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype to compute with."""
+        return getattr(torch, self.config.dtype)
+
+    @cached_property
+    def hf_config(self) -> Any:
+        """The model's transformers configuration."""
+        from transformers import AutoConfig
+
+        with self._reading("configuration"):
+            return AutoConfig.from_pretrained(self.path, **self.options)
+
+    def meta_model(self) -> nn.Module:
+        """The model without weights: every parameter has a shape and no storage."""
+        from transformers import AutoModelForCausalLM
+
+        trust = self.options["trust_remote_code"]
+        config = copy.deepcopy(self.hf_config)  # which the model changes, and of which the digest is taken
+        for key, count in _counts(config.to_dict()):
+            if count > _MOST:  # each of them costs time here, as a mistyped number would for hours
+                what = f"the config.json of {self.config.path} asks for {key} {count}; wrapq takes {_MOST}"
+                raise PlanError([Problem("", "model.path", what)])
+        with self._reading("configuration"), torch.device("meta"), _quiet():
+            model = AutoModelForCausalLM.from_config(config, dtype=self.dtype, trust_remote_code=trust)
+            model.tie_weights()
+        return model.eval()
+
+    def load(self, device: torch.device) -> nn.Module:
+        """The model with its weights, in evaluation mode on `device`; raises `ModelError` unless all are there."""
+        from transformers import AutoModelForCausalLM
+
+        options = {"dtype": self.dtype, "output_loading_info": True, "weights_only": True, **self.options}
+        options["ignore_mismatched_sizes"] = True  # else they are told in a log, and here only that there are some
+        with self._reading("weights"), _quiet():
+            model, info = cast(Any, AutoModelForCausalLM).from_pretrained(self.path, **options)
+        if lacking := sorted(info["missing_keys"]):  # transformers fills them with random numbers
+            raise self._lacks(lacking)
+        if wrong := [_unlike(name, found, wanted) for name, found, wanted in sorted(info["mismatched_keys"])]:
+            raise self._others(wrong)
+        model = model.eval().requires_grad_(False).to(device)
+        ids = torch.zeros(1, _TRIED, dtype=torch.int64, device=device)
+        # what no configuration is refused for, such as a probability beyond 1, shows here and not in the middle
+        with reading(f"model.path {self.config.path}: the model does not compute", ModelError), torch.no_grad():
+            model(**without_cache(model, {"input_ids": ids}))
+        return model
+
+    def open_blocks(self, device: torch.device, names: Iterable[str] = ()) -> tuple[nn.Module, Mapping[str, Tensor]]:
+        """The model with all weights but those of its repeated blocks, and all weights by the model's names.
+
+        The parameters of the blocks are on the meta device, and no weight is read before it is asked for. Experts among
+        `names` are modules: see `wrapq.wrappers.experts`.
+
+        Raises:
+            ModelError: the weights are not in safetensors files, or not under the names that the model has for them.
+        """
+        model = take_apart(self.meta_model(), names).requires_grad_(False)
+        forget_fused(model)
+        weights = self._named_weights(model)
+        blocks = find_blocks(model)
+        tables = [(name, m._parameters) for name, m in model.named_modules() if blocks.index(name) is None]
+        read: dict[int, nn.Parameter] = {}
+        for name, table in tables:
+            for key, meta in [(key, p) for key, p in table.items() if p is not None]:
+                if id(meta) not in read:
+                    tensor = weights[f"{name}.{key}".removeprefix(".")].to(device, meta.dtype)
+                    read[id(meta)] = nn.Parameter(tensor, requires_grad=False)
+                table[key] = read[id(meta)]
+        self._fill_buffers(model, weights, device)
+        if (Path(self.path) / _GENERATION).is_file():
+            from transformers import GenerationConfig
+
+            with self._reading("generation configuration"):
+                cast(Any, model).generation_config = GenerationConfig.from_pretrained(self.path)
+        return model.eval(), weights
+
+    def _named_weights(self, model: nn.Module) -> Mapping[str, Tensor]:
+        """The tensors of the checkpoint under the model's names, which may differ by the base model's prefix."""
+        files = sorted(Path(self.path).glob("*.safetensors"))
+        if not files:
+            what = f"model.path {self.config.path}: no safetensors files in it"
+            raise ModelError(f"{what}, which runtime.load=streaming reads from: give a folder that has them")
+        shards = Shards(files)
+        prefix = f"{getattr(model, 'base_model_prefix', '')}."
+        own = {name: name for name in shards}
+        names = own | {prefix + name: name for name in own} | {name.removeprefix(prefix): name for name in own} | own
+        if lacking := [name for name, _ in model.named_parameters() if name not in names]:
+            remedy = "; transformers may convert them when it loads the model whole: runtime.load=whole"
+            raise self._lacks(lacking, " under the names that the model has for them", remedy)
+        shards = shards.renamed(names)
+        wrong = []
+        for name, parameter in model.named_parameters():
+            shape, kind = shards.layout(name)
+            if shape != tuple(parameter.shape):
+                wrong.append(_unlike(name, shape, parameter.shape))
+            elif parameter.is_floating_point() and kind not in _FLOATS:
+                wrong.append(f"{name} is {kind}, as of a model that is quantized already")
+        if wrong:
+            raise self._others(wrong)
+        return shards
+
+    def _others(self, wrong: Sequence[str]) -> ModelError:
+        return ModelError(f"model.path {self.config.path}: weights that are not the model's: {and_more(wrong)}")
+
+    def _lacks(self, names: Sequence[str], where: str = "", remedy: str = "") -> ModelError:
+        shown = f"{', '.join(names[:3])}{' and others' if len(names) > 3 else ''}"
+        what = f"{len(names)} tensors are not in the weights{where}: {shown}{remedy}"
+        return ModelError(f"model.path {self.config.path}: {what}")
+
+    def _fill_buffers(self, model: Any, weights: Mapping[str, Tensor], device: torch.device) -> None:
+        """Buffers as in a model that was loaded whole: read, or computed by the model where no file has them."""
+        for parameter in model.parameters():
+            parameter._is_hf_initialized = True  # what transformers marks those with that it must not initialize
+        for module in model.modules():
+            for key, buffer in module._buffers.items():
+                module._buffers[key] = None if buffer is None else torch.empty_like(buffer, device=device)
+        model.initialize_weights()
+        for name, buffer in model.named_buffers():
+            if name in weights:
+                buffer.copy_(weights[name])
+
+    @property
+    def vocab_size(self) -> int | None:
+        """How many token ids the model has, where its configuration says so."""
+        return getattr(self.hf_config.get_text_config(), "vocab_size", None)
+
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, or the one the recipe names."""
+        from transformers import AutoTokenizer
+
+        path = str(expand(self.config.tokenizer)) if self.config.tokenizer else self.path
+        with self._reading("tokenizer"):
+            return AutoTokenizer.from_pretrained(path, **self.options)
+
+    def digest(self) -> str:
+        """SHA-256 over the configuration and the weight files' bytes; for a hub name, over name and revision."""
+        config = self.hf_config.to_dict()
+        config.pop("_name_or_path", None)  # where it lies; the same model may lie elsewhere
+        sha = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+        files = sorted(Path(self.path).glob("*.safetensors")) if Path(self.path).is_dir() else []
+        for file in files:
+            with file.open("rb") as stream:
+                sha.update(hashlib.file_digest(stream, "sha256").digest())
+        if not files:
+            sha.update(f"{self.path}@{getattr(self.hf_config, '_commit_hash', None)}".encode())
+        return sha.hexdigest()
+
+    def _reading(self, what: str) -> AbstractContextManager[None]:
+        return reading_model(f"model.path {self.config.path}: cannot read the {what}")
+
+
+def _unlike(name: str, shape: Sequence[int], wanted: Sequence[int]) -> str:
+    return f"{name} is {list(shape)}, and the model's {list(wanted)}"
+
+
+def reading_model(failure: str) -> AbstractContextManager[None]:
+    """As `reading`, while transformers opens a part of a model; raises `ModelError`."""
+    return reading(failure, ModelError, _why_unread)
+
+
+def _why_unread(error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return (
+            "it needs code that comes with it, which is never run unasked: runtime.trust_remote_code=true on the "
+            "command line, or trust_remote_code=True of wrapq.load, allows it"
+        )
+    if isinstance(error, UnpicklingError):
+        return "it is a pickle of more than tensors, which is never loaded: give safetensors files"
+    return reason_of(error)
+
+
+def _locate(path: str) -> str:
+    """The folder or hub name that `path` means."""
+    if path.startswith(PACKAGED):
+        assets, name = resources.files("wrapq") / "assets", path.removeprefix(PACKAGED)
+        if not (assets / name).is_dir():
+            raise _no_model(path, [f"{PACKAGED}{close}" for close in alike(name, [f.name for f in assets.iterdir()])])
+        return str(assets / name)
+    try:
+        folder = expand(path)
+        folder.lstat()
+    except FileNotFoundError:
+        pass
+    except (OSError, WrapqError) as error:  # the first of a path that is too long
+        shown = path if len(path) <= _SHOWN else f"{path[:_SHOWN]}..."
+        what = f"cannot be a folder: {shown!r} ({getattr(error, 'strerror', None) or error})"
+        raise PlanError([Problem("", "model.path", what)]) from None
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise PlanError([Problem("", "model.path", f"{path} holds no config.json, so it is not a model")])
+        refuse_devices(folder)
+        return str(folder)
+    if _HUB_NAME.fullmatch(path) and not path.startswith((".", "~")) and not folder.parent.is_dir():
+        return path
+    siblings = [f.name for f in folder.parent.iterdir() if f.is_dir()] if folder.parent.is_dir() else []
+    raise _no_model(path, [str(folder.parent / close) for close in alike(folder.name, siblings)])
+
+
+def _no_model(path: str, close: list[str]) -> PlanError:
+    remedy = "give a folder with config.json and weights, or a hub name"
+    return PlanError([Problem("", "model.path", f"no such folder: {path}", tuple(close), remedy)])
+
+
+def _counts(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """The numbers of layers and experts in a configuration and those inside it, by their keys."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from ((f"{key}.{name}", count) for name, count in _counts(value))
+        elif isinstance(value, int) and key.endswith(("layer", "layers", "experts")) and "size" not in key:
+            yield key, value
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    # transformers' own bars and notes would cut through ours
+    from transformers.utils import logging as hf_logging
+
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity(logging.ERROR)
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()

@@ -1,0 +1,1 @@
+"""Run folders: written whole, read back as records, resumed when a run was killed."""

@@ -1,0 +1,1 @@
+"""Statistics of the inputs of weights: gathering, factorizing, transforming and storing them."""
