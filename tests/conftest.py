@@ -70,6 +70,31 @@ _FORMS = {
         {"layers_block_type": ["attention", "moe"], "n_routed_experts": 4, "num_experts_per_tok": 2}
         | {"moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 32, "moe_latent_size": None},
     ),
+    "llama4": (
+        "Llama4TextConfig",
+        "Llama4ForCausalLM",
+        {"intermediate_size_mlp": 96, "interleave_moe_layer_step": 1, "moe_layers": [0, 1], "no_rope_layers": [1, 0]}
+        | {"layer_types": ["chunked_attention", "full_attention"], "attention_chunk_size": 32}
+        | {"num_local_experts": 4, "num_experts_per_tok": 1},
+    ),
+    "longcat_flash": (
+        "LongcatFlashConfig",
+        "LongcatFlashForCausalLM",
+        {"num_layers": 1, "n_routed_experts": 4, "zero_expert_num": 2, "moe_topk": 2, "expert_ffn_hidden_size": 32}
+        | {"ffn_hidden_size": 96, "q_lora_rank": 32, "kv_lora_rank": 32, "num_key_value_heads": 4}
+        | {"qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16},
+    ),
+    "afmoe": ("AfmoeConfig", "AfmoeForCausalLM", {"num_experts": 4, "moe_intermediate_size": 32}),
+    "hunyuan_v1_moe": ("HunYuanMoEV1Config", "HunYuanMoEV1ForCausalLM", {"num_experts": 4, "moe_topk": 2}),
+    "phimoe": ("PhimoeConfig", "PhimoeForCausalLM", {"num_local_experts": 4}),
+    "jetmoe": ("JetMoeConfig", "JetMoeForCausalLM", {"num_local_experts": 4, "kv_channels": 16}),
+    "dbrx": (
+        "DbrxConfig",
+        "DbrxForCausalLM",
+        {"d_model": HIDDEN, "n_layers": LAYERS, "n_heads": 4, "max_seq_len": 64}
+        | {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8}}
+        | {"ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2}},
+    ),
 }
 
 

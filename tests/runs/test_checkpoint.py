@@ -60,6 +60,16 @@ def test_saved_again_it_is_the_same_file(saved: Path, tmp_path: Path):
     assert json.loads((tmp_path / MANIFEST).read_text()) == json.loads((saved / MANIFEST).read_text())
 
 
+def test_how_it_generates_comes_back(folder: Path):
+    own = {"eos_token_id": [0, 5], "do_sample": True, "temperature": 0.6, "bos_token_id": 1}
+    (folder / "generation_config.json").write_text(json.dumps(own))
+    found = load(folder).generation_config
+    assert {key: getattr(found, key) for key in own} == own
+    (folder / "generation_config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"generation_config\.json cannot be read"):
+        load(folder)
+
+
 def test_only_safetensors_and_json(saved: Path):
     assert {file.suffix for file in saved.iterdir()} == {".safetensors", ".json"}
     assert not [file for file in saved.iterdir() if file.name.endswith(".partial")]

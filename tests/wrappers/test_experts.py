@@ -23,8 +23,9 @@ from wrapq.runtime.module import QuantizedWeight
 from wrapq.wrappers.experts import Experts, apart, can_be_taken_apart
 from wrapq.wrappers.model import iter_quantizers
 
-FUSED = ("mixtral", "qwen2_moe", "gpt_oss", "nemotron_h")
-LINEARS = {family: {"gate_proj", "up_proj", "down_proj"} for family in ("mixtral", "qwen2_moe")}
+PLAIN = ("mixtral", "qwen2_moe", "llama4", "longcat_flash")
+FUSED = (*PLAIN, "gpt_oss", "nemotron_h")
+LINEARS = {family: {"gate_proj", "up_proj", "down_proj"} for family in PLAIN}
 LINEARS |= {"gpt_oss": {"gate_up_proj", "down_proj"}, "nemotron_h": {"up_proj", "down_proj"}}
 LAYER = "model.layers.0"
 EVALUATION = ("evaluation.tokens=128", "evaluation.seq_len=64", "runtime.kernels=reference")
@@ -196,3 +197,31 @@ def test_an_export_that_transformers_would_not_put_together_is_refused(tmp_path:
     overrides = [f"model.path={tmp_path / 'model'}", "rules.linear.weight=int4:g16:sym", "tracking=none"]
     with pytest.raises(PlanError, match="does not put experts of MixtralForCausalLM together"):
         wrapq.run("w4a16_rtn", [*overrides, "export=compressed_tensors", "export.reader=transformers"])
+
+
+@pytest.mark.parametrize("family", ["llama4", "longcat_flash"])
+@pytest.mark.parametrize("stack", [{"scale": "awq", "round": "rtn"}, {"scale": "smoothquant", "round": "rtn"}])
+def test_transforms_keep_the_function_of_experts_whose_forward_is_their_own(
+    family: str, stack: dict[str, str], token_batches: list[Tensor]
+) -> None:
+    left = dict.fromkeys(("*norm", "lm_head", "*embed*", "*router*"))
+    config = PTQConfig("int16:channel", "int16:tensor", left)
+    model = build_model(family)
+    expected = model(IDS, use_cache=False).logits
+    prepared = wrapq.prepare(model, config)
+    wrapq.calibrate(prepared, [{"input_ids": ids, "use_cache": False} for ids in (*token_batches, IDS)], stack)
+    found = wrapq.convert(prepared)(IDS, use_cache=False).logits
+    assert (found - expected).norm() / expected.norm() < 0.005  # more, where a token goes to another expert
+
+
+@pytest.mark.parametrize("family", ["jetmoe", "dbrx"])
+def test_experts_that_cannot_be_taken_apart_are_refused_until_a_rule_leaves_them(family: str, tmp_path: Path) -> None:
+    build_model(family, vocab_size=2048).config.save_pretrained(tmp_path)
+    overrides = ["recipe=w8a16", f"model.path={tmp_path}", "rules.linear.weight=int8:channel"]
+    kind = {"jetmoe": "JetMoeParallelExperts", "dbrx": "DbrxExpertGLU"}[family]
+    composed = compose(overrides)
+    with pytest.raises(PlanError, match=rf"{kind} keeps experts in one tensor .*\n.*type: {kind}"):
+        resolve(composed.recipe, composed.sources)
+    composed = compose([*overrides, f"+rules.experts={{match: {{type: {kind}}}, quantize: false}}"])
+    left = {row.reason for row in resolve(composed.recipe, composed.sources).untouched if row.type == kind}
+    assert left == {"rule experts"}

@@ -21,11 +21,11 @@ from wrapq.errors import ModelError, OutputError, PlanError, Problem
 from wrapq.export.base import NONE, Exporter, make_exporter
 from wrapq.ownership import own
 from wrapq.recipe.schema import Export, Settings
-from wrapq.resolve.model_source import reading_model
+from wrapq.resolve.model_source import GENERATION, reading_model
 from wrapq.resolve.plan import Plan
 from wrapq.resolve.resolve import check_export, check_names
 from wrapq.resolve.rules import Sources
-from wrapq.runs.checkpoint import GENERATION, blaming_files, load, weight_bytes
+from wrapq.runs.checkpoint import blaming_files, load, weight_bytes
 from wrapq.runs.folder import RunFolder, check_room
 from wrapq.runs.run_record import find_run
 from wrapq.runtime.module import QuantizedModule

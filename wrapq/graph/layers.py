@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from wrapq.graph.batch_norm import is_affine
 from wrapq.graph.mixtures import is_fused_experts, is_router
+from wrapq.wrappers.experts import is_transposed
 from wrapq.wrappers.wrapper_registry import WRAPPERS
 
 
@@ -124,7 +125,9 @@ def layer_info(module: Any) -> LayerInfo | None:
 
 def _experts(module: Any) -> LayerInfo:
     """transformers' experts: three-dimensional weights [E, N, K], or [E, K, N] in the families that transpose them."""
-    out_axis, in_axis = (2, 1) if getattr(module, "is_transposed", False) else (1, 2)
+    if (transposed := is_transposed(module)) is None:
+        return LayerInfo("experts", None, None, opaque=True)
+    out_axis, in_axis = (2, 1) if transposed else (1, 2)
     first = "gate_up_proj" if hasattr(module, "gate_up_proj") else "up_proj"
     return LayerInfo(
         "experts",

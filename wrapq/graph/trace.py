@@ -38,6 +38,7 @@ _MOVES = _COPIES | _RESHAPES | {
 _SHAPE_ONLY = {
     "empty_like", "full_like", "new_empty", "new_full", "new_ones", "new_zeros", "ones_like", "zeros_like",
 }  # fmt: skip
+_DEPENDS = "the forward depends on the value of an activation, which has none before weights are loaded"
 _UNTRACED = -1
 _IMAGE_RANK = 4  # [B, C, H, W], whose channels are not the last axis
 
@@ -152,7 +153,8 @@ class ChannelTracer(TorchDispatchMode):
         with ExitStack() as undo:
             for name, module in model.named_modules():
                 if isinstance(module, Experts):
-                    undo.enter_context(replaced_forward({module: lambda x, *_, first=module[0], **__: first(x)}))
+                    stand_in = module.stand_in
+                    undo.enter_context(replaced_forward({module: lambda x, *_, go=stand_in, **__: go(x)}))
                 if (layer := layer_info(module)) is None:
                     continue
                 undo.callback(module.register_forward_pre_hook(partial(self._enter_layer, name, layer)).remove)
@@ -362,5 +364,8 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     elif meta and len(meta) < len(tensors):
         args, kwargs = tree_map(lambda v: v.to("meta") if isinstance(v, Tensor) else v, (args, kwargs))
     if meta and func.overloadpacket.__name__ == "_local_scalar_dense":
-        raise ModelError("the forward depends on the value of an activation, which has none before weights are loaded")
-    return func(*args, **kwargs)
+        raise ModelError(_DEPENDS)
+    try:
+        return func(*args, **kwargs)
+    except NotImplementedError as error:  # such as the places of what is not zero
+        raise ModelError(_DEPENDS) from error

@@ -107,7 +107,7 @@ class Match(_Closed):
     """The module's dotted name: a glob (`*.mlp.*`) or a regular expression (`re:.*_proj`), or a list of such."""
     type: Texts = None
     """The name of the module's class or of one it derives from, a glob (`*Norm`) or a list of such. A linear with one
-    output, such as the gate of a shared expert, is a `Gate` and no `Linear`."""
+    output, such as the gate of a shared expert, and one that chooses among experts is a `Gate` and no `Linear`."""
     layers: Annotated[int | str | None, WrapValidator(_layers)] = None
     """The index of the repeated block: `3`, `-1` for the last, or a range `0:8` without its end."""
 

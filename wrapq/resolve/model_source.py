@@ -26,7 +26,7 @@ from wrapq.resolve.shards import Shards
 from wrapq.wrappers.experts import forget_fused, take_apart
 
 PACKAGED = "wrapq://"
-_GENERATION = "generation_config.json"
+GENERATION = "generation_config.json"
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})  # as safetensors calls them
 _MOST = 1024
 _TRIED = 8  # tokens
@@ -120,11 +120,7 @@ class ModelSource:
                     read[id(meta)] = nn.Parameter(tensor, requires_grad=False)
                 table[key] = read[id(meta)]
         self._fill_buffers(model, weights, device)
-        if (Path(self.path) / _GENERATION).is_file():
-            from transformers import GenerationConfig
-
-            with self._reading("generation configuration"):
-                cast(Any, model).generation_config = GenerationConfig.from_pretrained(self.path)
+        read_generation(model, Path(self.path))
         return model.eval(), weights
 
     def _named_weights(self, model: nn.Module) -> Mapping[str, Tensor]:
@@ -209,6 +205,15 @@ def _unlike(name: str, shape: Sequence[int], wanted: Sequence[int]) -> str:
 def reading_model(failure: str) -> AbstractContextManager[None]:
     """As `reading`, while transformers opens a part of a model; raises `ModelError`."""
     return reading(failure, ModelError, _why_unread)
+
+
+def read_generation(model: Any, folder: Path) -> None:
+    """Give `model` how it generates, where `folder` has a file that says so; raises `ModelError` for a damaged one."""
+    from transformers import GenerationConfig
+
+    if (folder / GENERATION).is_file():
+        with reading_model(f"{folder / GENERATION} cannot be read"):
+            model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
 def _why_unread(error: Exception) -> str:

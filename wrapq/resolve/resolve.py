@@ -167,12 +167,13 @@ def _untouched(sites: Sequence[Site], drafted: Drafted, quantized: Container[str
         own = sum(p.numel() for p in site.module.parameters(recurse=False))
         if site.name in quantized or not (own or site.wrapper):
             continue
-        if site.wrapper is None:
-            reason = "no wrapper"
-        elif site.name in drafted.left:
+        if site.name in drafted.left:
             reason = f"rule {drafted.left[site.name]}"
+        elif site.wrapper is None:
+            reason = "no wrapper"
         else:
-            reason = f"no rule; one output: type {GATE}" if site.is_gate else "no rule"
+            kind = "a router" if site.is_router else "one output"
+            reason = f"no rule; {kind}: type {GATE}" if site.is_gate else "no rule"
         yield Untouched(name=site.name, type=type(site.module).__name__, parameters=own, reason=reason)
 
 

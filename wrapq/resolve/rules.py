@@ -95,7 +95,7 @@ def draft_points(rules: Mapping[str, Rule], sites: Sequence[Site], blocks: Block
         drafted.selected[name] = selected
         drafted.problems += broken or _check_selection(name, rule, selected, sites, blocks, sources)
         for site in selected:
-            if site.wrapper is not None:
+            if site.wrapper is not None or site.holds_experts:
                 _apply(name, rule, site, drafted, sources)
     return drafted
 

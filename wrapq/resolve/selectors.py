@@ -11,6 +11,7 @@ from torch import nn
 
 from wrapq.errors import nearest
 from wrapq.graph.blocks import Blocks
+from wrapq.graph.mixtures import find_routers, holds_experts
 from wrapq.recipe.schema import Match
 from wrapq.wrappers.base import Point, Wrapper
 from wrapq.wrappers.wrapper_registry import WRAPPERS
@@ -28,40 +29,54 @@ class Site:
         module: the module itself, on the meta device.
         wrapper: the wrapper for it, or None.
         block: the index of the repeated block it is in, or None.
+        is_router: whether it is a linear that chooses among experts.
     """
 
     name: str
     module: nn.Module
     wrapper: type[Wrapper] | None
     block: int | None
+    is_router: bool = False
 
     @property
     def points(self) -> tuple[Point, ...]:
         """The points that the wrapper can put into this very module: none for a weight that it does not have."""
         points = self.wrapper.points if self.wrapper else ()
+        if self.is_router and type(self.module).forward is not nn.Linear.forward:
+            points = tuple(p for p in points if p.name != "output")  # which is what it chose, not one tensor
         return tuple(p for p in points if p.role != "weight" or self.module._parameters.get(p.name) is not None)
 
     @property
     def types(self) -> frozenset[str]:
         """The names by which a rule's `type` may mean it: its class and that one's bases, its wrapper's kind; of a gate
-        `Gate` in place of `Linear`."""
+        `Gate` in place of `Linear`; `Linear` of experts in one tensor too, as that is what they are."""
         bases = {base.__name__ for base in type(self.module).__mro__ if base not in (nn.Module, object)}
-        names = bases | ({self.wrapper.kind} if self.wrapper else set())
+        names = bases | ({self.wrapper.kind} if self.wrapper else {_LINEAR} if self.holds_experts else set())
         return frozenset(names - {_LINEAR} | {GATE} if self.is_gate else names)
 
     @property
+    def holds_experts(self) -> bool:
+        """Whether it is the experts of a mixture in one tensor, which are not known to be linears of their own."""
+        return self.wrapper is None and holds_experts(self.name, self.module)
+
+    @property
     def is_gate(self) -> bool:
-        """Whether it is a linear that gives one number for each token, as the gate of a shared expert and heads that
-        score do. It weighs all that a token gets and has few weights, so that it is left where routers are."""
+        """Whether it is a router, or a linear that gives one number for each token, as the gate of a shared expert and
+        heads that score do. It weighs all that a token gets and has few weights, so that it is left where routers are.
+        """
         wrapper = self.wrapper
-        return wrapper is not None and wrapper.kind == _LINEAR and wrapper.width(self.module, "output") == 1
+        if wrapper is None or wrapper.kind != _LINEAR:
+            return False
+        return self.is_router or wrapper.width(self.module, "output") == 1
 
 
 def find_sites(model: nn.Module, blocks: Blocks) -> list[Site]:
     """Every module of `model` in order, containers included."""
+    routers = frozenset(find_routers(model))
     return [
-        Site(name, module, None if isinstance(module, nn.ModuleList) else WRAPPERS.find(module), blocks.index(name))
+        Site(name, module, None if listed else WRAPPERS.find(module), blocks.index(name), name in routers)
         for name, module in model.named_modules()
+        for listed in [isinstance(module, nn.ModuleList)]
     ]
 
 

@@ -48,6 +48,12 @@ def why_unfit(site: Site, has_points: bool) -> tuple[str, str] | None:
         has_points: whether they quantize anything in it.
     """
     module = site.module
+    if site.holds_experts:
+        kind = type(module).__name__
+        return (
+            f"{kind} keeps experts in one tensor in a way that wrapq does not know, and they would stay float",
+            f"leave them in float: {{match: {{type: {kind}}}, quantize: false}}, after the other rules",
+        )
     if has_points and any(vars(module).get(name) is not None for name in _CALLED):
         return (
             f"the forward of this {type(module).__name__} was replaced on the instance, as hooks of accelerate, "

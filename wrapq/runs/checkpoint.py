@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from wrapq.errors import ModelError, SpecError, WrapqError, and_more, out_of_memory, reading, reason_of
 from wrapq.paths import expand, refuse_devices
 from wrapq.quant.spec import QuantSpec
-from wrapq.resolve.model_source import reading_model
+from wrapq.resolve.model_source import GENERATION, read_generation, reading_model
 from wrapq.resolve.shards import Shards
 from wrapq.runs.folder import FINISHED, MANIFEST, PLAN, RECIPE, WEIGHTS, RunFolder, remove
 from wrapq.runs.run_record import RunRecord, read_json
@@ -31,7 +31,6 @@ from wrapq.wrappers.experts import take_apart
 from wrapq.wrappers.model import add_rotation
 from wrapq.wrappers.wrapper_registry import WRAPPERS
 
-GENERATION = "generation_config.json"
 FORMAT = 1
 
 
@@ -221,6 +220,7 @@ def rebuild(
         raise ModelError(
             f"{path}: the manifest, the weights and config.json do not belong together: {error}"
         ) from error
+    read_generation(model, path)
     return model
 
 
