@@ -49,7 +49,8 @@ class Meter(Protocol):
             reference: logits of the float model [B, T, V]; None only where one of the meter's metrics does without.
             logits: logits of the model that is measured [B, T, V].
             ids: token ids [B, T].
-            mask: bool [B, T], False on padding; None where there is none.
+            mask: bool [B, T], True at the positions whose prediction of the next token counts: neither of the two is
+                padding, and that token is scored. None where all but the last do.
         """
 
     def result(self) -> Mapping[str, float]:

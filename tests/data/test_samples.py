@@ -11,8 +11,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from wrapq.data.samples import POOL, Samples, build_samples, digest_of, first_tokens
+from wrapq.data.samples import POOL, Samples, build_samples, digest_of
 from wrapq.data.sources.base import Source, make_source
+from wrapq.data.tokenized import first_tokens
 from wrapq.errors import CalibrationError
 
 EOS, BOS = 0, 1
@@ -202,8 +203,8 @@ def test_no_end_token_is_a_note(tmp_path, tokenizer) -> None:
 
 def test_batches() -> None:
     samples = Samples(torch.arange(6).view(3, 2), torch.ones(3, 2, dtype=torch.bool), "")
-    assert [ids.tolist() for ids, _ in samples.batches(2)] == [[[0, 1], [2, 3]], [[4, 5]]]
-    assert all(mask.shape == ids.shape for ids, mask in samples.batches(2))
+    assert [ids.tolist() for ids, _, _ in samples.batches(2)] == [[[0, 1], [2, 3]], [[4, 5]]]
+    assert all(mask.shape == ids.shape for ids, mask, _ in samples.batches(2))
 
 
 def test_demo_text_is_enough_for_the_default_recipe(tokenizer) -> None:

@@ -1,5 +1,6 @@
 """Data sources: what they read, and that every mistake is one clear message."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from wrapq.data.sources import files
 from wrapq.data.sources.base import SOURCES, TextSource, TokenSource, make_source
 from wrapq.errors import CalibrationError
 
@@ -101,7 +103,7 @@ def test_jsonl(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "line, match",
     [
-        ('{"txt": "x"}', "line 3: no field 'text'; its fields are like: txt"),
+        ('{"txt": "x"}', "line 3: no field 'text' or 'messages'; its fields are like: txt"),
         ("{", "line 3: not valid JSON"),
         ("[1]", "line 3: expected an object, found list"),
         ('{"text": 3}', "line 3: field 'text' is int, expected text"),
@@ -120,12 +122,62 @@ def test_jsonl_wrong_field_is_refused_by_the_check(tmp_path: Path) -> None:
 def test_parquet(tmp_path: Path) -> None:
     path = str(tmp_path / "a.parquet")
     pq.write_table(pa.table({"text": ["one", None, "two"], "n": [1, 2, 3]}), path)
-    assert documents("parquet", path=path) == ["one", "two"]
-    fails("no column 'txt'; did you mean: text", "parquet", path=path, field="txt")
+    assert documents("parquet", path=path) == ["one", "", "two"]
+    fails("no field 'txt'; its fields are like: text", "parquet", path=path, field="txt")
     fails("column 'n' holds int64, expected text", "parquet", path=path, field="n")
     pq.write_table(pa.table({"text": pa.array([], pa.string())}), path)
     fails("has no rows", "parquet", path=path)
     fails("cannot be read as parquet", "parquet", path=write(tmp_path / "b.parquet", "text"))
+
+
+@pytest.mark.parametrize("name", ["text", "jsonl"])
+def test_packed_files_are_read_as_what_is_in_them(tmp_path: Path, name: str) -> None:
+    suffix, plain = {"text": (".txt", "one\ntwo\n"), "jsonl": (".jsonl", '{"text": "one"}\n{"text": "two"}\n')}[name]
+    for file in ("a", "b"):
+        write(tmp_path / f"{file}{suffix}.gz", gzip.compress(plain.encode()))
+    expected = documents(name, path=write(tmp_path / "other", plain))
+    assert documents(name, path=str(tmp_path / f"a{suffix}.gz")) == expected
+    assert documents(name, path=str(tmp_path)) == expected * 2
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (gzip.compress(b'{"text": "one"}\n' * 9)[:-12], "a.jsonl.gz' cannot be unpacked by gzip: .*end-of-stream"),
+        (gzip.compress(b'{"text": "one"}\n' * 9)[:20] + b"\xff" * 40, "a.jsonl.gz' cannot be unpacked by gzip: "),
+        (gzip.compress(b'{"text": "one"}\n')[:-8] + b"\0" * 8, "a.jsonl.gz' cannot be unpacked by gzip: CRC"),
+        (b'{"text": "one"}\n', "a.jsonl.gz' cannot be unpacked by gzip: Not a gzipped file"),
+        (gzip.compress(gzip.compress(b"x" * 99)), "a.jsonl.gz' is a gzip file: unpack it"),
+        (gzip.compress(b"\n \n"), "a.jsonl.gz' holds no text"),
+        (b"", "a.jsonl.gz' is empty"),
+    ],
+    ids=["truncated", "damaged", "checksum", "not packed", "twice", "blank", "empty"],
+)
+def test_packed_files_that_cannot_be_read(tmp_path: Path, content: bytes, match: str) -> None:
+    fails(match, "jsonl", path=write(tmp_path / "a.jsonl.gz", content))
+
+
+@pytest.mark.parametrize("content", [b"x", b"\n", b'{"text": "one"}\n'], ids=["one line", "blank lines", "rows"])
+def test_a_packed_file_gives_no_more_than_a_text_would(
+    tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "UNPACKED", 1 << 16)
+    path = write(tmp_path / "a.jsonl.gz", gzip.compress(content * (1 << 18)))
+    fails(r"a.jsonl.gz', line \d+: out of [\d,]+ bytes come \d+ MiB and more: unpack it", "jsonl", path=path)
+    rows = "".join(json.dumps({"text": f"{i * i:x}" * 3}) + "\n" for i in range(4000)).encode()
+    assert len(documents("jsonl", path=write(tmp_path / "b.jsonl.gz", gzip.compress(rows)))) == 4000
+
+
+def test_datasets_reads_what_it_saved(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_dict({"text": ["one", None, "two"]})
+    datasets.DatasetDict(train=table, test=table.select([2])).save_to_disk(tmp_path / "many")
+    table.save_to_disk(tmp_path / "one")
+    assert documents("datasets", path=str(tmp_path / "many")) == ["one", "", "two"]
+    assert documents("datasets", path=str(tmp_path / "many"), split="test") == ["two"]
+    assert documents("datasets", path=str(tmp_path / "one"), split="test") == ["one", "", "two"]
+    fails("no split 'dev' in it; there is: train, test", "datasets", path=str(tmp_path / "many"), split="dev")
+    fails("has no configuration and no revision", "datasets", path=str(tmp_path / "one"), revision="main")
 
 
 def test_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -142,7 +194,7 @@ def test_datasets_reads_a_local_folder(tmp_path: Path, monkeypatch: pytest.Monke
     write(data / "train.jsonl", "".join(json.dumps({"text": t}) + "\n" for t in ("one", "two")))
     for streaming in (False, True):
         assert documents("datasets", path=str(data), streaming=streaming) == ["one", "two"]
-        fails("no column 'txt'; did you mean: text", "datasets", path=str(data), field="txt", streaming=streaming)
+        fails("no field 'txt'; its fields are like: text", "datasets", path=str(data), field="txt", streaming=streaming)
     fails("cannot be loaded", "datasets", path=str(data), split="nope")
     fails("does not exist", "datasets", path=str(tmp_path / "nope"))
 

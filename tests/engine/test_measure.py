@@ -31,6 +31,15 @@ def samples(rows: int = 3, length: int = 12, padding: int = 0) -> Samples:
     return Samples(ids, mask, "digest")
 
 
+def conversations() -> Samples:
+    """Of three rows the tokens that are scored: two spans, one that reaches the end, one before padding."""
+    ids = torch.randint(3, 96, (3, 12), generator=torch.Generator().manual_seed(5))
+    mask, scored = torch.ones(3, 12, dtype=torch.bool), torch.zeros(3, 12, dtype=torch.bool)
+    mask[2, 9:] = False
+    scored[0, 2:4] = scored[0, 6:9] = scored[1, 8:] = scored[2, 4:9] = True
+    return Samples(ids, mask, "digest", scored=scored)
+
+
 def quantized_model(config: PTQConfig) -> nn.Module:
     """A wrapped model, every point quantized and none converted."""
     model = prepare(build_model("llama"), config)
@@ -59,6 +68,23 @@ def test_each_stage_is_what_the_model_is_there(padding: int) -> None:
         weights_only = convert(prepare(build_model("llama"), PTQConfig("int4:channel", None)))
         assert quality.stages[WEIGHTS]["perplexity"] == pytest.approx(perplexity(weights_only, data), rel=1e-5)
         assert quality.stages[QUANTIZED]["perplexity"] == pytest.approx(perplexity(model, data), rel=1e-5)
+
+
+def test_only_what_is_scored_counts_at_every_stage() -> None:
+    data, model = conversations(), quantized_model(PTQConfig("int4:channel", "int8:tensor:asym"))
+    quality = measure_stages(model, data, 2, lambda: None)
+    with torch.no_grad():
+        both = [forward_logits(each, data.input_ids, data.attention_mask) for each in (build_model("llama"), model)]
+    p, q = (logits.double().log_softmax(-1)[:, :-1] for logits in both)
+    scored = data.scored[:, 1:]
+    for stage, log in ((FLOAT, p), (QUANTIZED, q)):
+        losses = -log.gather(-1, data.input_ids[:, 1:, None])[..., 0][scored]
+        assert quality.stages[stage]["nll"] == pytest.approx(float(losses.mean()), rel=1e-5)
+        assert quality.stages[stage]["tokens"] == 2 + 3 + 4 + 5
+    found = quality.stages[QUANTIZED]
+    assert found["kl"] == pytest.approx(float((p.exp() * (p - q)).sum(-1)[scored].mean()), rel=1e-4)
+    assert found["top1_agreement"] == pytest.approx(float((p.argmax(-1) == q.argmax(-1))[scored].double().mean()))
+    assert measure(build_model("llama"), data, 2, lambda: None)["nll"] == pytest.approx(quality.stages[FLOAT]["nll"])
 
 
 def test_the_float_stage_has_no_distance_to_itself() -> None:

@@ -44,7 +44,7 @@ def test_against_plain_formulas(rows: int, dtype: torch.dtype) -> None:
 
 def test_padding_does_not_count() -> None:
     ref, logits, ids = batch(0, b=2, t=8)
-    mask = torch.tensor([[True] * 8, [True] * 5 + [False] * 3])
+    mask = torch.tensor([[True] * 8, [True] * 4 + [False] * 4])  # what the fifth token predicts is padding
     logits[1, 5:], ref[1, 5:] = float("nan"), float("inf")
     padded, cut = QualityMeter(3), QualityMeter()
     padded.update(ref, logits, ids, mask)
@@ -124,7 +124,7 @@ def test_perplexity_is_that_of_the_hand_written_script() -> None:
     expected = script.perplexity(model, script.load_ids(tokenizer, text, 8 * 256), 256, 4)
     meter = QualityMeter(100)
     with torch.no_grad():
-        for ids, _ in samples.batches(4):
+        for ids, _, _ in samples.batches(4):
             meter.update(None, model(input_ids=ids, use_cache=False).logits, ids)
     found = meter.result()
     assert found["tokens"] == expected["predicted"]

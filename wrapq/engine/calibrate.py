@@ -143,5 +143,5 @@ def make_batches(run: Run, samples: Samples | None) -> list[Batch]:
     size = run.plan.recipe.calibration.batch_size
     return [
         Batch({"input_ids": ids, "attention_mask": mask, "use_cache": False}, mask)
-        for ids, mask in (samples.batches(size, run.device) if samples else ())
+        for ids, mask, _ in (samples.batches(size, run.device) if samples else ())
     ]

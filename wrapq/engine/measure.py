@@ -88,10 +88,10 @@ def measure_stages(
     """
     measuring = _Measuring(model, stages_of(model), known)
     forwards: list[Callable[[], None]] = []
-    for batch, (ids, mask) in enumerate(samples.batches(batch_size, device_of(model))):
+    for batch, (ids, mask, counted) in enumerate(samples.batches(batch_size, device_of(model))):
         last = advance if not loader.streamed else lambda: None
         forwards += [
-            partial(measuring.run, batch, stage, ids, mask, last if stage == QUANTIZED else lambda: None)
+            partial(measuring.run, batch, stage, ids, mask, counted, last if stage == QUANTIZED else lambda: None)
             for stage in measuring.stages
         ]
     with measuring.block_outputs():
@@ -126,8 +126,16 @@ class _Measuring:
         self._outputs: dict[tuple[int, int], Tensor] = {}
         self._tuples = False  # some block gives more than its hidden states
 
-    def run(self, batch: int, stage: str, ids: Tensor, mask: Tensor | None, finished: Callable[[], None]) -> None:
-        """One batch [B, T] at one stage."""
+    def run(
+        self,
+        batch: int,
+        stage: str,
+        ids: Tensor,
+        mask: Tensor | None,
+        counted: Tensor | None,
+        finished: Callable[[], None],
+    ) -> None:
+        """One batch [B, T] at one stage; at the positions `counted` the logits are measured."""
         self._now = (batch, stage, mask)
         self._started.append(self._now)
         _enable(chain.from_iterable(self._points.values()), stage)
@@ -136,7 +144,7 @@ class _Measuring:
             logits = forward(ids, mask)
         finally:
             _enable(chain.from_iterable(self._points.values()), QUANTIZED)
-        self.meters[stage].update(self._reference, logits, ids, mask)
+        self.meters[stage].update(self._reference, logits, ids, counted)
         self._reference = None if stage == self.stages[-1] else logits if stage == FLOAT else self._reference
         finished()
 
@@ -194,8 +202,8 @@ def _give(output: Tensor, *args: object, **kwargs: object) -> Tensor:
 def measure(model: nn.Module, samples: Samples, batch_size: int, advance: Callable[[], None]) -> dict[str, float]:
     """The quality of any model, without another to compare it with."""
     meter = StageMeter(against_float=False)
-    for ids, mask in samples.batches(batch_size, device_of(model)):
-        meter.update(None, forward_logits(model, ids, mask), ids, mask)
+    for ids, mask, counted in samples.batches(batch_size, device_of(model)):
+        meter.update(None, forward_logits(model, ids, mask), ids, counted)
         advance()
     return _result(meter, FLOAT)
 

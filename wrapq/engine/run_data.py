@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from wrapq.data.samples import Samples, build_samples
+import torch
+
+from wrapq.data.samples import POOL, Samples, build_samples
 from wrapq.data.sources.base import Source, TokenSource, make_source
 from wrapq.engine.context import Run
 from wrapq.errors import ModelError
@@ -29,7 +31,7 @@ def read_data(run: Run) -> tuple[Samples | None, Samples]:
         profile = {"tokens": samples.tokens, "windows": len(samples.input_ids), "seq_len": samples.input_ids.shape[1]}
         run.tracker.dataset(source.describe(), samples.digest, source.describe(), context, profile)
     calibration, evaluation = found.get("calibration"), found["evaluation"]
-    if calibration is not None and calibration.digest == evaluation.digest:
+    if calibration is not None and torch.equal(calibration.input_ids, evaluation.input_ids):
         run.note("calibration and evaluation read the same tokens: the quality measured is too good")
     return calibration, evaluation
 
@@ -56,7 +58,8 @@ def evaluation_samples(config: Evaluation, tokenizer: Any, vocab_size: int | Non
     """The evaluation source and samples, for a vocabulary of `vocab_size`."""
     source = make_source(config.source, config.options)
     windows = max(1, config.tokens // config.seq_len)
-    return source, build_samples(source, tokenizer, windows, config.seq_len, seed=None, vocab_size=vocab_size)
+    length, score = config.seq_len, config.score
+    return source, build_samples(source, tokenizer, windows, length, None, vocab_size=vocab_size, score=score)
 
 
 def input_digests(plan: Plan, trust_remote_code: bool) -> dict[str, str]:
@@ -67,7 +70,7 @@ def input_digests(plan: Plan, trust_remote_code: bool) -> dict[str, str]:
 
 
 def preview_data(plan: Plan, trust_remote_code: bool) -> Iterator[str]:
-    """What the data of a run gives, a line each for calibration and evaluation; raises as `read_data` does.
+    """What the data of a run gives, and what of it is cut, for calibration and evaluation; raises as `read_data` does.
 
     No more is read than there are samples, where a run chooses among more.
     """
@@ -78,6 +81,12 @@ def preview_data(plan: Plan, trust_remote_code: bool) -> Iterator[str]:
         first = samples.input_ids[0, :_SHOWN].tolist()
         shown = ", ".join(repr(tokenizer.decode([i])) if tokenizer is not None else str(i) for i in first)
         yield f"{context}: {count} samples of {length} tokens from {source.describe()}, the first begins {shown}"
+        told = [str(samples.read)]
+        if context == "calibration" and not samples.read.whole:
+            told.append(f"a run draws {count:,} of at most {count * POOL:,}")
+        if samples.scored is not None:
+            told.append(f"{int(samples.scored.sum()):,} tokens scored")
+        yield f"{context}: {'; '.join(told)}"
         yield from (f"note: {context}: {text}" for text in samples.notes)
 
 

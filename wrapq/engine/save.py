@@ -118,7 +118,7 @@ def _check_saved(run: Run, outputs: Tensor, expected: Tensor) -> None:
 @torch.no_grad()
 def _first_logits(model: nn.Module, samples: Samples, loader: BlockLoader) -> Tensor:
     """The logits [1, T, V] of the first tokens of the first sample; of all of them where some are padding."""
-    ids, mask = next(samples.batches(1, device_of(model)))
+    ids, mask, _ = next(samples.batches(1, device_of(model)))
     ids = ids if mask is not None else ids[:, :_CHECKED]
     logits = []
 

@@ -24,8 +24,6 @@ class QualityMeter:
     """Quality over batches of logits. The method is next-token prediction inside each window: in a window of T tokens,
     tokens 2 to T are each predicted from the ones before them in that window, T-1 predictions in all.
 
-    A prediction counts where both the last token it is made from and the token it predicts are real (mask True).
-
     Args:
         rows: how many positions are worked on at once; float32 memory is about 4 * rows * vocabulary * 4 bytes. The
             default keeps a piece within a CPU's cache (measured three times faster than large ones), and fills a GPU.
@@ -44,7 +42,7 @@ class QualityMeter:
             reference: logits of the float model [B, T, V], or None when there is nothing to compare with.
             logits: logits of the model to judge [B, T, V].
             input_ids: [B, T].
-            mask: bool [B, T], False on padding.
+            mask: bool [B, T], True where the prediction made there counts; None: everywhere.
 
         Raises:
             ValueError: the shapes do not belong together, or only some batches have a reference.
@@ -61,7 +59,7 @@ class QualityMeter:
         for row, start in product(range(count), range(0, length - 1, rows)):
             part = slice(start, min(start + rows, length - 1))
             after = slice(part.start + 1, part.stop + 1)
-            real = None if mask is None else mask[row, part].bool() & mask[row, after].bool()
+            real = None if mask is None else mask[row, part].bool()
             target = input_ids[row, after].to(logits.device)
             self._sums += _sums(None if reference is None else reference[row, part], logits[row, part], target, real)
 

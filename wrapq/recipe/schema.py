@@ -180,6 +180,8 @@ class Evaluation(_Open):
     """Tokens per sequence."""
     batch_size: Positive = 8
     """Sequences per forward pass."""
+    score: Literal["all", "assistant"] = "all"
+    """`assistant`: only what the assistant writes in conversations, of which each is a sequence of its own then."""
     compare_schedules: bool = False
     """Whether the result of the other calibration schedule is measured too; it is calibrated for that, and not kept."""
 

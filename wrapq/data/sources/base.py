@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from wrapq.errors import CalibrationError, ProblemsError
@@ -33,11 +34,26 @@ class Source(Configurable, ABC):
         """One short phrase that names the data: for messages, the plan and the tracked data set."""
 
 
+@dataclass(frozen=True)
+class Chat:
+    """A document that is a conversation: the tokenizer's chat template makes a text of it.
+
+    Attributes:
+        messages: the turns, each with a `role`, and with `content`, which is text, or what else a template reads.
+        tools: JSON schemas of the functions that the assistant may call; None where there are none.
+        where: names it in messages, `data file 'chats.jsonl', line 3`.
+    """
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None
+    where: str
+
+
 class TextSource(Source):
     """A source of documents that still have to be tokenized."""
 
     @abstractmethod
-    def documents(self) -> Iterator[str]:
+    def documents(self) -> Iterator[str | Chat]:
         """The documents, in a fixed order; raises `CalibrationError` where the data cannot be read."""
 
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import gzip
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO, cast
 
 from wrapq.errors import CalibrationError, WrapqError, nearest
 from wrapq.paths import expand
 
 PROBE = 1 << 16  # bytes looked at by a check: enough to tell a blank file from text
+UNPACKED = 1 << 28  # bytes that a packed file may hold in one line, or more than `RATIO` times its size
+RATIO = 200  # text is packed three to ten times, the most that gzip can do is a thousand
 _PACKED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -29,7 +35,7 @@ def find_files(path: str, suffixes: tuple[str, ...]) -> list[Path]:
         return [where]
     if not where.is_dir():
         raise CalibrationError(f"data file {path!r} is a device, a pipe or a socket: write what it gives to a file")
-    found = sorted(p for p in where.iterdir() if p.suffix in suffixes and p.is_file())
+    found = sorted(p for p in where.iterdir() if p.name.endswith(suffixes) and p.is_file())
     if not found:
         raise CalibrationError(f"data folder {path!r} holds no file ending in {' or '.join(suffixes)}")
     return found
@@ -44,41 +50,54 @@ def check_readable(files: list[Path]) -> None:
 
 
 def check_text(files: list[Path]) -> None:
-    """As `check_readable`, and refuse packed files, and nothing but white space; raises `CalibrationError`."""
+    """As `check_readable`, and refuse what is packed otherwise than by gzip under a name that ends in `.gz`, and
+    nothing but white space; raises `CalibrationError`."""
     check_readable(files)
-    for file in files:
-        start = read_start(file)
+    starts = [read_start(file) for file in files]
+    for file, start in zip(files, starts, strict=True):
         if packed := [kind for mark, kind in _PACKED.items() if start.startswith(mark)]:
-            raise CalibrationError(f"data file '{file}' is a {packed[0]} file: unpack it, and give what was in it")
-    for file in files:
-        if file.stat().st_size > PROBE or read_start(file).removeprefix(b"\xef\xbb\xbf").strip():
-            return
-    raise CalibrationError(f"data file '{files[0]}' holds no text, only white space")
+            remedy = ", or let its name end in .gz" if packed[0] == "gzip" else ""
+            what = f"is a {packed[0]} file: unpack it, and give what was in it{remedy}"
+            raise CalibrationError(f"data file '{file}' {what}")
+    if not any(len(start) == PROBE or start.removeprefix(b"\xef\xbb\xbf").strip() for start in starts):
+        raise CalibrationError(f"data file '{files[0]}' holds no text, only white space")
 
 
 def read_start(file: Path) -> bytes:
-    """The first `PROBE` bytes of `file`; raises `CalibrationError` when it cannot be read."""
-    try:
-        with file.open("rb") as stream:
-            return stream.read(PROBE)
-    except OSError as error:
-        raise CalibrationError(f"data file '{file}' cannot be read: {error.strerror}") from error
+    """The first `PROBE` bytes of `file`, unpacked; raises `CalibrationError` when it cannot be read."""
+    with _opened(file) as stream:
+        return stream.read(PROBE)
 
 
 def read_lines(file: Path) -> Iterator[tuple[int, str]]:
-    """The lines of `file`, numbered from 1, without a byte order mark; raises `CalibrationError` where the file
-    cannot be read, or one is not UTF-8."""
-    try:
-        with file.open("rb") as stream:
-            for number, line in enumerate(stream, start=1):
+    """The lines of `file`, unpacked, numbered from 1, without a byte order mark; raises `CalibrationError` where the
+    file cannot be read, one is not UTF-8, or a packed file holds more than a text would."""
+    packed, total = file.suffix == ".gz", 0
+    with _opened(file) as stream:
+        size = file.stat().st_size
+        for number, line in enumerate(iter(lambda: stream.readline(UNPACKED + 1), b"") if packed else stream, start=1):
+            total += len(line)
+            if packed and (len(line) > UNPACKED or total > max(UNPACKED, RATIO * size)):
+                what = f"out of {size:,} bytes come {total >> 20} MiB and more"
+                raise CalibrationError(f"data file '{file}', line {number}: {what}: unpack it, and give what was in it")
+            try:
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                what = f"byte 0x{error.object[error.start]:02x} at position {error.start} of the line"
+                raise CalibrationError(
+                    f"data file '{file}', line {number}: not valid UTF-8 ({what}): save it as UTF-8"
+                ) from None
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[BinaryIO]:
+    try:
+        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
+            yield cast(BinaryIO, stream)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise CalibrationError(f"data file '{file}' cannot be unpacked by gzip: {error}") from None
     except OSError as error:
         raise CalibrationError(f"data file '{file}' cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        what = f"byte 0x{error.object[error.start]:02x} at position {error.start} of the line"
-        raise CalibrationError(
-            f"data file '{file}', line {number}: not valid UTF-8 ({what}): save it as UTF-8"
-        ) from None
 
 
 def _neighbours(missing: Path) -> str:

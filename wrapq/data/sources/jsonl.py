@@ -1,4 +1,4 @@
-"""JSON lines: one object a line, one of its fields is the text."""
+"""JSON lines: one object a line, one of its fields is the text or the messages."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from pathlib import Path
 
 from pydantic import Field
 
-from wrapq.data.sources.base import SOURCES, TextSource
+from wrapq.data.sources.base import SOURCES, Chat, TextSource
 from wrapq.data.sources.files import check_text, find_files, read_lines
-from wrapq.errors import CalibrationError, nearest
+from wrapq.data.sources.rows import HOLDS, document
+from wrapq.errors import CalibrationError
 from wrapq.registry import Options
 
 
@@ -18,12 +19,13 @@ class JsonlOptions(Options):
     """Options of the source `jsonl`."""
 
     path: str = Field(description="file or folder")
-    field: str = Field(default="text", description="the key that holds the text")
+    field: str | None = Field(default=None, description=HOLDS)
 
 
 @SOURCES.register("jsonl")
 class JsonLines(TextSource):
-    """A `.jsonl` file or a folder of them; every line is one document. Blank lines are skipped."""
+    """A `.jsonl` file, also packed as `.jsonl.gz`, or a folder of them; every line is one document, a text or a
+    conversation. Blank lines are skipped."""
 
     Options = JsonlOptions
     options: JsonlOptions
@@ -34,35 +36,22 @@ class JsonLines(TextSource):
         next(self.documents(), None)
 
     def describe(self) -> str:
-        return f"jsonl:{self.options.path}#{self.options.field}"
+        return f"jsonl:{self.options.path}" + (f"#{self.options.field}" if self.options.field else "")
 
-    def documents(self) -> Iterator[str]:
+    def documents(self) -> Iterator[str | Chat]:
         for file in self._files():
             for number, line in read_lines(file):
                 if line.strip():
-                    yield self._text(f"data file '{file}', line {number}", line)
+                    yield self._document(f"data file '{file}', line {number}", line)
 
-    def _text(self, where: str, line: str) -> str:
-        field = self.options.field
+    def _document(self, where: str, line: str) -> str | Chat:
         try:
-            record = json.loads(line)
+            row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise CalibrationError(f"{where}: not valid JSON ({error})") from None
-        if not isinstance(record, dict):
-            raise CalibrationError(f"{where}: expected an object, found {type(record).__name__}")
-        if field not in record:
-            names = ", ".join(nearest(field, record)) or "none"
-            raise CalibrationError(f"{where}: no field {field!r}; its fields are like: {names}")
-        if not isinstance(record[field], str):
-            raise CalibrationError(f"{where}: field {field!r} is {type(record[field]).__name__}, expected text")
-        try:
-            record[field].encode()
-        except UnicodeEncodeError as error:
-            half = f"\\u{ord(record[field][error.start]):04x}"
-            raise CalibrationError(
-                f"{where}: field {field!r} holds {half}, half a surrogate, which is no text"
-            ) from None
-        return record[field]
+        if not isinstance(row, dict):
+            raise CalibrationError(f"{where}: expected an object, found {type(row).__name__}")
+        return document(row, self.options.field, where)
 
     def _files(self) -> list[Path]:
-        return find_files(self.options.path, (".jsonl", ".json"))
+        return find_files(self.options.path, (".jsonl", ".json", ".jsonl.gz", ".json.gz"))

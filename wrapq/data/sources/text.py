@@ -21,7 +21,8 @@ class TextOptions(Options):
 
 @SOURCES.register("text")
 class Text(TextSource):
-    """A UTF-8 file, or every `.txt` and `.md` file of a folder; a file is one document unless `separator` cuts it."""
+    """A UTF-8 file, or every `.txt` and `.md` file of a folder, also packed as `.txt.gz` and `.md.gz`; a file is one
+    document unless `separator` cuts it."""
 
     Options = TextOptions
     options: TextOptions
@@ -38,4 +39,4 @@ class Text(TextSource):
             yield from text.split(self.options.separator) if self.options.separator else (text,)
 
     def _files(self) -> list[Path]:
-        return find_files(self.options.path, (".txt", ".md"))
+        return find_files(self.options.path, (".txt", ".md", ".txt.gz", ".md.gz"))
