@@ -84,6 +84,14 @@ _FORMS = {
         | {"ffn_hidden_size": 96, "q_lora_rank": 32, "kv_lora_rank": 32, "num_key_value_heads": 4}
         | {"qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16},
     ),
+    "mamba": ("MambaConfig", "MambaForCausalLM", {"time_step_rank": 8, "state_size": 8, "num_hidden_layers": LAYERS}),
+    "gpt_bigcode": ("GPTBigCodeConfig", "GPTBigCodeForCausalLM", {"n_embd": HIDDEN, "n_layer": LAYERS, "n_head": 4}),
+    "bart": (
+        "BartConfig",
+        "BartForCausalLM",
+        {"d_model": HIDDEN, "decoder_layers": LAYERS, "decoder_attention_heads": 4, "decoder_ffn_dim": 96}
+        | {"is_decoder": True, "is_encoder_decoder": False},
+    ),
     "afmoe": ("AfmoeConfig", "AfmoeForCausalLM", {"num_experts": 4, "moe_intermediate_size": 32}),
     "hunyuan_v1_moe": ("HunYuanMoEV1Config", "HunYuanMoEV1ForCausalLM", {"num_experts": 4, "moe_topk": 2}),
     "phimoe": ("PhimoeConfig", "PhimoeForCausalLM", {"num_local_experts": 4}),

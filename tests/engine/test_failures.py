@@ -23,7 +23,9 @@ from torch import nn
 import wrapq
 from tests.engine.record import SMALL, only_run, partial_files, recorded, status
 from tests.models import DEMO, damaged, model_with_unused_modules, without_weights
-from wrapq.errors import CalibrationError, LifecycleError, ModelError, OutputError, PlanError, WrapqError
+from wrapq.errors import CalibrationError, ModelError, OutputError, PlanError, WrapqError
+from wrapq.recipe.compose import compose
+from wrapq.resolve.resolve import resolve
 from wrapq.tracking.base import TrackingError
 
 LONG = ("evaluation.tokens=65536", "calibration.samples=128")
@@ -96,20 +98,13 @@ def test_nan_in_what_stays_float_is_not_measured_as_if_it_were_a_result(
     assert str(error).startswith("the model gives NaN or infinite logits on the evaluation data: ")
 
 
-def test_a_point_without_data_is_named(tmp_path: Path, failing: Callable[..., WrapqError]) -> None:
+def test_points_that_no_forward_reaches_are_left_float_and_named(tmp_path: Path) -> None:
     model = model_with_unused_modules(tmp_path / "bart")
-    error = failing("model=hf", f"model.path={model}", recipe="w8a8_static")
-    assert isinstance(error, LifecycleError)
-    assert str(error) == (
-        "model.decoder.layers.0.encoder_attn.k_proj.input (int8:tensor:asym) saw no data: run calibration batches "
-        "through the model before converting it, or leave the point out"
-    )
-
-
-def test_such_points_can_be_left_out(tmp_path: Path) -> None:
-    model = model_with_unused_modules(tmp_path / "bart")
-    rule = "+rules.cross={match: {name: '*.encoder_attn*'}, quantize: false}"
-    overrides = [*SMALL, rule, "model=hf", f"model.path={model}", "tracking=none", f"paths.outputs={tmp_path / 'out'}"]
+    overrides = [*SMALL, "model=hf", f"model.path={model}", "tracking=none", f"paths.outputs={tmp_path / 'out'}"]
+    composed = compose(["recipe=w8a8_static", *overrides])
+    (note,) = resolve(composed.recipe, composed.sources).notes
+    first = "model.decoder.layers.0.encoder_attn.k_proj and 7 more"
+    assert note == f"{first}: no forward of tokens comes there, so that activations stay float"
     assert wrapq.run("w8a8_static", overrides).sizes["quantized"] > 0
 
 

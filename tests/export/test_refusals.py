@@ -265,3 +265,12 @@ def test_experts_of_integers(tmp_path: Path) -> None:
     planned("recipe=w8a16", model, "rules.linear.weight.group_size=32")
     left = "+rules.experts={match: {name: '*.experts.*'}, quantize: false}"
     planned("recipe=w8a8_dynamic", model, left)
+
+
+def test_layers_that_transformers_initializes_before_it_unpacks_them(tmp_path: Path) -> None:
+    path = f"model.path={random_model('gpt_bigcode', tmp_path)}"
+    said = refusal(path, *weights("int8:channel"), TRANSFORMERS)
+    what = "transformers does not load a GPTBigCodeForCausalLM whose Linear there is not a float"
+    assert f"transformer.h.0.attn.c_proj and 3 more: {what}: it initializes the weight\n    {OTHERWISE}" in said
+    left = "+rules.left={match: {name: '*.c_proj'}, quantize: false}"
+    assert planned(path, *weights("int8:channel"), TRANSFORMERS, left).modules

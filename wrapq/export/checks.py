@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cache
 
+import torch
+
 from wrapq.algorithms.base import ALGORITHMS, Corrector
 from wrapq.errors import Problem, SpecError, and_more
-from wrapq.export.scheme import INT, PACK, Args, Scheme, cache_args, linear_scheme
+from wrapq.export.scheme import INT, MXFP4, NVFP4, PACK, Args, Scheme, cache_args, linear_scheme
 from wrapq.export.vllm import cache_refusal, fusion_refusals, linear_refusal
 from wrapq.graph.mixtures import EXPERT_NAME
+from wrapq.graph.usage import find_initialized
 from wrapq.resolve.model_source import ModelSource
 from wrapq.resolve.plan import ModulePlan, Plan
 from wrapq.wrappers.experts import can_be_taken_apart
@@ -73,6 +76,7 @@ def translate(plan: Plan, reader: str) -> Translation:
     _corrections(plan, translation)
     _online(plan, translation)
     _experts(plan, translation)
+    _initialized(plan, translation)
     schemes = translation.schemes
     asymmetric = [name for name, scheme in schemes.items() if scheme.format == PACK and not scheme.weights["symmetric"]]
     if asymmetric and (len(translation.layers_by_scheme()) > 1 or translation.cache is not None):
@@ -144,6 +148,27 @@ def _experts(plan: Plan, translation: Translation) -> None:
         return
     for module, reason in unread.items():
         translation.refuse(module, reason, _REMEDY)
+
+
+def _initialized(plan: Plan, translation: Translation) -> None:
+    """Layers whose weights transformers does not find where it initializes the modules around them, before it unpacks
+    any."""
+    import transformers
+
+    if not hasattr(transformers, plan.model.type):  # code of the model's own, which no export takes along
+        return
+    model = ModelSource(plan.recipe.model).meta_model()
+    there = {name for name, module in model.named_modules() if module._parameters.get("weight") is not None}
+    kinds = {"int": torch.int8, "float": torch.float8_e4m3fn}
+    stored = {
+        name: None if scheme.format in (PACK, NVFP4, MXFP4) else kinds[scheme.weights["type"]]
+        for name, scheme in translation.schemes.items()
+        if name in there
+    }
+    failing = find_initialized(model, stored) if stored else ()
+    for module in (module for module in plan.modules if module.name in failing):
+        what = f"transformers does not load a {plan.model.type} whose {module.type} there is not a float"
+        translation.refuse(module, f"{what}: it initializes the weight", _REMEDY)
 
 
 @cache

@@ -162,14 +162,17 @@ class Graph:
 def find_graph(model: nn.Module, inputs: Mapping[str, Any] | Sequence[Any] | None = None) -> Graph:
     """The channel edges and residual streams of a float `model`, on the meta device or not, traced in one forward with
     `inputs`, or a few token ids, as language models take them; raises `ModelError` if it cannot run without weights."""
-    if inputs is None:
-        inputs = without_cache(model, {"input_ids": torch.arange(1, 1 + _EXAMPLE_TOKENS)[None]})
-    traced = trace(model, inputs)
+    traced = trace(model, example_inputs(model) if inputs is None else inputs)
     linears, heads = _widths(model, "Linear", "input"), _widths(model, "Attention", "key")
     mixtures, norms = Mixtures(model), _batch_norms(traced)
     edges = tuple(each for edge in _edges(traced, norms) for each in _of_all_experts(edge, mixtures))
     streams = tuple(_with_all_experts(stream, mixtures) for stream in _streams(traced))
     return Graph(edges, streams, tied_modules(model), linears, heads, norms)
+
+
+def example_inputs(model: nn.Module) -> dict[str, Any]:
+    """A few token ids, as language models take them."""
+    return without_cache(model, {"input_ids": torch.arange(1, 1 + _EXAMPLE_TOKENS)[None]})
 
 
 def _of_all_experts(edge: ChannelEdge, mixtures: Mixtures) -> Iterator[ChannelEdge]:

@@ -137,6 +137,20 @@ def trace(model: nn.Module, inputs: Mapping[str, Any] | Sequence[Any]) -> Trace:
     return tracer.trace
 
 
+@contextmanager
+def standing_in(model: nn.Module) -> Iterator[None]:
+    """While this holds, what in `model` depends on data is replaced by what does not: of experts that are modules the
+    first takes all tokens, others return an empty output."""
+    with ExitStack() as undo:
+        for module in model.modules():
+            if isinstance(module, Experts):
+                stand_in = module.stand_in
+                undo.enter_context(replaced_forward({module: lambda x, *_, go=stand_in, **__: go(x)}))
+            elif (layer := layer_info(module)) is not None and layer.opaque:
+                undo.enter_context(replaced_forward({module: lambda x, *_, **__: torch.empty_like(x)}))
+        yield
+
+
 class ChannelTracer(TorchDispatchMode):
     """Propagates channel tags through every operation of a forward."""
 
@@ -150,22 +164,17 @@ class ChannelTracer(TorchDispatchMode):
     @contextmanager
     def attached_to(self, model: nn.Module) -> Iterator[None]:
         """While this holds, layers of `model` are one operation each."""
-        with ExitStack() as undo:
+        with standing_in(model), ExitStack() as undo:
             for name, module in model.named_modules():
-                if isinstance(module, Experts):
-                    stand_in = module.stand_in
-                    undo.enter_context(replaced_forward({module: lambda x, *_, go=stand_in, **__: go(x)}))
                 if (layer := layer_info(module)) is None:
                     continue
                 undo.callback(module.register_forward_pre_hook(partial(self._enter_layer, name, layer)).remove)
                 undo.callback(module.register_forward_hook(partial(self._leave_layer, name, layer)).remove)
-                if layer.opaque:
-                    undo.enter_context(replaced_forward({module: lambda x, *_, **__: torch.empty_like(x)}))
             yield
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = _run(func, args, kwargs)
+        out = run_operation(func, args, kwargs)
         if not self._inside:
             tagged = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and id(t) in self._tags]
             if tagged:
@@ -355,7 +364,7 @@ def _channels(ids: Tensor, axis: int) -> Tensor | None:
     return rows[0] if bool((rows == rows[0]).all()) else None
 
 
-def _run(func: Any, args: Any, kwargs: Any) -> Any:
+def run_operation(func: Any, args: Any, kwargs: Any) -> Any:
     """Run an operation; operations without weights on the meta device run for real, such as masks and positions."""
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     meta = [t for t in tensors if t.is_meta]

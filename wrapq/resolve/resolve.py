@@ -23,6 +23,7 @@ from wrapq.resolve.selectors import GATE, Site, find_sites
 from wrapq.resolve.spec_fit import build_spec, held_problems, tied_problems, weight_shape, why_unfit
 from wrapq.resolve.stages import StackEntry, check_stack, plan_stages
 from wrapq.resolve.transforms import Transforms
+from wrapq.resolve.unreached import leave_unreached
 from wrapq.wrappers.experts import apart
 
 
@@ -47,6 +48,8 @@ def resolve(recipe: Recipe, sources: Mapping[str, Provenance] | None = None, tru
         raise PlanError([replace(p, source=where.of("model.path")) for p in error.problems]) from None
     with apart(model):
         modules, untouched, selected, blocks = _resolve_rules(recipe.rules, model, where)
+        modules, unreached, notes = leave_unreached(model, modules)
+    untouched += unreached
     if not modules:
         what = "no rule quantizes anything in this model: the run would change nothing"
         raise PlanError([Problem("", "rules", what, (), "wrapq evaluate measures a model as it is")])
@@ -71,7 +74,7 @@ def resolve(recipe: Recipe, sources: Mapping[str, Provenance] | None = None, tru
         untouched=untouched,
         stages=stages,
         estimate=estimated,
-        notes=tuple(transforms.notes),
+        notes=(*notes, *transforms.notes),
         presets=where.origins(),
     )
     check_export(plan)
