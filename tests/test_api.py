@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from tests.conftest import build_model
 from tests.contracts.wrapper import round_weights
@@ -12,7 +13,7 @@ from wrapq.runtime.module import QuantizedModule
 from wrapq.wrappers.model import iter_quantizers, iter_wrapped
 from wrapq.wrappers.quantizer import State
 
-INT16 = PTQConfig(weight="int16:channel:sym", activation="int16:tensor:asym")
+INT16 = PTQConfig(weight="int16:channel:sym", activations="int16:tensor:asym")
 
 
 class SmallCNN(nn.Module):
@@ -47,9 +48,32 @@ def test_a_linear_layer_is_a_model():
     assert 0 < relative(converted(x), expected) < 0.02
     assert set(converted.state_dict()) == {
         *("weight_packed", "weight_shape", "weight_scale", "bias"),
-        *("input_scale", "input_zero_point", "output_scale", "output_zero_point"),
+        *("input_scale", "input_zero_point"),
     }
     assert torch.equal(layer(x), expected)
+
+
+def points(model: nn.Module) -> set[str]:
+    return {quantizer.where for quantizer in iter_quantizers(model) if not quantizer.where.endswith(".weight")}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_by_default_activation_is_what_matrix_products_with_weights_read(family: str):
+    model = build_model(family)
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    assert points(prepare(model, PTQConfig(weight=None))) == {f"{name}.input" for name in linears}
+
+
+def test_convolutions_read_products_too_and_every_point_is_asked_for_by_name():
+    few = points(prepare(SmallCNN()))
+    every = points(prepare(SmallCNN(), INT16))
+    assert few == {"conv1.input", "conv2.input", "head.input"}
+    assert every == few | {"conv1.output", "conv2.output", "head.output", "relu.input", "relu.output"}
+
+
+def test_activation_without_a_matrix_product_is_refused():
+    with pytest.raises(PlanError, match=r"none of the 2 modules it matches .* matrix[\s\S]*activations"):
+        prepare(nn.Sequential(nn.Embedding(4, 4), nn.LayerNorm(4)))
 
 
 def test_a_cnn():
@@ -68,7 +92,7 @@ def test_a_module_used_twice_observes_both_uses():
     net, x = SmallCNN().eval().requires_grad_(False), torch.randn(4, 3, 16, 16)
     seen = []
     net.relu.register_forward_pre_hook(lambda _, args: seen.append(float(args[0].max())))
-    prepared = prepare(net)
+    prepared = prepare(net, INT16)
     prepared(x)
     _, high = prepared.relu.quantizers["input"].observer.range()
     assert len(seen) == 2 and float(high) == max(seen)
@@ -110,9 +134,9 @@ def test_overrides_go_from_general_to_particular():
         (PTQConfig(weight="int4:g100:sym"), "group size 100 does not divide the width"),
         (PTQConfig(overrides={"model.layers.77": None}), "matches no module"),
         (PTQConfig(weight="int4:token:dyn"), "a weight does not change"),
-        (PTQConfig(activation="int8:channel"), "channel@-1"),
-        (PTQConfig(activation="int8:tensor:nosuch"), "unknown observer 'nosuch'"),
-        (PTQConfig(activation="int8:tensor:percentile(percentil=9)"), "no option 'percentil'"),
+        (PTQConfig(activations="int8:channel"), "channel@-1"),
+        (PTQConfig(activations="int8:tensor:nosuch"), "unknown observer 'nosuch'"),
+        (PTQConfig(activations="int8:tensor:percentile(percentil=9)"), "no option 'percentil'"),
     ],
     ids=["module", "point", "group size", "layer", "dynamic weight", "axis", "observer", "observer option"],
 )
@@ -125,7 +149,7 @@ def test_a_refused_configuration_leaves_the_model_as_it_was(config: PTQConfig, m
     assert restore(prepare(model)) is model and objects(model) == before
 
 
-@pytest.mark.parametrize("config", [PTQConfig(weight="w4"), PTQConfig(activation="int8:chanel")])
+@pytest.mark.parametrize("config", [PTQConfig(weight="w4"), PTQConfig(activations="int8:chanel")])
 def test_a_spec_that_is_none_is_refused_before_anything(config: PTQConfig):
     model = build_model("llama")
     before = objects(model)
@@ -147,7 +171,7 @@ def test_converting_what_saw_no_data_changes_nothing():
     before = objects(prepared)
     ids = torch.randint(3, 96, (2, 8))
     expected = prepared.model(input_ids=ids)  # all but lm_head
-    with pytest.raises(LifecycleError, match=r"2 points are not ready:\n  lm_head\.input .* saw no data"):
+    with pytest.raises(LifecycleError, match=r"1 points are not ready:\n  lm_head\.input .* saw no data"):
         convert(prepared)
     assert objects(prepared) == before
     assert {quantizer.state for quantizer in iter_quantizers(prepared)} == {State.OBSERVING}
@@ -250,6 +274,7 @@ class TestTiedEmbeddings:
         (PTQConfig(None, None, {"0": None}), "PTQConfig: quantizes nothing"),
         (PTQConfig(overrides={"": None}), "PTQConfig.overrides: '' is no pattern"),
         (PTQConfig(overrides={"0": "int8"}), "'0': 'int8' should be a mapping from points to specs, or None"),
+        (PTQConfig(activation="int8:token:dyn", activations="int16:tensor"), "takes its place[\\s\\S]*one of them"),
         (PTQConfig("int44"), "PTQConfig.weight: unknown dtype 'int44'"),
         (PTQConfig(overrides={"0": {"input": "int4:g8:!"}}), r"PTQConfig.overrides\['0'\].input: "),
     ],

@@ -14,7 +14,7 @@ from tests.conftest import build_model
 from wrapq import PTQConfig
 from wrapq.errors import CalibrationError, LifecycleError, PlanError
 
-CONFIG = PTQConfig(weight="int4:g16:sym", activation="uint8:tensor:asym", overrides={"model.embed_tokens": None})
+CONFIG = PTQConfig(weight="int4:g16:sym", activations="uint8:tensor:asym", overrides={"model.embed_tokens": None})
 
 
 def test_decides_what_the_walker_of_a_run_decides(token_batches: list[Tensor]):

@@ -37,6 +37,7 @@ from wrapq.wrappers.model import convert_model, iter_quantizers, iter_wrapped, u
 from wrapq.wrappers.quantizer import WeightQuantizer
 
 _EXAMPLE_TOKENS = 4
+_ACTIVATION = "int8:tensor:asym"
 Spec = str | QuantSpec
 
 
@@ -46,29 +47,34 @@ class PTQConfig:
 
     Attributes:
         weight: the spec of every weight, in short form; None leaves weights float.
-        activation: the spec of every other point; None leaves activations float.
+        activation: the spec of what matrix products with weights and convolutions read, which is what int8 runtimes of
+            servers quantize: the input of linear layers and convolutions; None leaves it float.
         overrides: for modules by name, glob or `re:` pattern, in order, the specs of single points, None for a
             point or for all of a module's to leave float:
             `{"lm_head": None, "*.down_proj": {"weight": "int8:channel"}}`.
         strict: a module with parameters that has no wrapper is an error.
+        activations: the spec of every point but the weights, as a processor without float units needs: norms,
+            functions, queries, keys, sums, too. It takes the place of `activation`.
 
     Example:
         >>> PTQConfig(weight="int4:g128:sym", activation=None, overrides={"lm_head": None})
     """
 
     weight: Spec | None = "int8:channel:sym"
-    activation: Spec | None = "int8:tensor:asym"
+    activation: Spec | None = _ACTIVATION
     overrides: Mapping[str, Mapping[str, Spec | None] | None] = field(default_factory=dict)
     strict: bool = False
+    activations: Spec | None = None
 
     def rules(self) -> dict[str, Rule]:
         """The same as the rules of a recipe; raises `PlanError` where there is nothing to say, or an empty pattern."""
         if problems := list(self._problems()):
             raise PlanError(problems)
-        weight, activation = (None if spec is None else str(spec) for spec in (self.weight, self.activation))
+        weight, some, every = (None if spec is None else str(spec) for spec in self._specs().values())
         rules = {}
-        if weight or activation:
-            rules["config"] = Rule(match=Match(name="*"), weight=weight, activations=activation)
+        if weight or some or every:
+            match = Match(name="*")
+            rules["config"] = Rule(match=match, weight=weight, activation=None if every else some, activations=every)
         for pattern, points in self.overrides.items():
             match, name = Match(name=pattern), f"overrides[{pattern!r}]"
             if points is None:
@@ -77,10 +83,17 @@ class PTQConfig:
                 rules[name] = Rule(match=match, points={point: str(spec or FLOAT) for point, spec in points.items()})
         return rules
 
+    def _specs(self) -> dict[str, Spec | None]:
+        return {"weight": self.weight, "activation": self.activation, "activations": self.activations}
+
     def _problems(self) -> Iterator[Problem]:
-        yield from _wrong_specs("PTQConfig", {"weight": self.weight, "activation": self.activation})
-        if self.weight is None and self.activation is None and not any(self.overrides.values()):
-            what = "quantizes nothing: weight and activation are None, and no override has a spec"
+        specs = self._specs()
+        yield from _wrong_specs("PTQConfig", specs)
+        if self.activations is not None and self.activation not in (None, _ACTIVATION):
+            what = f"activation is {self.activation}, and activations, {self.activations}, takes its place"
+            yield Problem("", "PTQConfig", what, (), "give one of them; overrides can set single points")
+        if not any(specs.values()) and not any(self.overrides.values()):
+            what = "quantizes nothing: weight, activation and activations are None, and no override has a spec"
             yield Problem("", "PTQConfig", what)
         for pattern, points in self.overrides.items():
             if not pattern:

@@ -27,16 +27,16 @@ DEMO = ModelSource(ModelConfig(path="wrapq://demo"))
 def main() -> None:
     """Quantize one decoder layer at 16 and at 8 bits and print the signal to quantization noise of each."""
     batches = layer_inputs()
-    for weight, activation in (("int8:channel:sym", "int16:tensor:sym"), ("int8:channel:sym", "int8:tensor:asym")):
+    for weight, activations in (("int8:channel:sym", "int16:tensor:sym"), ("int8:channel:sym", "int8:tensor:asym")):
         layer = demo_model().model.layers[LAYER]
         expected = run(layer, batches[0])
-        layer = wrapq.prepare(layer, wrapq.PTQConfig(weight=weight, activation=activation))
+        layer = wrapq.prepare(layer, wrapq.PTQConfig(weight=weight, activations=activations))
         points = [quantizer.where.lstrip(".") for quantizer in iter_quantizers(layer)]
         for batch in batches:
             run(layer, batch)
         noise = run(wrapq.convert(layer), batches[0]) - expected
         decibels = 20 * torch.log10(expected.norm() / noise.norm())
-        click.echo(f"weight {weight}, activations {activation}: {len(points)} points, {decibels:.1f} dB")
+        click.echo(f"weight {weight}, activations {activations}: {len(points)} points, {decibels:.1f} dB")
     click.echo("points: " + ", ".join(points))
 
 

@@ -21,7 +21,7 @@ def main() -> None:
     batches = [torch.randn(32, 256) for _ in range(8)]
     expected = layer(batches[0])
 
-    # The weight gets one scale per output row; input and output get one scale each, chosen from data.
+    # The weight gets one scale per output row; what it multiplies, the input, gets one, chosen from data.
     config = wrapq.PTQConfig(weight="int8:channel:sym", activation="int8:tensor:asym")
     model = wrapq.prepare(layer, config)
 

@@ -34,7 +34,7 @@ def error_with(product: str, batches: list[torch.Tensor]) -> float:
     # have.
     config = wrapq.PTQConfig(
         weight="int8:channel:sym",
-        activation="int16:tensor:sym",
+        activations="int16:tensor:sym",
         overrides={"*": {"mul": product}, "down_proj": {"weight": "int8:g128:sym"}},
     )
     model = wrapq.prepare(mlp, config)

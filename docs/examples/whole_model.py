@@ -31,7 +31,7 @@ def main() -> None:
 
     config = wrapq.PTQConfig(
         weight="int4:g128:sym:mse",
-        activation="int16:tensor:sym",
+        activations="int16:tensor:sym",
         overrides={"lm_head": None, "*.self_attn.*": {"weight": "int8:channel:sym"}},
     )
     model = wrapq.prepare(model, config)

@@ -122,7 +122,7 @@ def test_twice_is_once_too_often() -> None:
 
 
 CONFIG = PTQConfig(
-    weight="int8:channel", activation="float",
+    weight="int8:channel", activations="float",
     overrides={
         "*_proj": {"weight": "int8:channel", "input": "int8:token:dyn"},
         "*self_attn": {"key": "int4:token:dyn", "value": "int4:token:dyn"},

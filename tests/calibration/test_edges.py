@@ -71,7 +71,7 @@ def test_inputs_that_are_all_the_same(value: float, schedule: str):
     """Their Hessian is zero or of rank one."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(16, 24, bias=False), nn.ReLU(), nn.Linear(24, 8, bias=False))
-    config = PTQConfig(weight="int4:channel:sym", activation="uint8:tensor:asym")
+    config = PTQConfig(weight="int4:channel:sym", activations="uint8:tensor:asym")
     model = prepare(net, config)
     x = torch.full((4, 16), value)
     expected = model(x)

@@ -20,7 +20,7 @@ from wrapq.calibration.walker import Walker
 from wrapq.errors import OutputError
 
 WEIGHTS = PTQConfig(weight="int4:channel:sym", activation=None)
-BOTH = PTQConfig(weight="int4:channel:sym", activation="uint5:tensor:asym")
+BOTH = PTQConfig(weight="int4:channel:sym", activations="uint5:tensor:asym")
 
 
 @pytest.fixture(autouse=True)

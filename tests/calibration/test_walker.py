@@ -30,7 +30,7 @@ from wrapq.statistics.input import InputStatistics
 from wrapq.wrappers.model import convert_model, iter_quantizers, iter_wrapped
 from wrapq.wrappers.quantizer import Quantizer, State, WeightQuantizer
 
-COARSE = PTQConfig(weight="int4:channel:sym", activation="uint5:tensor:asym")
+COARSE = PTQConfig(weight="int4:channel:sym", activations="uint5:tensor:asym")
 """Few bits, so that what is quantized earlier shows in all that comes later."""
 
 
@@ -135,7 +135,7 @@ def test_what_comes_before_matters(token_batches: list[Tensor]):
 @pytest.mark.parametrize("dynamic", [False, True], ids=["all static", "with dynamic points"])
 def test_parallel_is_the_users_loop(dynamic: bool, token_batches: list[Tensor]):
     overrides = {"*.mlp": {"mul": "int3:token:dyn"}} if dynamic else {}
-    config = PTQConfig(weight="int4:channel:sym", activation="uint5:tensor:asym", overrides=overrides)
+    config = PTQConfig(weight="int4:channel:sym", activations="uint5:tensor:asym", overrides=overrides)
     walked, looped = prepare(build_model("llama"), config), prepare(build_model("llama"), config)
     walker(walked).run(as_batches(token_batches), "parallel")
     for ids in token_batches:
@@ -183,7 +183,7 @@ class Counting(MinMax):
 def counting(monkeypatch: pytest.MonkeyPatch) -> PTQConfig:
     sorted(OBSERVERS)  # so that all are loaded
     monkeypatch.setitem(OBSERVERS._entries, "counting", Counting)
-    return PTQConfig(activation="uint8:tensor:asym:counting")
+    return PTQConfig(activations="uint8:tensor:asym:counting")
 
 
 @pytest.mark.parametrize("schedule", ["sequential", "parallel"])
@@ -208,7 +208,7 @@ def test_each_batch_runs_each_block_once_and_nothing_after_the_last_open_point(t
 
 
 def test_without_static_activations_no_batch_runs():
-    model = prepare(build_model("llama"), PTQConfig(activation="int8:token:dyn"))
+    model = prepare(build_model("llama"), PTQConfig(activations="int8:token:dyn"))
     calls = []
     model.register_forward_pre_hook(lambda *_: calls.append(1))
     walker(model).run([], "sequential")

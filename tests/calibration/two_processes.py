@@ -24,7 +24,7 @@ from wrapq.wrappers.experts import take_apart
 
 
 def walk(processes: Processes, schedule: str) -> dict[str, object]:
-    config = PTQConfig(weight="int8:channel:sym", activation="uint8:tensor:asym")
+    config = PTQConfig(weight="int8:channel:sym", activations="uint8:tensor:asym")
     llama = prepare(build_model("llama"), config)
     tokens = list(torch.randint(3, 96, (5, 2, 12), generator=torch.Generator().manual_seed(1)))
     # in float64 the order of summation moves no code to its neighbour, so that all that comes after can be compared

@@ -35,9 +35,9 @@ class WrapperContract:
     tolerance = 2e-3
 
     @classmethod
-    def config(cls, weight: str = "int8:channel:sym", activation: str = "uint8:tensor:asym") -> PTQConfig:
+    def config(cls, weight: str = "int8:channel:sym", activations: str = "uint8:tensor:asym") -> PTQConfig:
         """Every point of the module; a spec for weights is an error where there are none."""
-        return PTQConfig(weight=weight if "weight" in cls.points else None, activation=activation)
+        return PTQConfig(weight if "weight" in cls.points else None, activations=activations)
 
     def module(self) -> nn.Module:
         raise NotImplementedError

@@ -26,7 +26,7 @@ from wrapq.sweep.job import Outcome
 from wrapq.sweep.run_job import Workplace
 
 BLOCKS, LAST = 4, 3
-CONFIG = PTQConfig(weight="int4:g16:sym", activation="uint8:tensor:asym", overrides={"model.embed_tokens": None})
+CONFIG = PTQConfig(weight="int4:g16:sym", activations="uint8:tensor:asym", overrides={"model.embed_tokens": None})
 
 
 def cut(path: Path) -> None:

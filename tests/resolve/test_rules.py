@@ -13,6 +13,7 @@ from wrapq.resolve.resolve import resolve_specs
 from wrapq.resolve.rules import Sources
 
 LINEAR = "linear: {match: {type: Linear}, weight: int4:g128:sym, input: int8:tensor:asym}\n"
+INT8 = "int8:tensor:asym"
 DOWN = "model.layers.0.mlp.down_proj"
 
 
@@ -55,6 +56,18 @@ def test_float_takes_one_point_out_and_quantize_false_the_module(make_plan: Make
     assert spec_of(plan, f"{DOWN}.input") is None
     assert spec_of(plan, f"{DOWN}.weight") == "int4:g128:sym"
     assert "lm_head" not in names(plan)
+
+
+def test_activation_is_what_matrix_products_read_and_the_others_are_listed_with_how_to_ask(make_plan: MakePlan) -> None:
+    ranges = "ranges: {algorithm: ranges}\n"
+    few = make_plan(f"all: {{match: {{name: '*'}}, activation: {INT8}}}\n", ranges)
+    assert {(point.name, point.spec) for module in few.modules for point in module.points} == {("input", INT8)}
+    assert {module.wrapper for module in few.modules} == {"Linear"}
+    left = {row.name: row.reason for row in few.untouched}
+    assert left["model.norm"] == left["model.layers.0.self_attn"] == "no rule; every point: activations"
+    both = make_plan(f"all: {{match: {{name: '*'}}, activation: {INT8}, activations: int16:tensor:sym}}\n", ranges)
+    assert (spec_of(both, f"{DOWN}.input"), spec_of(both, f"{DOWN}.output")) == (INT8, "int16:tensor:sym")
+    assert spec_of(both, "model.norm.input") == "int16:tensor:sym"
 
 
 def test_activations_are_all_points_but_the_weight_and_points_name_one(make_plan: MakePlan) -> None:

@@ -19,7 +19,7 @@ from wrapq.runtime.module import QuantizedModule
 IDS = torch.arange(3, 21).reshape(2, 9)
 MIXED = PTQConfig(
     weight="int4:g32:sym",
-    activation="uint8:tensor:asym",
+    activations="uint8:tensor:asym",
     overrides={"*.down_proj": {"input": "int8:token:dyn"}, "*norm": {"weight": "int16:tensor"}, "lm_head": None},
 )
 

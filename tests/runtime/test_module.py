@@ -77,7 +77,7 @@ def stored(module: nn.Module) -> dict[str, tuple[torch.dtype, bytes]]:
 @pytest.mark.parametrize("weight", ["int4:g8:sym", "uint4:g8:asym", "int8:g8:scale=bfloat16", "nvfp4", "mxfp4"])
 def test_another_dtype_is_computed_in_and_changes_no_scale(weight: str, cast: Callable[[nn.Module], nn.Module]):
     layer = nn.Linear(32, 12).requires_grad_(False)
-    prepared = prepare(layer, PTQConfig(weight=weight, activation="int8:tensor:asym"))
+    prepared = prepare(layer, PTQConfig(weight=weight, activations="int8:tensor:asym"))
     prepared(torch.randn(5, 32))
     module = convert(prepared)
     before, values, x = stored(module), module.weight, torch.randn(3, 32)

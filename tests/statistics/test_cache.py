@@ -22,7 +22,7 @@ from wrapq.statistics.cholesky import factorize
 from wrapq.statistics.input import InputStatistics
 from wrapq.statistics.store import Store
 
-CONFIG = PTQConfig(weight="int4:g16:sym", activation="uint8:tensor:asym", overrides={"model.embed_tokens": None})
+CONFIG = PTQConfig(weight="int4:g16:sym", activations="uint8:tensor:asym", overrides={"model.embed_tokens": None})
 
 
 def walk(
@@ -72,7 +72,7 @@ def test_sequential_statistics_serve_what_was_decided_alike_before(tmp_path: Pat
     store = Store(tmp_path, 1e9)
     walk(store, token_batches, "sequential")
     later = {"model.embed_tokens": None, "model.layers.1.mlp.down_proj": {"weight": "int3:g16:sym"}}
-    config = PTQConfig(weight="int4:g16:sym", activation="uint8:tensor:asym", overrides=later)
+    config = PTQConfig(weight="int4:g16:sym", activations="uint8:tensor:asym", overrides=later)
     changed, walker, _ = walk(store, token_batches, "sequential", config)
     plain = prepare(build_model("llama"), config)
     gptq_walker(plain).run(as_batches(token_batches), "sequential")

@@ -17,7 +17,7 @@ MIN = torch.finfo(torch.float32).min
 
 @pytest.fixture
 def attention() -> nn.Module:
-    return prepare(build_model("llama")).model.layers[0].self_attn
+    return prepare(build_model("llama"), PTQConfig(activations="int8:tensor:asym")).model.layers[0].self_attn
 
 
 def states(queries: int = 5, keys: int = 5) -> tuple[torch.Tensor, ...]:
@@ -73,7 +73,7 @@ def test_layers_may_be_left_out():
     ids = torch.randint(3, 96, (2, 9))
     model = build_model("llama")
     expected = model(input_ids=ids).logits
-    prepared = prepare(model, PTQConfig(overrides={"model.layers.0.*": None}))
+    prepared = prepare(model, PTQConfig(activations="int8:tensor:asym", overrides={"model.layers.0.*": None}))
     wrapped = [name for name, _ in iter_wrapped(prepared) if name.endswith("self_attn")]
     assert wrapped == ["model.layers.1.self_attn"]
     assert prepared.config._attn_implementation == IMPLEMENTATION

@@ -17,8 +17,8 @@ class TestGatedMLP(WrapperContract):
     tolerance = 5e-3
 
     @classmethod
-    def config(cls, weight: str = "int8:channel:sym", activation: str = "uint8:tensor:asym") -> PTQConfig:
-        return PTQConfig(weight=weight, activation=activation)
+    def config(cls, weight: str = "int8:channel:sym", activations: str = "uint8:tensor:asym") -> PTQConfig:
+        return PTQConfig(weight=weight, activations=activations)
 
     def module(self) -> nn.Module:
         torch.manual_seed(3)
@@ -33,7 +33,7 @@ def test_a_decoder_layer_by_itself():
     hidden = torch.randn(2, 7, 64)
     arguments = {"position_embeddings": rotary(hidden, torch.arange(7)[None]), "attention_mask": causal(7)}
     expected = layer(hidden, **arguments)
-    prepared = prepare(layer, PTQConfig(weight="int16:channel:sym", activation="int16:tensor:asym"))
+    prepared = prepare(layer, PTQConfig(weight="int16:channel:sym", activations="int16:tensor:asym"))
     assert prepared.wrapper is DecoderLayer
     points = [quantizer.where.rpartition(".")[2] for quantizer in iter_quantizers(prepared)]
     assert {"attention_add", "mlp_add", "mul", "probs"} <= set(points)

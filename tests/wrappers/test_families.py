@@ -16,8 +16,8 @@ from wrapq.runtime.module import QuantizedModule
 from wrapq.wrappers.model import iter_quantizers, iter_wrapped
 from wrapq.wrappers.quantizer import State, WeightQuantizer
 
-INT8 = PTQConfig(weight="int8:channel:sym", activation="uint8:tensor:asym")
-INT16 = PTQConfig(weight="int16:channel:sym", activation="int16:tensor:asym")
+INT8 = PTQConfig(weight="int8:channel:sym", activations="uint8:tensor:asym")
+INT16 = PTQConfig(weight="int16:channel:sym", activations="int16:tensor:asym")
 LEAF = {"weight", "input", "output"}
 ATTENTION = {"query", "key", "value", "scores", "probs", "context"}
 LAYER = {
@@ -88,7 +88,7 @@ def test_observing_is_eager_attention_to_the_bit(family: str, token_batches: lis
 def test_without_the_attention_observing_changes_no_bit(family: str, token_batches: list[Tensor]):
     model = build_model(family)
     expected = logits(model, token_batches[0])
-    prepared = prepare(model, PTQConfig(overrides={"*.self_attn": None}))
+    prepared = prepare(model, PTQConfig(activations="int8:tensor:asym", overrides={"*.self_attn": None}))
     assert torch.equal(logits(prepared, token_batches[0]), expected)
 
 
@@ -105,7 +105,7 @@ def test_disabled_points_are_the_float_model(family: str, token_batches: list[Te
 
 
 @pytest.mark.parametrize("family", KINDS)
-@pytest.mark.parametrize("config", [INT8, PTQConfig(activation="int8:token:dyn")], ids=["static", "dynamic"])
+@pytest.mark.parametrize("config", [INT8, PTQConfig(activations="int8:token:dyn")], ids=["static", "dynamic"])
 def test_fake_quantized_converted_and_loaded_have_the_same_bits(
     family: str, config: PTQConfig, token_batches: list[Tensor], tmp_path: Path
 ):

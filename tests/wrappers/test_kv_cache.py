@@ -26,7 +26,7 @@ PROMPT, NEW = 6, 5
 
 def prepared(family: str, text: str) -> nn.Module:
     overrides = {FAMILIES[family]: {"key": text, "value": text}}
-    return prepare(build_model(family), PTQConfig(weight=None, activation="float", overrides=overrides))
+    return prepare(build_model(family), PTQConfig(weight=None, activations="float", overrides=overrides))
 
 
 def ids(model: nn.Module, tokens: int = PROMPT, rows: int = 2) -> Tensor:

@@ -51,7 +51,7 @@ class TestSubclassOfLinear(TestLinear):
     def test_further_arguments_reach_the_own_forward(self):
         module, (x,) = self.module(), self.inputs()
         expected = module(x, factor=3.0)
-        prepared = prepare(module, PTQConfig(weight="int16:channel:sym", activation="int16:tensor:asym"))
+        prepared = prepare(module, PTQConfig(weight="int16:channel:sym", activations="int16:tensor:asym"))
         assert torch.equal(prepared(x, factor=3.0), expected)
         torch.testing.assert_close(convert(prepared)(x, 3.0), expected, rtol=1e-2, atol=1e-2)
 
@@ -139,7 +139,7 @@ class TestGemmaRMSNorm(TestRMSNorm):
 
 @pytest.mark.parametrize("kind", [nn.SiLU, nn.GELU, nn.ReLU, nn.Sigmoid, nn.Tanh, NewGELUActivation])
 def test_activations_are_found(kind: type[nn.Module]):
-    assert leaf.Activation is prepare(kind(), PTQConfig(weight=None)).wrapper
+    assert leaf.Activation is prepare(kind(), PTQConfig(weight=None, activations="int8:tensor:asym")).wrapper
 
 
 class TestSiLU(WrapperContract):
@@ -161,7 +161,7 @@ class TestSoftmax(TestSiLU):
 )
 def test_a_norm_without_weight_keeps_its_other_points(make):
     model = nn.Sequential(filled(nn.Linear(16, 16)), make())
-    prepared = prepare(model)
+    prepared = prepare(model, PTQConfig(activations="int8:tensor:asym"))
     assert tuple(prepared[1].quantizers) == ("input", "output")
     prepared(torch.randn(2, 3, 16))
     convert(prepared)

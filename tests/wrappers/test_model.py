@@ -68,12 +68,12 @@ def test_a_failure_leaves_the_model_as_it_was(specs, error, match):
 def test_a_module_at_two_places_stays_one_module():
     model, x = Nested().eval(), torch.randn(5, 4)
     before, expected = objects(model), model(x)
-    prepared = prepare(model, PTQConfig(weight="int16:channel", activation="int16:tensor"))
+    prepared = prepare(model, PTQConfig(weight="int16:channel", activations="int16:tensor"))
     assert prepared.same is prepared.first and prepared.inner[1] is prepared.act
     assert [name for name, _ in iter_wrapped(prepared)] == ["first", "act", "inner.0"]
     assert torch.equal(prepared(x), expected)
     assert objects(restore(prepared)) == before
-    prepared = prepare(model, PTQConfig(weight="int16:channel", activation="int16:tensor"))
+    prepared = prepare(model, PTQConfig(weight="int16:channel", activations="int16:tensor"))
     prepared(x)
     converted = convert(prepared)
     assert converted.same is converted.first and converted.inner[1] is converted.act

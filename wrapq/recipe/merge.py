@@ -20,7 +20,7 @@ from wrapq.recipe.provenance import Provenance
 from wrapq.recipe.schema import ORDERED
 from wrapq.recipe.yaml_reader import Document, KeyPath
 
-SPEC_KEYS = ("weight", "input", "output", "activations")
+SPEC_KEYS = ("weight", "input", "output", "activation", "activations")
 
 
 class Layers:

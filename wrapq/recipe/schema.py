@@ -135,6 +135,8 @@ class Rule(_Closed):
     """The spec of the module's input."""
     output: SpecPatch | None = None
     """The spec of the module's output."""
+    activation: SpecPatch | None = None
+    """The spec of what matrix products with weights, and convolutions, read: the inputs of linear layers and those."""
     activations: SpecPatch | None = None
     """The spec of every activation point of the module, the inner ones included."""
     points: dict[str, SpecPatch] = {}

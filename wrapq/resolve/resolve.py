@@ -174,9 +174,10 @@ def _untouched(sites: Sequence[Site], drafted: Drafted, quantized: Container[str
             reason = f"rule {drafted.left[site.name]}"
         elif site.wrapper is None:
             reason = "no wrapper"
-        else:
-            kind = "a router" if site.is_router else "one output"
-            reason = f"no rule; {kind}: type {GATE}" if site.is_gate else "no rule"
+        elif site.is_gate:
+            reason = f"no rule; {'a router' if site.is_router else 'one output'}: type {GATE}"
+        else:  # where a rule matches it, what that says is of matrix products alone
+            reason = "no rule; every point: activations" if site.name in drafted.points else "no rule"
         yield Untouched(name=site.name, type=type(site.module).__name__, parameters=own, reason=reason)
 
 

@@ -109,17 +109,19 @@ def _apply(name: str, rule: Rule, site: Site, drafted: Drafted, sources: Sources
     if rule.replace:
         points.clear()
     for point in site.points:
-        for patch, path in _patches(name, rule, point):
+        for patch, path in _patches(name, rule, site, point):
             if patch == FLOAT:
                 points.pop(point.name, None)
             else:
                 points.setdefault(point.name, Draft()).merge(patch, path, name, sources)
 
 
-def _patches(name: str, rule: Rule, point: Point) -> Iterator[tuple[str | Mapping[str, Any], str]]:
+def _patches(name: str, rule: Rule, site: Site, point: Point) -> Iterator[tuple[str | Mapping[str, Any], str]]:
     """What the rule says of a point, the general before the particular, with its path."""
     if point.role == "activation" and rule.activations is not None:
         yield rule.activations, f"rules.{name}.activations"
+    if point.name in site.operands and rule.activation is not None:
+        yield rule.activation, f"rules.{name}.activation"
     if point.name in ("weight", "input", "output") and (patch := getattr(rule, point.name)) is not None:
         yield patch, f"rules.{name}.{point.name}"
     if point.name in rule.points:
@@ -149,5 +151,9 @@ def _check_selection(
         if key not in known:
             what = f"none of the {len(wrapped)} modules it matches has a point {key!r}"
             yield sources.problem(f"rules.{name}.{path}", what, nearest(key, known))
-    if not named and not rule.points and rule.activations is None and not rule.replace:
+    if rule.activation is not None and not any(site.operands for site in wrapped):
+        what = f"none of the {len(wrapped)} modules it matches multiplies its input by a matrix"
+        yield sources.problem(f"rules.{name}.activation", what, (), "every point is what activations means")
+    general = (rule.activation, rule.activations)
+    if not named and not rule.points and general == (None, None) and not rule.replace:
         yield sources.problem(f"rules.{name}", "the rule selects modules but says nothing of them")

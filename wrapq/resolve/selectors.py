@@ -47,6 +47,11 @@ class Site:
         return tuple(p for p in points if p.role != "weight" or self.module._parameters.get(p.name) is not None)
 
     @property
+    def operands(self) -> tuple[str, ...]:
+        """The points that a matrix product or a convolution reads."""
+        return self.wrapper.operands(self.module) if self.wrapper else ()
+
+    @property
     def types(self) -> frozenset[str]:
         """The names by which a rule's `type` may mean it: its class and that one's bases, its wrapper's kind; of a gate
         `Gate` in place of `Linear`; `Linear` of experts in one tensor too, as that is what they are."""

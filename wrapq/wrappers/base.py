@@ -76,6 +76,11 @@ class Wrapper(nn.Module):
         return False
 
     @classmethod
+    def operands(cls, module: nn.Module) -> tuple[str, ...]:
+        """The points whose tensors the weight of `module` multiplies as a matrix: what `activation` of a rule means."""
+        return ("input",) if cls.multiplies(module) else ()
+
+    @classmethod
     def groups(cls, module: nn.Module) -> int:
         """How many groups of as many rows of the weight multiply inputs of their own, `input_matrix(x)` [G, M, K]; each
         has a Hessian. 1 where all of them multiply the same, [M, K]."""
