@@ -191,15 +191,47 @@ def test_what_cannot_be_rendered_or_scored_is_said(tmp_path: Path) -> None:
         built(source(tmp_path, TALK), byte_tokenizer(), 8)
     with pytest.raises(CalibrationError, match=r"line 1: the chat template does not take it: .*nowhere"):
         built(source(tmp_path, TALK), byte_tokenizer("{{ nowhere.at_all }}"), 8)
-    with pytest.raises(CalibrationError, match=r"message 2 otherwise than in answer to those before it.*score=all"):
-        built(source(tmp_path, TALK), byte_tokenizer(templates.THINKING), score="assistant")
-    alone = built(source(tmp_path, TALK[:2]), byte_tokenizer(templates.THINKING), score="assistant")
-    assert scored(byte_tokenizer(), alone) == "<think>\n\n</think>\n\nTwo.<|im_end|>"
+    with pytest.raises(CalibrationError, match=r"writes what is before message 2 otherwise with it.*score=all"):
+        built(source(tmp_path, TALK), byte_tokenizer("{{ messages | length }}" + templates.CHATML), score="assistant")
     chatml = byte_tokenizer(templates.CHATML)
     with pytest.raises(CalibrationError, match=r"takes conversations, and here is text: the option `field`"):
         built(source(tmp_path, {"text": "one"}), chatml, score="assistant")
     with pytest.raises(CalibrationError, match="no answer of the assistant that begins within 20 tokens"):
         built(source(tmp_path, TALK, TALK[:1]), chatml, 20, score="assistant")
+
+
+def test_an_answer_that_is_written_otherwise_later_has_a_sequence_of_its_own(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer(templates.THINKING)
+    found = built(source(tmp_path, TALK, TALK[:2]), tokenizer, score="assistant")
+    thought = "<think>\n\n</think>\n\n"
+    expected = [f"{thought}Two.<|im_end|>", f"{thought}Yes, två.<|im_end|>", f"{thought}Two.<|im_end|>"]
+    assert [scored(tokenizer, found, row) for row in range(3)] == expected
+    for row, turns in enumerate((2, 4, 2)):
+        text = tokenizer.apply_chat_template(TALK[:turns], tokenize=False)
+        assert words(tokenizer, found, row) == "<bos>" + text
+    assert "each is in a sequence of its own" in found.notes[1]
+    assert str(found.read).startswith("3 sequences in ") and "of all 2 documents" in str(found.read)
+
+
+def test_a_thought_that_the_prompt_opens_and_the_answer_does_without(tmp_path: Path) -> None:
+    opens = templates.CHATML.replace("<|im_start|>assistant\n' }}", "<|im_start|>assistant\n<think>\n' }}")
+    found = built(source(tmp_path, TALK), byte_tokenizer(opens), score="assistant")
+    assert scored(byte_tokenizer(), found) == "Two.<|im_end|>Yes, två.<|im_end|>"
+
+
+def test_a_template_that_reads_parts_gets_them(tmp_path: Path) -> None:
+    parts = templates.CHATML.replace("message['content']", "message['content'][0]['text']")
+    silent = templates.CHATML.replace("message['content']", "(message['content'] | map(attribute='text') | join)")
+    for template in (parts, silent):  # the one raises on a text, the other writes nothing of it
+        found = built(source(tmp_path, TALK), byte_tokenizer(template), score="assistant")
+        assert found.digest == built(source(tmp_path, TALK), byte_tokenizer(templates.CHATML), score="assistant").digest
+
+
+def test_what_a_template_does_not_write_is_a_note(tmp_path: Path) -> None:
+    row = {"messages": [TALK[0], {"role": "assistant", "content": "", "tool_calls": [CALL]}], "tools": [TOOL]}
+    found = built(source(tmp_path, row), byte_tokenizer(templates.CHATML), pack=False)
+    left = "the chat template knows no {}: what the conversations hold of them is left out"
+    assert found.notes == (left.format("tool_calls"), left.format("tools"))
 
 
 def test_what_is_cut_or_left_out_is_a_note(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from wrapq.data.chats import assistant_tokens, notes_on
+from wrapq.data.chats import answers, notes_on
 from wrapq.data.sources.base import Chat, Source, TextSource, TokenSource
 from wrapq.data.tokenized import Extent, first_tokens, tokenized
 from wrapq.errors import CalibrationError
@@ -103,8 +103,8 @@ def build_samples(
         seq_len: T, tokens per window.
         vocab_size: the model's; default is the tokenizer's. Token ids beyond it are refused.
         score: what is scored: all but the tokens that each sample begins with, or what the assistant writes, each
-            conversation being a row, since a window from the middle of one lacks what is answered; conversations in
-            which that begins beyond `seq_len` are left out. None, as for calibration, states nothing.
+            conversation being a row (or each answer, see `answers`), since a window from the middle of one lacks what
+            is answered; those in which that begins beyond `seq_len` are left out. None: nothing is stated.
 
     Raises:
         CalibrationError: no text, not one whole window, token ids outside the vocabulary, no chat template, nothing to
@@ -235,16 +235,16 @@ def _answers(source: Source, tokenizer: Any, start: Tensor, seq_len: int, read: 
                 raise CalibrationError(f"{needed} is text: the option `field` names what holds the messages")
             read.blank += 1
             continue
-        read.notes |= dict.fromkeys(notes_on(document, tokenizer, turns=True))
-        ids, written = map(torch.tensor, assistant_tokens(document, tokenizer))
-        rest = _without(start, ids)
-        scored = torch.cat([torch.zeros(len(start), dtype=torch.bool), written[len(ids) - len(rest) :]])
+        read.notes |= dict.fromkeys(notes_on(document, tokenizer))
         read.documents += 1
-        if scored[1:seq_len].any():
-            yield _Row(torch.cat([start, rest]), scored)
-        else:
-            read.unanswered += 1
-            read.tokens += len(scored)
+        written = 0
+        for ids, answer in answers(document, tokenizer, read.notes):
+            rest = _without(start, torch.tensor(ids))
+            scored = torch.tensor([False] * len(start) + answer[len(ids) - len(rest) :])
+            if scored[1:seq_len].any():
+                written += 1
+                yield _Row(torch.cat([start, rest]), scored)
+        read.unanswered += not written
 
 
 def _taken(rows: Iterable[_Row], pool: int | None, seq_len: int, read: Extent) -> list[_Row]:
