@@ -194,7 +194,7 @@ def test_what_cannot_be_rendered_or_scored_is_said(tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match=r"writes what is before message 2 otherwise with it.*score=all"):
         built(source(tmp_path, TALK), byte_tokenizer("{{ messages | length }}" + templates.CHATML), score="assistant")
     chatml = byte_tokenizer(templates.CHATML)
-    with pytest.raises(CalibrationError, match=r"takes conversations, and here is text: the option `field`"):
+    with pytest.raises(CalibrationError, match=r"takes conversations, and here is text: give rows with messages"):
         built(source(tmp_path, {"text": "one"}), chatml, score="assistant")
     with pytest.raises(CalibrationError, match="no answer of the assistant that begins within 20 tokens"):
         built(source(tmp_path, TALK, TALK[:1]), chatml, 20, score="assistant")
@@ -241,6 +241,22 @@ def test_what_is_cut_or_left_out_is_a_note(tmp_path: Path) -> None:
         "documents longer than 70 tokens, of which the rest is cut: 1 of 2",
         "documents left out, which hold no answer of the assistant that begins within 70 tokens: 1",
     )
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ cycler.__init__.__globals__.os.system('touch ' + messages[0]['content']) }}",
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{% include '/etc/hostname' %}",
+        "{{ messages.__class__.__base__ }}{% set x = messages.append(1) %}",
+    ],
+)
+def test_a_template_reaches_nothing_outside(tmp_path: Path, template: str) -> None:
+    made = source(tmp_path, [{"role": "user", "content": str(tmp_path / "reached")}])
+    with pytest.raises(CalibrationError, match="line 1: the chat template does not take it: "):
+        built(made, byte_tokenizer(template), pack=False)
+    assert not (tmp_path / "reached").exists()
 
 
 def test_a_template_that_writes_the_date_writes_the_same_every_day(tmp_path: Path) -> None:

@@ -232,7 +232,7 @@ def _answers(source: Source, tokenizer: Any, start: Tensor, seq_len: int, read: 
     for document in source.documents():
         if not isinstance(document, Chat):
             if document.strip():
-                raise CalibrationError(f"{needed} is text: the option `field` names what holds the messages")
+                raise CalibrationError(f"{needed} is text: give rows with messages, which the option `field` names")
             read.blank += 1
             continue
         read.notes |= dict.fromkeys(notes_on(document, tokenizer))
