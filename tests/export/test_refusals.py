@@ -273,4 +273,4 @@ def test_layers_that_transformers_initializes_before_it_unpacks_them(tmp_path: P
     what = "transformers does not load a GPTBigCodeForCausalLM whose Linear there is not a float"
     assert f"transformer.h.0.attn.c_proj and 3 more: {what}: it initializes the weight\n    {OTHERWISE}" in said
     left = "+rules.left={match: {name: '*.c_proj'}, quantize: false}"
-    assert planned(path, *weights("int8:channel"), TRANSFORMERS, left).modules
+    assert planned(path, *weights("int8:channel"), "export=compressed_tensors", TRANSFORMERS, left).modules
