@@ -13,7 +13,7 @@ from wrapq.recipe.schema import Recipe, Settings
 from wrapq.resolve.model_source import ModelSource
 from wrapq.resolve.resolve import check_names
 from wrapq.resolve.rules import Sources
-from wrapq.runs.checkpoint import blaming_files, load, unique_tensors
+from wrapq.runs.checkpoint import blaming_files, load, load_float, unique_tensors
 from wrapq.runs.run_record import RunRecord
 
 
@@ -27,10 +27,10 @@ def evaluate(recipe: Recipe, settings: Settings, progress: Progress) -> tuple[di
     _, samples = evaluation_samples(config, tokenizer, source.vocab_size)
     with use_machine(settings, recipe.seed) as device, blaming_files(Path(source.path)):
         with progress.task("Loading the model"):
-            if RunRecord(Path(source.path)).has_model:
+            if not recipe.model.dequantize and RunRecord(Path(source.path)).has_model:
                 model = load(source.path, device, trust_remote_code=settings.runtime.trust_remote_code)
             else:
-                model = source.load(device)
+                model = load_float(source, device)
         size = sum(t.numel() * t.itemsize for t in unique_tensors(model)[0].values())
         with progress.task("Measuring quality", -(-len(samples.input_ids) // config.batch_size), "batch") as advance:
             return measure(model, samples, config.batch_size, advance), size

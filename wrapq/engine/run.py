@@ -25,6 +25,7 @@ from wrapq.recipe.compose import compose
 from wrapq.recipe.schema import Settings
 from wrapq.resolve.plan import Plan
 from wrapq.resolve.resolve import resolve
+from wrapq.runs.checkpoint import load_float
 from wrapq.runs.folder import RunFolder
 from wrapq.runs.resume import forget_progress
 from wrapq.runs.run_record import RunRecord, find_unfinished
@@ -113,7 +114,9 @@ def _execute(run: Run) -> RunResult:
 def _calibrate(run: Run, calibration: Samples | None) -> Walker:
     source, specs = run.source, run.plan.specs()
     with run.step("load", "Loading the model"):
-        model, weights = source.open_blocks(run.device, specs) if run.streaming else (source.load(run.device), None)
+        model, weights = (
+            source.open_blocks(run.device, specs) if run.streaming else (load_float(source, run.device), None)
+        )
         run.digests["model"] = source.digest()
     transform(run, model, calibration)
     return calibrate(run, wrap_model(model, specs), calibration, weights)

@@ -9,6 +9,7 @@ from wrapq.engine.calibrate import make_batches, walk
 from wrapq.engine.context import Run
 from wrapq.engine.measure import Quality, measure_stages
 from wrapq.metrics import QUANTIZED
+from wrapq.runs.checkpoint import load_float
 from wrapq.wrappers.model import wrap_model
 
 
@@ -20,7 +21,7 @@ def compare_schedules(run: Run, calibration: Samples | None, evaluation: Samples
     recipe = run.plan.recipe
     if calibration is None or not recipe.evaluation.compare_schedules:
         return
-    model = run.source.load(run.device)
+    model = load_float(run.source, run.device)
     transform(run, model, calibration)
     model = wrap_model(model, run.plan.specs())
     other: Schedule = "parallel" if recipe.calibration.schedule == "sequential" else "sequential"

@@ -47,6 +47,9 @@ def check_streaming(plan: Plan, settings: Settings, processes: Processes) -> Non
     problems = []
     if not plan.model.block_count:
         problems.append((f"{plan.model.type} has no repeated blocks to bring in one at a time", "leave it out"))
+    if plan.recipe.model.dequantize:
+        what = "a checkpoint that is quantized already is taken apart as a whole"
+        problems.append((what, "use runtime.load=whole"))
     if plan.recipe.export.format != NONE:
         what = f"the export {plan.recipe.export.format} is made and compared with the whole model in memory"
         problems.append((what, "leave the export to `wrapq export`, where there is memory"))

@@ -91,13 +91,16 @@ class ModelConfig(_Closed):
     """Which model is quantized."""
 
     path: Annotated[str, Field(min_length=1)]
-    """A folder in Hugging Face layout, a name on the Hugging Face hub, or `wrapq://demo`."""
+    """A folder in Hugging Face layout, a name on the Hugging Face hub, or `wrapq://demo`; with `dequantize` a GGUF file
+    too."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """The type in which the float model is loaded and the quantized one computes."""
     tokenizer: str | None = None
     """Where the tokenizer lies, when not beside the model."""
     revision: str | None = None
     """A commit, tag or branch on the hub."""
+    dequantize: bool = False
+    """True takes a checkpoint apart that is quantized already, and starts from the float weights that come out."""
 
 
 class Match(_Closed):

@@ -7,7 +7,8 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from importlib import resources
@@ -20,14 +21,16 @@ from torch import Tensor, nn
 
 from wrapq.errors import ModelError, PlanError, Problem, WrapqError, alike, and_more, reading, reason_of
 from wrapq.graph.blocks import find_blocks, without_cache
+from wrapq.graph.mixtures import EXPERT_NAME
 from wrapq.paths import expand, refuse_devices
 from wrapq.recipe.schema import ModelConfig
 from wrapq.resolve.shards import Shards
+from wrapq.resolve.stored import FLOATS, GGUF, MANIFEST, MARKS, TORCHAO, StoredWeights, find_stored, while_loading
 from wrapq.wrappers.experts import forget_fused, take_apart
 
 PACKAGED = "wrapq://"
 GENERATION = "generation_config.json"
-_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})  # as safetensors calls them
+_DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 _MOST = 1024
 _TRIED = 8  # tokens
 _SHOWN = 80
@@ -50,6 +53,7 @@ class ModelSource:
         self.config = config
         self.path = _locate(config.path)
         self.options = {"trust_remote_code": trust_remote_code, "revision": config.revision}
+        self._gguf = {"gguf_file": Path(self.path).name} if self.path.endswith(GGUF) else {}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -62,14 +66,41 @@ class ModelSource:
         from transformers import AutoConfig
 
         with self._reading("configuration"):
-            return AutoConfig.from_pretrained(self.path, **self.options)
+            return AutoConfig.from_pretrained(self._folder, **self._gguf, **self.options)
+
+    @property
+    def _folder(self) -> str:
+        return str(Path(self.path).parent) if self._gguf else self.path
+
+    @cached_property
+    def stored(self) -> StoredWeights | None:
+        """What the checkpoint holds in place of float weights; None where it holds these."""
+        return find_stored(self.path, None if self._gguf else self.hf_config)
+
+    def check_stored(self) -> None:
+        """Raise `PlanError` unless the weights are floats, or are to be taken apart and can be."""
+        stored, asked = self.stored, self.config.dequantize
+        if stored is None and asked:
+            what = f"nothing to take apart: the weights of {self.config.path} are floats"
+            raise PlanError([Problem("", "model.dequantize", what, (), "leave it out")])
+        if stored is None:
+            return
+        what = f"{self.config.path} is quantized already: {stored.what}"
+        float_one = "give the float model that it was made from"
+        if (reason := stored.why_not()) is not None:
+            raise PlanError([Problem("", "model.path", f"{what}; {reason}", (), float_one)])
+        if not asked:
+            remedy = f"{float_one}, or start from what it is when taken apart: model.dequantize=true"
+            raise PlanError([Problem("", "model.path", what, (), remedy)])
 
     def meta_model(self) -> nn.Module:
         """The model without weights: every parameter has a shape and no storage."""
         from transformers import AutoModelForCausalLM
 
+        self.check_stored()
         trust = self.options["trust_remote_code"]
         config = copy.deepcopy(self.hf_config)  # which the model changes, and of which the digest is taken
+        forget_quantization(config)
         for key, count in _counts(config.to_dict()):
             if count > _MOST:  # each of them costs time here, as a mistyped number would for hours
                 what = f"the config.json of {self.config.path} asks for {key} {count}; wrapq takes {_MOST}"
@@ -80,23 +111,55 @@ class ModelSource:
         return model.eval()
 
     def load(self, device: torch.device) -> nn.Module:
-        """The model with its weights, in evaluation mode on `device`; raises `ModelError` unless all are there."""
+        """The model with its weights, in evaluation mode on `device`, taken apart where the recipe says so; raises
+        `ModelError` unless all are there."""
         from transformers import AutoModelForCausalLM
 
-        options = {"dtype": self.dtype, "output_loading_info": True, "weights_only": True, **self.options}
+        self.check_stored()
+        options = {"dtype": self.dtype, "output_loading_info": True, "weights_only": True, **self.options, **self._gguf}
+        section = self.stored.config if self.stored else {}
+        if section and (config := while_loading(section)) is not None:
+            options["quantization_config"] = config
         options["ignore_mismatched_sizes"] = True  # else they are told in a log, and here only that there are some
         with self._reading("weights"), _quiet():
-            model, info = cast(Any, AutoModelForCausalLM).from_pretrained(self.path, **options)
+            model, info = cast(Any, AutoModelForCausalLM).from_pretrained(self._folder, **options)
         if lacking := sorted(info["missing_keys"]):  # transformers fills them with random numbers
             raise self._lacks(lacking)
         if wrong := [_unlike(name, found, wanted) for name, found, wanted in sorted(info["mismatched_keys"])]:
             raise self._others(wrong)
-        model = model.eval().requires_grad_(False).to(device)
-        ids = torch.zeros(1, _TRIED, dtype=torch.int64, device=device)
+        if self.stored is not None:
+            with self._reading("weights"), _quiet():
+                own = section.get("quant_method") == TORCHAO
+                later = section and not own and "quantization_config" not in options
+                tensors = (model.dequantize() if later else model).state_dict()
+                tensors = {name: t.dequantize() if own else t for name, t in tensors.items()}
+            model = self.filled(tensors, device)
+        self._try(model.eval().requires_grad_(False).to(device))
+        return model
+
+    def _try(self, model: nn.Module) -> None:
+        ids = torch.zeros(1, _TRIED, dtype=torch.int64, device=next(model.parameters()).device)
         # what no configuration is refused for, such as a probability beyond 1, shows here and not in the middle
         with reading(f"model.path {self.config.path}: the model does not compute", ModelError), torch.no_grad():
             model(**without_cache(model, {"input_ids": ids}))
-        return model
+
+    def filled(self, tensors: Mapping[str, Tensor], device: torch.device) -> nn.Module:
+        """The plain model with the weights `tensors` on `device`, of a checkpoint that was taken apart; raises
+        `ModelError` unless they are floats, all that it takes, and no more."""
+        model = take_apart(self.meta_model(), filter(EXPERT_NAME.fullmatch, tensors)).requires_grad_(False)
+        forget_fused(model)
+        every = dict(model.named_parameters(remove_duplicate=False))
+        named = {name: parameter for name, parameter in every.items() if name in tensors}
+        if lacking := sorted(name for name, _ in model.named_parameters() if name not in tensors):
+            raise self._lacks(lacking, " when they are taken apart")
+        shapes = [_unlike(n, tensors[n].shape, p.shape) for n, p in named.items() if tensors[n].shape != p.shape]
+        wrong = [f"{n} is {tensors[n].dtype}" for n in named if tensors[n].dtype not in _DTYPES]
+        more = [n for n in tensors if n.endswith((".weight", ".bias")) and n not in every]
+        if wrong := [*shapes, *wrong, *(f"the model has no {name}" for name in more)]:
+            raise self._others(wrong)
+        self._fill(model, tensors, device)
+        read_generation(model, Path(self._folder))
+        return model.eval()
 
     def open_blocks(self, device: torch.device, names: Iterable[str] = ()) -> tuple[nn.Module, Mapping[str, Tensor]]:
         """The model with all weights but those of its repeated blocks, and all weights by the model's names.
@@ -111,15 +174,7 @@ class ModelSource:
         forget_fused(model)
         weights = self._named_weights(model)
         blocks = find_blocks(model)
-        tables = [(name, m._parameters) for name, m in model.named_modules() if blocks.index(name) is None]
-        read: dict[int, nn.Parameter] = {}
-        for name, table in tables:
-            for key, meta in [(key, p) for key, p in table.items() if p is not None]:
-                if id(meta) not in read:
-                    tensor = weights[f"{name}.{key}".removeprefix(".")].to(device, meta.dtype)
-                    read[id(meta)] = nn.Parameter(tensor, requires_grad=False)
-                table[key] = read[id(meta)]
-        self._fill_buffers(model, weights, device)
+        self._fill(model, weights, device, lambda name: blocks.index(name) is None)
         read_generation(model, Path(self.path))
         return model.eval(), weights
 
@@ -142,7 +197,7 @@ class ModelSource:
             shape, kind = shards.layout(name)
             if shape != tuple(parameter.shape):
                 wrong.append(_unlike(name, shape, parameter.shape))
-            elif parameter.is_floating_point() and kind not in _FLOATS:
+            elif parameter.is_floating_point() and kind not in FLOATS:
                 wrong.append(f"{name} is {kind}, as of a model that is quantized already")
         if wrong:
             raise self._others(wrong)
@@ -156,8 +211,22 @@ class ModelSource:
         what = f"{len(names)} tensors are not in the weights{where}: {shown}{remedy}"
         return ModelError(f"model.path {self.config.path}: {what}")
 
-    def _fill_buffers(self, model: Any, weights: Mapping[str, Tensor], device: torch.device) -> None:
-        """Buffers as in a model that was loaded whole: read, or computed by the model where no file has them."""
+    def _fill(
+        self,
+        model: Any,
+        weights: Mapping[str, Tensor],
+        device: torch.device,
+        wanted: Callable[[str], bool] = lambda name: True,
+    ) -> None:
+        """The parameters of the modules that are `wanted`, and all buffers as in a model that was loaded whole: read,
+        or computed by the model where no file has them."""
+        read: dict[int, nn.Parameter] = {}
+        for name, table in [(name, m._parameters) for name, m in model.named_modules() if wanted(name)]:
+            for key, meta in [(key, p) for key, p in table.items() if p is not None]:
+                if id(meta) not in read:
+                    tensor = weights[f"{name}.{key}".removeprefix(".")].to(device, meta.dtype)
+                    read[id(meta)] = nn.Parameter(tensor, requires_grad=False)
+                table[key] = read[id(meta)]
         for parameter in model.parameters():
             parameter._is_hf_initialized = True  # what transformers marks those with that it must not initialize
         for module in model.modules():
@@ -177,16 +246,17 @@ class ModelSource:
         """The model's tokenizer, or the one the recipe names."""
         from transformers import AutoTokenizer
 
-        path = str(expand(self.config.tokenizer)) if self.config.tokenizer else self.path
+        named = str(expand(self.config.tokenizer)) if self.config.tokenizer else None
         with self._reading("tokenizer"):
-            return AutoTokenizer.from_pretrained(path, **self.options)
+            return AutoTokenizer.from_pretrained(named or self._folder, **({} if named else self._gguf), **self.options)
 
     def digest(self) -> str:
         """SHA-256 over the configuration and the weight files' bytes; for a hub name, over name and revision."""
         config = self.hf_config.to_dict()
         config.pop("_name_or_path", None)  # where it lies; the same model may lie elsewhere
         sha = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-        files = sorted(Path(self.path).glob("*.safetensors")) if Path(self.path).is_dir() else []
+        own = [Path(self.path, MANIFEST)] if self.stored is not None and self.stored.kind == "wrapq" else []
+        files = [Path(self.path)] if self._gguf else [*sorted(Path(self.path).glob("*.safetensors")), *own]
         for file in files:
             with file.open("rb") as stream:
                 sha.update(hashlib.file_digest(stream, "sha256").digest())
@@ -243,7 +313,15 @@ def _locate(path: str) -> str:
         shown = path if len(path) <= _SHOWN else f"{path[:_SHOWN]}..."
         what = f"cannot be a folder: {shown!r} ({getattr(error, 'strerror', None) or error})"
         raise PlanError([Problem("", "model.path", what)]) from None
+    if folder.is_file() and path.endswith(GGUF):
+        return str(folder)
     if folder.is_dir():
+        packed = sorted(folder.glob(f"*{GGUF}"))
+        if packed and not (folder / "config.json").is_file():
+            if len(packed) > 1:
+                what = f"{path} holds {len(packed)} GGUF files and no config.json"
+                raise PlanError([Problem("", "model.path", what, tuple(map(str, packed)), "name one of them")])
+            return str(packed[0])
         if not (folder / "config.json").is_file():
             raise PlanError([Problem("", "model.path", f"{path} holds no config.json, so it is not a model")])
         refuse_devices(folder)
@@ -268,6 +346,14 @@ def _counts(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
             yield key, value
 
 
+def forget_quantization(config: Any) -> None:
+    """Take out of a configuration, and of those inside it, what it says of quantization."""
+    for part in (config, *(getattr(config, key, None) for key in getattr(config, "sub_configs", ()))):
+        for mark in MARKS:
+            if hasattr(part, mark):
+                delattr(part, mark)
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     # transformers' own bars and notes would cut through ours
@@ -277,7 +363,9 @@ def _quiet() -> Iterator[None]:
     hf_logging.set_verbosity(logging.ERROR)
     hf_logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "You passed `quantization_config`")  # as is meant
+            yield
     finally:
         hf_logging.set_verbosity(level)
         if bars:

@@ -43,9 +43,11 @@ def resolve(recipe: Recipe, sources: Mapping[str, Provenance] | None = None, tru
     where = Sources(sources or {})
     stack = check_names(recipe, where)
     try:
-        model = ModelSource(recipe.model, trust_remote_code).meta_model()
+        source = ModelSource(recipe.model, trust_remote_code)
+        model = source.meta_model()
     except PlanError as error:
-        raise PlanError([replace(p, source=where.of("model.path")) for p in error.problems]) from None
+        raise PlanError([replace(p, source=where.of(p.path)) for p in error.problems]) from None
+    told = [f"float here is what comes out of it: {source.stored.what}"] if source.stored else []
     with apart(model):
         modules, untouched, selected, blocks = _resolve_rules(recipe.rules, model, where)
         modules, unreached, notes = leave_unreached(model, modules)
@@ -74,7 +76,7 @@ def resolve(recipe: Recipe, sources: Mapping[str, Provenance] | None = None, tru
         untouched=untouched,
         stages=stages,
         estimate=estimated,
-        notes=(*notes, *transforms.notes),
+        notes=(*told, *notes, *transforms.notes),
         presets=where.origins(),
     )
     check_export(plan)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from wrapq.errors import ModelError, SpecError, WrapqError, and_more, out_of_memory, reading, reason_of
 from wrapq.paths import expand, refuse_devices
 from wrapq.quant.spec import QuantSpec
-from wrapq.resolve.model_source import GENERATION, read_generation, reading_model
+from wrapq.resolve.model_source import GENERATION, ModelSource, read_generation, reading_model
 from wrapq.resolve.shards import Shards
 from wrapq.runs.folder import FINISHED, MANIFEST, PLAN, RECIPE, WEIGHTS, RunFolder, remove
 from wrapq.runs.run_record import RunRecord, read_json
@@ -192,6 +192,29 @@ def load(
     if runtime != REFERENCE:
         choose_kernels(model, runtime)
     return model
+
+
+def load_float(source: ModelSource, device: torch.device) -> nn.Module:
+    """The float model of `source`, which may be that of a run that is taken apart; see `ModelSource.load`.
+
+    Raises:
+        ModelError: also of a run whose model is more than its weights.
+    """
+    if source.stored is None or source.stored.kind != "wrapq":
+        return source.load(device)
+    source.check_stored()
+    model = load(source.path, "cpu", trust_remote_code=bool(source.options["trust_remote_code"]))
+    tensors = model.state_dict()
+    for name, module in model.named_modules():
+        if ONLINE in module._modules:
+            raise ModelError(f"{source.path} is no float model when it is taken apart: {name} turns what comes to it")
+        if isinstance(module, QuantizedWeight):
+            weight, a, b = (getattr(module, key, None) for key in ("weight", "weight_lora_a", "weight_lora_b"))
+            if a is not None and b is not None:
+                weight = module.wrapper.to_matrix(weight) + b @ a
+                weight = module.wrapper.from_matrix(weight, module.weight_layout)
+            tensors[f"{name}.weight"] = cast(Tensor, weight)
+    return source.filled(tensors, device)
 
 
 def rebuild(

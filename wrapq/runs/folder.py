@@ -20,9 +20,10 @@ from filelock import AcquireReturnProxy
 from wrapq.errors import OutputError
 from wrapq.foreign import LogFormatter
 from wrapq.ownership import own
+from wrapq.resolve.stored import MANIFEST
 
 STATUS_FILE, RECIPE, PLAN, LOCK = "run.json", "recipe.yaml", "plan.json", "recipe.lock.yaml"
-MANIFEST, WEIGHTS = "manifest.json", "model.safetensors"
+WEIGHTS = "model.safetensors"
 MODULES, HISTOGRAMS = "modules.json", "histograms.json"
 QPARAMS, STATISTICS = "qparams.safetensors", "statistics.safetensors"
 KERNELS_FILE, REPORT, LOG = "kernels.txt", "report.html", "log.txt"
