@@ -75,7 +75,7 @@ def float_root(run: Run, model: nn.Module) -> dict[str, str]:
     # other code than their own runs these modules, and may sum in another order
     forwards = [name for name, m in iter_wrapped(model) if m.wrapper.replaces_forward or isinstance(m, Attention)]
     forwards += [name for name, module in model.named_modules() if isinstance(module, Experts)]
-    how: dict[str, object] = {"dtype": recipe.model.dtype, "forwards": sorted(forwards)}
+    how: dict[str, object] = {"dtype": run.plan.model.dtype, "forwards": sorted(forwards)}
     changed = [(s.algorithm, s.options, s.targets) for s in run.plan.stages if s.phase == "transform"]
     if changed:  # what some of them do depends on how the weights will be quantized
         specs = {f"{m.name}.{p.name}": p.spec for m in run.plan.modules for p in m.points}

@@ -68,7 +68,7 @@ def translate(plan: Plan, reader: str) -> Translation:
     translation = Translation(floats=[row.name for row in plan.untouched if row.type == _LINEAR])
     for module in plan.modules:
         if module.wrapper == _LINEAR:
-            _linear(module, translation, reader, plan.recipe.model.dtype)
+            _linear(module, translation, reader, plan.model.dtype)
         elif module.wrapper != _ATTENTION:
             what = f"compressed-tensors quantizes linear layers and the cache, not {module.type}"
             translation.refuse(module, what, _REMEDY)

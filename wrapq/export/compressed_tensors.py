@@ -81,13 +81,13 @@ class CompressedTensors(Exporter):
         translation = self._translate(plan)
         if translation.problems:
             raise PlanError(translation.problems)
-        tensors = _tensors(model, translation.schemes, getattr(torch, plan.recipe.model.dtype))
+        tensors = _tensors(model, translation.schemes, getattr(torch, plan.model.dtype))
         if self.options.reader == VLLM and (wrong := next(unequal_global_scales(tensors), None)):
             raise ModelError(f"{wrong}: run the recipe again, or give vLLM up with export.reader=transformers")
         folder.write(WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
         config = json.loads(cast(Any, model).config.to_json_string())
         config.pop("_name_or_path", None)  # where the float model lay on this machine
-        config["dtype"] = plan.recipe.model.dtype
+        config["dtype"] = plan.model.dtype
         modules = model.named_modules(remove_duplicate=False)  # those whose tensors are tied to another's too
         linear = [name for name, module in modules if isinstance(module, nn.Linear)]
         config["quantization_config"] = quantization_config(translation, linear)
@@ -107,14 +107,14 @@ class CompressedTensors(Exporter):
             yield f"kv_cache_scheme: {words(translation.cache)}"
 
     def notes(self, plan: Plan) -> Iterable[str]:
-        dtype, specs = plan.recipe.model.dtype, [spec for points in plan.specs().values() for spec in points.values()]
+        dtype, specs = plan.model.dtype, [spec for points in plan.specs().values() for spec in points.values()]
         if self.options.reader == VLLM:
             yield from dict.fromkeys(filter(None, map(linear_note, self._translate(plan).schemes.values())))
         if dtype != "float32" and any(spec.scale_dtype == "float32" and not spec.dynamic for spec in specs):
             yield f"scales are rounded to {dtype}, the model's dtype; scale={dtype} in a spec calibrates with such ones"
 
     def tolerance(self, plan: Plan) -> float:
-        dtype = plan.recipe.model.dtype
+        dtype = plan.model.dtype
         points = [point for module in plan.modules for point in module.points if point.role == "activation"]
         if not points:
             return _ROUNDING[dtype]

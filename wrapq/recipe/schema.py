@@ -93,8 +93,9 @@ class ModelConfig(_Closed):
     path: Annotated[str, Field(min_length=1)]
     """A folder in Hugging Face layout, a name on the Hugging Face hub, or `wrapq://demo`; with `dequantize` a GGUF file
     too."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """The type in which the float model is loaded and the quantized one computes."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """The type in which the model computes, and in which what is not quantized is saved; the checkpoint's own when not
+    given."""
     tokenizer: str | None = None
     """Where the tokenizer lies, when not beside the model."""
     revision: str | None = None

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import cast
 
-import torch
 from torch import nn
 
 from wrapq.algorithms.base import Corrector
@@ -43,10 +42,9 @@ def estimate(model: nn.Module, modules: Sequence[ModulePlan], recipe: Recipe, st
     The peak is the float weights, the codes chosen (a byte each up to 8 bits), the dequantized copies
     that a fake-quantized forward multiplies with, and, in a sequential walk, the hidden states of all batches.
     """
-    itemsize = getattr(torch, recipe.model.dtype).itemsize
-    float_bytes = itemsize * sum(p.numel() for p in model.parameters())
-    float_bytes += sum(buffer.numel() * buffer.itemsize for buffer in model.buffers())
-    seen, untied = set[int](), _untied_bytes(model, stages, itemsize)
+    itemsize = next(model.parameters()).itemsize
+    float_bytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    seen, untied = set[int](), _untied_bytes(model, stages)
     replaced = packed = shapes = integers = dequantized = weights = 0
     for module in modules:
         spec = next((p.quant_spec for p in module.points if p.role == "weight"), None)
@@ -55,12 +53,12 @@ def estimate(model: nn.Module, modules: Sequence[ModulePlan], recipe: Recipe, st
             continue
         seen.add(id(tensor))
         weights += tensor.numel()
-        replaced += itemsize * tensor.numel()
+        replaced += tensor.nbytes
         packed += weight_bytes(module.weight_shape, spec)
         packed += itemsize * _added_elements(module, stages)
         shapes += _SHAPE_BYTES
         integers += tensor.numel() * storage_dtype(spec.dtype).itemsize
-        dequantized += itemsize * tensor.numel()
+        dequantized += tensor.nbytes
     calibration = recipe.calibration
     tokens = calibration.samples * calibration.seq_len if any(stage.needs for stage in stages) else 0
     hidden = getattr(getattr(model, "config", None), "hidden_size", 0) or 0
@@ -75,12 +73,12 @@ def estimate(model: nn.Module, modules: Sequence[ModulePlan], recipe: Recipe, st
     )
 
 
-def _untied_bytes(model: nn.Module, stages: Sequence[StagePlan], itemsize: int) -> int:
+def _untied_bytes(model: nn.Module, stages: Sequence[StagePlan]) -> int:
     """What a stage that gives tied modules weights of their own adds to the model."""
     if not any(stage.options.get("untie") for stage in stages):
         return 0
     named = model.named_parameters(remove_duplicate=False)
-    return itemsize * (sum(p.numel() for _, p in named) - sum(p.numel() for p in model.parameters()))
+    return sum(p.nbytes for _, p in named) - sum(p.nbytes for p in model.parameters())
 
 
 def _added_elements(module: ModulePlan, stages: Sequence[StagePlan]) -> int:

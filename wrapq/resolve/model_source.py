@@ -6,15 +6,17 @@ import copy
 import hashlib
 import json
 import logging
+import math
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +32,7 @@ from wrapq.wrappers.experts import forget_fused, take_apart
 
 PACKAGED = "wrapq://"
 GENERATION = "generation_config.json"
-PROCESSOR_FILES = (
-    *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
-    *("chat_template.jinja", "chat_template.json", "audio_tokenizer_config.json"),
-)
-"""What transformers' processors are made of, beside the tokenizer."""
-_DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
+_COMPUTED = (torch.float32, torch.bfloat16, torch.float16)
 _MOST = 1024
 _TRIED = 8  # tokens
 _SHOWN = 80
@@ -60,10 +57,21 @@ class ModelSource:
         self.options = {"trust_remote_code": trust_remote_code, "revision": config.revision}
         self._gguf = {"gguf_file": Path(self.path).name} if self.path.endswith(GGUF) else {}
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
-        """The dtype to compute with."""
-        return getattr(torch, self.config.dtype)
+        """The dtype to compute with: the recipe's, else the one that the checkpoint's configuration says, else the one
+        of most of its weights; float32 where that is another than a recipe may say."""
+        config = self.hf_config
+        found = self.config.dtype or config.dtype or config.get_text_config().dtype or self._stored_dtype()
+        dtype = getattr(torch, str(found).removeprefix("torch."), None)
+        return dtype if dtype in _COMPUTED else torch.float32
+
+    def _stored_dtype(self) -> str | None:
+        sizes: Counter[str] = Counter()
+        shards = Shards(sorted(Path(self.path).glob("*.safetensors")))
+        for shape, kind in map(shards.layout, shards):
+            sizes[kind] += math.prod(shape)
+        return FLOATS.get(sizes.most_common(1)[0][0]) if sizes else None
 
     @cached_property
     def hf_config(self) -> Any:
@@ -100,6 +108,8 @@ class ModelSource:
 
     def meta_model(self) -> nn.Module:
         """The model without weights: every parameter has a shape and no storage."""
+        from transformers import AutoModelForCausalLM
+
         self.check_stored()
         trust = self.options["trust_remote_code"]
         config = copy.deepcopy(self.hf_config)  # which the model changes, and of which the digest is taken
@@ -109,13 +119,15 @@ class ModelSource:
                 what = f"the config.json of {self.config.path} asks for {key} {count}; wrapq takes {_MOST}"
                 raise PlanError([Problem("", "model.path", what)])
         with self._reading("configuration"), torch.device("meta"), _quiet():
-            model = auto_model(config).from_config(config, dtype=self.dtype, trust_remote_code=trust)
+            model = AutoModelForCausalLM.from_config(config, dtype=self.dtype, trust_remote_code=trust)
             model.tie_weights()
         return model.eval()
 
     def load(self, device: torch.device) -> nn.Module:
         """The model with its weights, in evaluation mode on `device`, taken apart where the recipe says so; raises
         `ModelError` unless all are there."""
+        from transformers import AutoModelForCausalLM
+
         self.check_stored()
         options = {"dtype": self.dtype, "output_loading_info": True, "weights_only": True, **self.options, **self._gguf}
         section = self.stored.config if self.stored else {}
@@ -123,7 +135,7 @@ class ModelSource:
             options["quantization_config"] = config
         options["ignore_mismatched_sizes"] = True  # else they are told in a log, and here only that there are some
         with self._reading("weights"), _quiet():
-            model, info = auto_model(self.hf_config).from_pretrained(self._folder, **options)
+            model, info = cast(Any, AutoModelForCausalLM).from_pretrained(self._folder, **options)
         if lacking := sorted(info["missing_keys"]):  # transformers fills them with random numbers
             raise self._lacks(lacking)
         if wrong := [_unlike(name, found, wanted) for name, found, wanted in sorted(info["mismatched_keys"])]:
@@ -154,7 +166,7 @@ class ModelSource:
         if lacking := sorted(name for name, _ in model.named_parameters() if name not in tensors):
             raise self._lacks(lacking, " when they are taken apart")
         shapes = [_unlike(n, tensors[n].shape, p.shape) for n, p in named.items() if tensors[n].shape != p.shape]
-        wrong = [f"{n} is {tensors[n].dtype}" for n in named if tensors[n].dtype not in _DTYPES]
+        wrong = [f"{n} is {tensors[n].dtype}" for n in named if tensors[n].dtype not in (torch.float64, *_COMPUTED)]
         more = [n for n in tensors if n.endswith((".weight", ".bias")) and n not in every]
         if wrong := [*shapes, *wrong, *(f"the model has no {name}" for name in more)]:
             raise self._others(wrong)
@@ -251,19 +263,6 @@ class ModelSource:
         with self._reading("tokenizer"):
             return AutoTokenizer.from_pretrained(named or self._folder, **({} if named else self._gguf), **self.options)
 
-    def processor_files(self) -> dict[str, str]:
-        """The files beside the model that say how to make images, sound and conversations its input, by their names."""
-        from transformers.utils import cached_file
-
-        here = Path(self._folder).is_dir()
-        if not here and not getattr(self.hf_config, "sub_configs", None):
-            return {}  # a model on the hub that takes text alone need not be asked for them
-        kinds = ("missing_entries", "connection_errors", "gated_repo")
-        tried: dict[str, Any] = {f"_raise_exceptions_for_{kind}": False for kind in kinds}
-        found = {n: cached_file(self._folder, n, revision=self.config.revision, **tried) for n in PROCESSOR_FILES}
-        with self._reading("processor"):
-            return {name: Path(path).read_text(encoding="utf-8") for name, path in found.items() if path is not None}
-
     def digest(self) -> str:
         """SHA-256 over the configuration and the weight files' bytes; for a hub name, over name and revision."""
         config = self.hf_config.to_dict()
@@ -280,14 +279,6 @@ class ModelSource:
 
     def _reading(self, what: str) -> AbstractContextManager[None]:
         return reading_model(f"model.path {self.config.path}: cannot read the {what}")
-
-
-def auto_model(config: Any) -> Any:
-    """The class of transformers that makes a language model of `config`, also where it is a part of one for more."""
-    from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
-
-    kinds: tuple[Any, ...] = (AutoModelForCausalLM, AutoModelForMultimodalLM)
-    return next((kind for kind in kinds if type(config) in kind._model_mapping), AutoModelForCausalLM)
 
 
 def _unlike(name: str, shape: Sequence[int], wanted: Sequence[int]) -> str:

@@ -91,6 +91,8 @@ class ModelFacts(_Frozen):
 
     path: str
     type: str
+    dtype: str = "float32"
+    """In which it computes, and in which what is not quantized is saved; plans of before do not say it."""
     parameters: int
     blocks: str
     block_count: int

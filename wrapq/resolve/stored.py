@@ -21,7 +21,8 @@ MANIFEST = "manifest.json"
 MARKS = ("quantization_config", "compression_config")
 _ELSEWHERE = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json")
 """Where other tools put what transformers has in `config.json`: ModelOpt, AutoGPTQ, AutoAWQ."""
-FLOATS = frozenset({"F64", "F32", "F16", "BF16"})  # as safetensors calls them
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""What safetensors calls floats, and what torch does."""
 _BITS = ("bits", "num_bits", "w_bit", "nbits", "weight_bits", "quant_algo", "quant_type", "weights", "in_group_size")
 _SHOWN = 40
 
@@ -79,7 +80,7 @@ def find_stored(path: str, config: Any) -> StoredWeights | None:
             return StoredWeights(describe(found.get("quantization", found), f"as {name} says"), "other", {})
     try:
         shards = Shards(sorted(folder.glob("*.safetensors")))
-        kinds = {shards.layout(name)[1] for name in shards if name.endswith(".weight")} - FLOATS
+        kinds = {shards.layout(name)[1] for name in shards if name.endswith(".weight")} - FLOATS.keys()
     except ModelError:  # damaged, which is told where they are read
         return None
     return StoredWeights(f"its weights are {', '.join(sorted(kinds))}", "other", {}) if kinds else None
