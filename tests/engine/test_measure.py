@@ -109,7 +109,7 @@ def test_curves_have_a_value_per_block_and_grow_worse() -> None:
     ],
 )
 def test_the_middle_stage_only_where_there_is_one(config: PTQConfig, stages: tuple[str, ...]) -> None:
-    assert stages_of(prepare(build_model("llama"), config)) == stages
+    assert tuple(stages_of(prepare(build_model("llama"), config))) == stages
 
 
 def test_points_are_switched_back_on() -> None:

@@ -18,6 +18,7 @@ from wrapq.engine.context import Run
 from wrapq.errors import ModelError, and_more
 from wrapq.graph.blocks import Batch, output_hidden_states
 from wrapq.graph.dataflow import find_graph
+from wrapq.graph.head import Head
 from wrapq.graph.rewriter import GraphRewriter
 from wrapq.resolve.stages import algorithm_of
 from wrapq.statistics.input import InputStatistics
@@ -29,6 +30,8 @@ Figures = Mapping[str, Mapping[str, float]]
 
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """How far the outputs may move, relative to their norm: rounding in the dtype that the model computes in."""
+_OF_TEXT = {"input_ids", "attention_mask", "use_cache"}
+_COMPARED = 1 << 24  # logits
 _SYNTHETIC = (2, 32)  # [B, T] of token ids where the recipe reads no calibration data
 _log = logging.getLogger(__name__)
 
@@ -96,10 +99,18 @@ def checked(rewriter: GraphRewriter, probe: Batch, name: str, tolerance: float |
 
 @torch.no_grad()
 def outputs(model: nn.Module, batch: Batch) -> Tensor:
-    """The first output of a forward, in float64, of real tokens only."""
-    first = output_hidden_states(model(**batch.inputs))
-    if batch.mask is not None and first.shape[:2] == batch.mask.shape:
-        first = first[batch.mask.bool()]
+    """The first output of a forward, in float64, of real tokens only, and of many logits those of every n-th."""
+    mask = batch.mask
+    if batch.inputs.keys() <= _OF_TEXT:
+        head, ids = Head(model), batch.inputs["input_ids"]
+        count = next(head.parts(ids.shape, elements=_COMPARED)).stop
+        some = slice(None, None, -(-ids.shape[1] // count))
+        first = head.logits(head.hidden(ids, batch.inputs.get("attention_mask")), some)
+        mask = None if mask is None else mask[:, some]
+    else:
+        first = output_hidden_states(model(**batch.inputs))
+    if mask is not None and first.shape[:2] == mask.shape:
+        first = first[mask.bool()]
     return first.double()
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from wrapq.engine.float_cache import FloatOutputs, float_outputs
 from wrapq.errors import ModelError
 from wrapq.evaluation.quality import LayerErrorMeter, StageMeter
 from wrapq.graph.blocks import find_blocks, replaced_forward
+from wrapq.graph.head import Head
 from wrapq.metrics import FLOAT, QUANTIZED, WEIGHTS
 from wrapq.observers.forward_context import forward_context, in_context, outside_batch
 from wrapq.wrappers.model import iter_quantizers
@@ -44,10 +45,15 @@ class Quality:
     curves: dict[str, list[float]] = field(default_factory=dict)
 
 
-def stages_of(model: nn.Module) -> tuple[str, ...]:
+Stages = Mapping[str, Callable[[Quantizer], bool]]
+"""The states of a model that are compared, the first with all others: by name, which of its points quantize there."""
+
+
+def stages_of(model: nn.Module) -> Stages:
     """The stages worth measuring apart: `weights` only where both weights and activations are quantized."""
     roles = {isinstance(quantizer, WeightQuantizer) for quantizer in iter_quantizers(model)}
-    return (FLOAT, WEIGHTS, QUANTIZED) if len(roles) == 2 else (FLOAT, QUANTIZED)
+    weights: Stages = {WEIGHTS: lambda q: isinstance(q, WeightQuantizer)} if len(roles) == 2 else {}
+    return {FLOAT: lambda _: False, **weights, QUANTIZED: lambda _: True}
 
 
 def measure_run(run: Run, walker: Walker, samples: Samples) -> Quality:
@@ -74,6 +80,7 @@ def measure_stages(
     loader: BlockLoader = IN_MEMORY,
     offload: Offload | None = None,
     known: FloatOutputs | None = None,
+    stages: Stages | None = None,
 ) -> Quality:
     """All stages side by side, batch by batch, so that nothing of the float model has to be held in memory.
 
@@ -85,8 +92,9 @@ def measure_stages(
         loader: loads the model's blocks; where they are streamed, all batches go through a block before the next.
         offload: keeps what the batches hold meanwhile within a limit of memory.
         known: what the float blocks give, where it need not be computed; not for streamed ones.
+        stages: those that are measured, `FLOAT` first and `QUANTIZED` last; `stages_of` the model when not given.
     """
-    measuring = _Measuring(model, stages_of(model), known)
+    measuring = _Measuring(model, stages or stages_of(model), known)
     forwards: list[Callable[[], None]] = []
     for batch, (ids, mask, counted) in enumerate(samples.batches(batch_size, device_of(model))):
         last = advance if not loader.streamed else lambda: None
@@ -101,17 +109,17 @@ def measure_stages(
         else:
             for forward in forwards:
                 forward()
-    stages = {stage: _result(meter, stage) for stage, meter in measuring.meters.items()}
-    return Quality(stages, measuring.errors.curves("layer/"))
+    results = {stage: _result(meter, stage) for stage, meter in measuring.meters.items()}
+    return Quality(results, measuring.errors.curves("layer/"))
 
 
 class _Measuring:
     """Forwards of several stages, of which one may be put aside in the middle for another; each batch's come in turn.
 
-    What the float model gave is kept for as long as the others are compared with it.
+    What the bodies gave is kept until that of the last stage is there; then logits are made of them and compared.
     """
 
-    def __init__(self, model: nn.Module, stages: Sequence[str], known: FloatOutputs | None) -> None:
+    def __init__(self, model: nn.Module, stages: Stages, known: FloatOutputs | None) -> None:
         self.model, self.stages, self.known = model, stages, known
         self.meters = {stage: StageMeter(against_float=stage != FLOAT) for stage in stages}
         self.errors = LayerErrorMeter()
@@ -122,7 +130,8 @@ class _Measuring:
             self._points.setdefault(self.blocks.index(quantizer.where), []).append(quantizer)
         self._now: tuple[int, str, Tensor | None] = (0, FLOAT, None)
         self._started: list[tuple[int, str, Tensor | None]] = []
-        self._reference: Tensor | None = None
+        self._head = Head(model)
+        self._hidden: dict[str, Any] = {}  # of one batch, by stage
         self._outputs: dict[tuple[int, int], Tensor] = {}
         self._tuples = False  # some block gives more than its hidden states
 
@@ -138,35 +147,51 @@ class _Measuring:
         """One batch [B, T] at one stage; at the positions `counted` the logits are measured."""
         self._now = (batch, stage, mask)
         self._started.append(self._now)
-        _enable(chain.from_iterable(self._points.values()), stage)
+        self._enable(chain.from_iterable(self._points.values()), stage)
         try:
-            forward = self._float_logits if stage == FLOAT and self.known else partial(forward_logits, self.model)
-            logits = forward(ids, mask)
+            forward = self._float_hidden if stage == FLOAT and self.known else self._head.hidden
+            self._hidden[stage] = forward(ids, mask)
+            if stage == QUANTIZED:
+                self._compare(ids, counted)
         finally:
-            _enable(chain.from_iterable(self._points.values()), QUANTIZED)
-        self.meters[stage].update(self._reference, logits, ids, counted)
-        self._reference = None if stage == self.stages[-1] else logits if stage == FLOAT else self._reference
+            self._enable(chain.from_iterable(self._points.values()), QUANTIZED)
         finished()
 
-    def _float_logits(self, ids: Tensor, mask: Tensor | None) -> Tensor:
-        """Those of the float model, whose blocks run only where it is not known what they give."""
+    def _compare(self, ids: Tensor, counted: Tensor | None) -> None:
+        """Judge the logits of all stages, part by part of the positions."""
+        for part in self._head.parts(ids.shape, overlap=1):
+            reference, some = None, None if counted is None else counted[:, part]
+            for stage, hidden in self._hidden.items():
+                self._enable(self._points.get(None, ()), stage)
+                logits = self._head.logits(hidden, part)
+                self.meters[stage].update(reference, logits, ids[:, part], some)
+                reference = logits if reference is None else reference
+        self._hidden.clear()
+
+    def _float_hidden(self, ids: Tensor, mask: Tensor | None) -> Any:
+        """What the body of the float model gives, whose blocks run only where it is not known what they give."""
         known, batch = cast(FloatOutputs, self.known), self._now[0]
         if outputs := known.get(batch):
             gives = [partial(_give, output.to(ids.device)) for output in outputs]
             with replaced_forward(dict(zip(self.layers, gives, strict=True))):
-                return forward_logits(self.model, ids, mask)
+                return self._head.hidden(ids, mask)
         start = time.perf_counter()
-        logits = forward_logits(self.model, ids, mask)
+        hidden = self._head.hidden(ids, mask)
         if self.layers and not self._tuples:
             seconds = time.perf_counter() - start
             known.keep(batch, [self._outputs[index, batch] for index in range(len(self.layers))], seconds)
-        return logits
+        return hidden
 
     def _resume(self, block: int, *_: object) -> None:
         """Forward pre-hook of a block: the forward that comes to it may have waited there while others ran."""
         if (number := forward_context().batch) is not None:
             self._now = self._started[number]
-            _enable((*self._points.get(block, ()), *self._points.get(None, ())), self._now[1])
+            self._enable((*self._points.get(block, ()), *self._points.get(None, ())), self._now[1])
+
+    def _enable(self, quantizers: Iterable[Quantizer], stage: str) -> None:
+        """Let only the points of `stage` quantize."""
+        for quantizer in quantizers:
+            quantizer.enabled = self.stages[stage](quantizer)
 
     @contextmanager
     def block_outputs(self) -> Iterator[None]:
@@ -201,9 +226,11 @@ def _give(output: Tensor, *args: object, **kwargs: object) -> Tensor:
 @torch.no_grad()
 def measure(model: nn.Module, samples: Samples, batch_size: int, advance: Callable[[], None]) -> dict[str, float]:
     """The quality of any model, without another to compare it with."""
-    meter = StageMeter(against_float=False)
+    meter, head = StageMeter(against_float=False), Head(model)
     for ids, mask, counted in samples.batches(batch_size, device_of(model)):
-        meter.update(None, forward_logits(model, ids, mask), ids, counted)
+        hidden = head.hidden(ids, mask)
+        for part in head.parts(ids.shape, overlap=1):
+            meter.update(None, head.logits(hidden, part), ids[:, part], None if counted is None else counted[:, part])
         advance()
     return _result(meter, FLOAT)
 
@@ -226,9 +253,3 @@ def forward_logits(model: nn.Module, ids: Tensor, mask: Tensor | None = None) ->
 def device_of(model: nn.Module) -> torch.device:
     """The device of the model; blocks that are not in memory do not count."""
     return next(parameter.device for parameter in model.parameters() if not parameter.is_meta)
-
-
-def _enable(quantizers: Iterable[Quantizer], stage: str) -> None:
-    """Let only the points of `stage` quantize."""
-    for quantizer in quantizers:
-        quantizer.enabled = stage == QUANTIZED or (stage == WEIGHTS and isinstance(quantizer, WeightQuantizer))

@@ -54,7 +54,7 @@ class QualityMeter:
         self._reference = reference is not None
         if self._sums is None:
             self._sums = torch.zeros(4, dtype=torch.float64, device=logits.device)
-        rows = self.rows or max(8, PIECE.get(logits.device.type, GPU_PIECE) // logits.shape[-1])
+        rows = self.rows or max(1, PIECE.get(logits.device.type, GPU_PIECE) // logits.shape[-1])
         count, length = input_ids.shape
         for row, start in product(range(count), range(0, length - 1, rows)):
             part = slice(start, min(start + rows, length - 1))
