@@ -26,7 +26,7 @@ import pytest
 
 from tests import forked
 from tests.installed import write_package
-from wrapq.cli.command import _DEFECT, _INTERRUPTED, _MEMORY, _UNREAD, GOALS_MISSED, JOBS_FAILED
+from wrapq.cli.command import _DEFECT, _INTERRUPTED, _MEMORY, _UNREAD, GOALS_MISSED, JOBS_FAILED, MODEL_COLLAPSED
 from wrapq.cli.comparison import _DIFFERS
 from wrapq.errors import CalibrationError, ModelError, OutputError, WrapqError
 from wrapq.recipe.compose import compose
@@ -244,5 +244,5 @@ def test_the_exit_statuses_are_those_of_the_errors() -> None:
         int(number) for row in re.findall(r"^\| ([\d, ]+) \|", section, re.MULTILINE) for number in row.split(",")
     }
     errors = {kind.exit_code for kind in (WrapqError, CalibrationError, ModelError, OutputError, TrackingError)}
-    answers = {0, _DIFFERS, GOALS_MISSED, JOBS_FAILED, _MEMORY, _DEFECT, _INTERRUPTED, _UNREAD}
+    answers = {0, _DIFFERS, GOALS_MISSED, JOBS_FAILED, MODEL_COLLAPSED, _MEMORY, _DEFECT, _INTERRUPTED, _UNREAD}
     assert listed == errors | answers

@@ -99,7 +99,7 @@ def test_the_winner_and_the_goals_are_on_record(two: Two) -> None:
     assert missed.metrics["goal/bits_per_weight"] == 4.5
     assert missed.metrics["goals_missed"] == 1
     status = json.loads((Path(two.first.table.rows[0].outcome.folder) / "run.json").read_text())
-    assert status["goals"]["bits_per_weight"] == {"bound": 4.3, "value": 4.5, "met": False}
+    assert status["goals"]["bits_per_weight"] == {"bound": 4.3, "value": 4.5, "met": False, "survival": False}
 
 
 def test_the_folder_holds_table_plot_and_record(two: Two) -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _INTERRUPTED, _UNREAD = 130, 141  # as the shell says it of a process that SIGINT or SIGPIPE ended
 _MEMORY, _DEFECT = 7, 70
 _SPARING = "runtime.load=streaming, a smaller calibration.batch_size and evaluation.batch_size need less"
-GOALS_MISSED, JOBS_FAILED = 10, 11
+GOALS_MISSED, JOBS_FAILED, MODEL_COLLAPSED = 10, 11, 12
 """The exit status of a run or sweep that ended well, with a result that was not asked for."""
 _format_warning = warnings.formatwarning
 Command = Callable[..., Any]

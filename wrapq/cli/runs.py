@@ -7,14 +7,25 @@ from pathlib import Path
 
 import click
 
-from wrapq.cli.command import GOALS_MISSED, JOBS_FAILED, compose_recipe, make_console, say_data, takes_recipe
+from wrapq.cli.command import (
+    GOALS_MISSED,
+    JOBS_FAILED,
+    MODEL_COLLAPSED,
+    compose_recipe,
+    make_console,
+    say_data,
+    takes_recipe,
+)
 
 
 @click.command()
 @click.option("--resume", is_flag=True, help="Take up the newest run of the recipe that did not finish.")
 @takes_recipe
 def run(overrides: tuple[str, ...], config_dirs: tuple[Path, ...], resume: bool) -> None:
-    """Run a recipe: quantize, measure, save, record. The exit status is 10 when a goal of the recipe is missed."""
+    """Run a recipe: quantize, measure, save, record.
+
+    The exit status is 12 when the model collapsed, 10 when it misses a goal of the recipe.
+    """
     composed = compose_recipe(overrides, config_dirs)
     from wrapq.tracking.mlflow import make_tracker
 
@@ -31,9 +42,11 @@ def run(overrides: tuple[str, ...], config_dirs: tuple[Path, ...], resume: bool)
         console.print(plan_line(plan))
         result = execute(plan, composed.settings, ConsoleProgress(console), RunOptions(resume, tracker=tracker))
     if result is not None:
-        from wrapq.engine.goals import all_met
+        from wrapq.engine.goals import all_met, collapsed
 
         show_result(console, result, int(next(iter(result.metrics.values()))["tokens"]))
+        if collapsed(result.goals):
+            sys.exit(MODEL_COLLAPSED)
         if not all_met(result.goals):
             sys.exit(GOALS_MISSED)
 
@@ -58,8 +71,8 @@ def sweep(overrides: tuple[str, ...], config_dirs: tuple[Path, ...]) -> None:
     show_sweep(console, result)
     if result.table.failed:
         sys.exit(JOBS_FAILED)
-    if result.table.has_goals and result.table.winner is None:
-        sys.exit(GOALS_MISSED)
+    if result.table.winner is None:
+        sys.exit(GOALS_MISSED if result.table.has_goals else MODEL_COLLAPSED)
 
 
 @click.command()

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from wrapq.engine.export import Exported
-from wrapq.engine.goals import GoalVerdict
+from wrapq.engine.goals import COLLAPSED, GoalVerdict
 from wrapq.engine.progress import Progress
 from wrapq.engine.record import RunResult
 from wrapq.metrics import METRICS, Measured, megabytes, stage_table
@@ -67,6 +67,10 @@ def goal_lines(verdicts: Mapping[str, GoalVerdict]) -> Iterator[Text]:
     for name, verdict in verdicts.items():
         metric = METRICS.get(name)
         met = Text("met", "green") if verdict.met else Text("missed", "bold red")
+        if verdict.survival:
+            least = f"{metric.label} {metric.text(verdict.value)}, where it should be {metric.bound(verdict.bound)}"
+            yield Text(f"{COLLAPSED}: {least}", "bold red")
+            continue
         reached = metric.text(verdict.value) or ("none, since no weight is quantized" if metric.cost else "none")
         yield Text.assemble(f"goal {name}: {metric.bound(verdict.bound)}, reached {reached}: ", met)
 

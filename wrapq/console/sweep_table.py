@@ -12,6 +12,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 from rich.text import Text
 
+from wrapq.engine.goals import COLLAPSED
 from wrapq.metrics import KL, METRICS, SECONDS, SIZE, metrics
 from wrapq.sweep.driver import SweepProgress, SweepResult
 from wrapq.sweep.job import FAILED, REUSED
@@ -73,9 +74,15 @@ def show_sweep(console: Console, result: SweepResult) -> None:
         console.print(Text.assemble(("winner", "bold green"), f": job {table.winner.number}, {title} ({table.rule()})"))
         console.print(f"its model: {table.winner.outcome.folder}", soft_wrap=True)
     else:
-        console.print(Text("no winner: no job meets all goals" if table.has_goals else "no winner: no job finished"))
-    for name, bound in sorted({(name, v.bound) for row in table.rows for name, v in row.outcome.goals.items()}):
-        met = sum(v.met for row in table.rows if (v := row.outcome.goals.get(name)) and v.bound == bound)
+        why = "meets all goals" if table.has_goals else "left a model that works" if table.collapsed else "finished"
+        console.print(Text(f"no winner: no job {why}"))
+    if table.collapsed:
+        jobs = ", ".join(str(row.number) for row in table.collapsed)
+        why = "top-1 agreement under a half, or five times the perplexity"
+        console.print(Text(f"{COLLAPSED}: job {jobs}: {why}", "bold red"))
+    verdicts = [(name, v) for row in table.rows for name, v in row.outcome.goals.items() if not v.survival]
+    for name, bound in sorted({(name, v.bound) for name, v in verdicts}):
+        met = sum(v.met for which, v in verdicts if (which, v.bound) == (name, bound))
         console.print(f"goal {name}: {METRICS.get(name).bound(bound)}: met by {met} of {len(table.rows)} jobs")
     for row in table.failed:
         console.print(Text(f"job {row.number} failed: {row.outcome.reason}", "red"), soft_wrap=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from wrapq.engine.context import Run
 from wrapq.engine.export import EXPORTS, Exported
-from wrapq.engine.goals import GoalVerdict, all_met, judge
+from wrapq.engine.goals import COLLAPSED, GoalVerdict, all_met, collapsed, judge
 from wrapq.engine.measure import Quality
 from wrapq.foreign import markdown
 from wrapq.html.note import run_note
@@ -94,6 +94,8 @@ def close_record(run: Run, quality: Quality, exported: Exported | None) -> RunRe
     facts |= {"notes": run.notes, "run_id": run.tracker.run_id}
     if verdicts:
         facts["goals"] = {name: asdict(verdict) for name, verdict in verdicts.items()}
+    if collapsed(verdicts):
+        facts["verdict"] = COLLAPSED
     if exported is not None:
         sizes[EXPORTS] = exported.size
         facts["exported"] = {"path": str(exported.path), "error": exported.error}
@@ -114,7 +116,11 @@ def close_record(run: Run, quality: Quality, exported: Exported | None) -> RunRe
                 run.tracker.artifact(file, "model")
         figures = {f"{stage}.perplexity": f"{metrics['perplexity']:.4f}" for stage, metrics in quality.stages.items()}
         tags = {"recipe": run.plan.recipe.name, **figures, **_digest_tags(run)}
-        run.tracker.register(entry.name, entry.alias, markdown(run.plan.recipe.description), tags)
+        alias = entry.alias
+        if alias and collapsed(verdicts):
+            run.note(f"collapsed: the alias {alias} of {entry.name} stays where it is")
+            alias = None
+        run.tracker.register(entry.name, alias, markdown(run.plan.recipe.description), tags)
     run.tracker.finish()
     tell_problems(run)
     shared |= {"notes": tuple(run.notes), "run_id": run.tracker.run_id, "run_url": run.tracker.run_url}
@@ -123,12 +129,13 @@ def close_record(run: Run, quality: Quality, exported: Exported | None) -> RunRe
 
 
 def record_goals(tracker: Tracker, verdicts: Mapping[str, GoalVerdict]) -> None:
-    """Tag the tracked run with its goals: `goals` is met or missed, `goal.NAME` has value and bound."""
+    """Tag the tracked run with its goals: `goals` is met, missed or collapsed, `goal.NAME` has value and bound."""
     if not verdicts:
         return
     words = {True: "met", False: "missed"}
     tags = {f"goal.{name}": f"{words[v.met]}: {v.value} of {v.bound}" for name, v in verdicts.items()}
-    tracker.tags({"goals": words[all_met(verdicts)], **tags})
+    verdict = COLLAPSED if collapsed(verdicts) else words[all_met(verdicts)]
+    tracker.tags({"goals": verdict, **tags})
     values = {f"goal/{name}": v.value for name, v in verdicts.items() if v.value is not None}
     tracker.metrics({**values, "goals_missed": sum(not v.met for v in verdicts.values())})
 

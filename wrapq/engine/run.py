@@ -11,6 +11,7 @@ from wrapq.calibration.walker import Walker
 from wrapq.data.samples import Samples
 from wrapq.engine.apply_transforms import transform
 from wrapq.engine.calibrate import calibrate
+from wrapq.engine.collapse import explain_collapse
 from wrapq.engine.context import Run, RunOptions
 from wrapq.engine.host import use_machine
 from wrapq.engine.measure import measure_run
@@ -105,6 +106,7 @@ def _execute(run: Run) -> RunResult:
         tell_problems(run)
     walker = _calibrate(run, calibration)
     quality = measure_run(run, walker, evaluation)
+    explain_collapse(run, walker, evaluation, quality)
     compare_schedules(run, calibration, evaluation, quality)
     exported = save_and_export(run, walker, evaluation, quality)
     run.seconds["total"] = time.perf_counter() - start

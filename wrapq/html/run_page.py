@@ -46,7 +46,7 @@ def render_run(folder: Path) -> str:
         "model": plan.model,
         "modules": len(plan.modules),
         "untouched": len(plan.untouched),
-        "status": run.status,
+        "status": facts.get("verdict") or run.status,
         "when": datetime.fromtimestamp(recipe.stat().st_mtime).strftime("%d %B %Y, %H:%M"),
         "tiles": _tiles(measured),
         "notes": facts.get("notes", []),

@@ -38,7 +38,8 @@ def _draw(axes: Any, table: SweepTable, against: str) -> None:
         axes.annotate(str(row.number), place(row), xytext=(5, 5), textcoords="offset points", fontsize=8)
     if table.winner is not None:
         axes.scatter(*place(table.winner), marker="*", s=190, color=_WINNER, label="winner", zorder=4)
-    for name, bound in sorted({(name, v.bound) for row in table.rows for name, v in row.outcome.goals.items()}):
+    verdicts = [item for row in table.rows for item in row.outcome.goals.items()]
+    for name, bound in sorted({(name, v.bound) for name, v in verdicts if not v.survival}):
         if name == against:
             axes.axvline(bound, color=_GOAL, linestyle="--", linewidth=1)
         elif name == table.quality:

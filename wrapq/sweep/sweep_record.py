@@ -10,6 +10,7 @@ from typing import Any
 
 from filelock import AcquireReturnProxy
 
+from wrapq.engine.goals import COLLAPSED
 from wrapq.engine.record import record_goals
 from wrapq.html.sweep_page import render_sweep
 from wrapq.ownership import own
@@ -105,7 +106,7 @@ def _jobs(table: SweepTable) -> list[dict[str, Any]]:
             "reason": row.outcome.reason,
             "parameters": dict(row.values),
             "figures": row.outcome.figures,
-            "goals": words[row.meets_goals] if row.outcome.goals else "",
+            "goals": COLLAPSED if row.collapsed else words[row.meets_goals] if row.outcome.goals else "",
             "winner": row.winner,
         }
         for row in table.rows

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from wrapq.engine.goals import all_met
+from wrapq.engine.goals import all_met, collapsed
 from wrapq.foreign import spreadsheet_cell
 from wrapq.metrics import KL, SECONDS, SIZE, metrics, pareto
 from wrapq.sweep.job import DONE, FAILED, Outcome
@@ -42,6 +42,11 @@ class SweepRow:
     def meets_goals(self) -> bool:
         """Whether the job is done and misses no goal."""
         return self.done and all_met(self.outcome.goals)
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether the job is done and its model did not survive."""
+        return self.done and collapsed(self.outcome.goals)
 
     def cells(self) -> dict[str, Any]:
         """The row as plain values, by column."""
@@ -90,10 +95,15 @@ class SweepTable:
         """The rows of jobs that failed."""
         return tuple(row for row in self.rows if row.outcome.status == FAILED)
 
+    @property
+    def collapsed(self) -> tuple[SweepRow, ...]:
+        """The rows of jobs whose model did not survive; none of them wins."""
+        return tuple(row for row in self.rows if row.collapsed)
+
     def rule(self) -> str:
         """How the winner is chosen, in words."""
-        among = " among the jobs that meet all goals" if self.has_goals else ""
-        return f"lowest {self.minimize[0]}{among}"
+        asked = ["meet all goals"] * self.has_goals + ["did not collapse"] * bool(self.collapsed)
+        return f"lowest {self.minimize[0]}" + (f" among the jobs that {' and '.join(asked)}" if asked else "")
 
     def front(self, against: str) -> list[SweepRow]:
         """The rows on the front of quality against `against`, the smallest of it first."""
@@ -117,7 +127,7 @@ def make_table(rows: Iterable[SweepRow], minimize: Sequence[str]) -> SweepTable:
     The winner's figures are the lowest, the first of `minimize` first; of equals it is the smaller, then the earlier.
     """
     rows = tuple(rows)
-    table = SweepTable(rows, tuple(minimize), any(row.outcome.goals for row in rows))
+    table = SweepTable(rows, tuple(minimize), any(not v.survival for row in rows for v in row.outcome.goals.values()))
     done = [row for row in rows if row.done]
     fronts: dict[int, tuple[str, ...]] = dict.fromkeys((row.number for row in rows), ())
     for against in (SIZE, SECONDS):
