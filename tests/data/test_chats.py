@@ -116,6 +116,16 @@ def test_packed_conversations_follow_one_another_as_the_template_ends_them(tmp_p
     assert tokenizer.eos_token_id not in found.input_ids
 
 
+@pytest.mark.parametrize("pack", [True, False])
+def test_the_beginning_that_a_template_writes_is_not_scored(tmp_path: Path, pack: bool) -> None:
+    tokenizer = byte_tokenizer(templates.CHATML.replace("{{'<|im", "{{ bos_token + '<|im"), begins="")
+    found = built(source(tmp_path, TALK, TALK), tokenizer, 25 if pack else 999, pack=pack, score="all")
+    assert torch.equal(found.scored, found.input_ids != tokenizer.bos_token_id) or not pack
+    assert (found.input_ids == tokenizer.bos_token_id).sum() == 8
+    assert not found.scored[found.input_ids == tokenizer.bos_token_id].any()
+    assert built(source(tmp_path, {"text": "<bos>one<bos>two"}), tokenizer, 5, pack=pack, score="all").scored is None
+
+
 def test_texts_and_conversations_in_one_file(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer(templates.CHATML)
     made = source(tmp_path, {"text": "one"}, TALK[:2], {"text": None}, {"text": "two", "messages": 3})

@@ -102,9 +102,9 @@ def build_samples(
         samples: how many windows, S.
         seq_len: T, tokens per window.
         vocab_size: the model's; default is the tokenizer's. Token ids beyond it are refused.
-        score: what is scored: all but the tokens that each sample begins with, or what the assistant writes, each
-            conversation being a row (or each answer, see `answers`), since a window from the middle of one lacks what
-            is answered; those in which that begins beyond `seq_len` are left out. None: nothing is stated.
+        score: what is scored: all but the tokens that a sample or a conversation begins with, or what the assistant
+            writes, each conversation being a row (or each answer, see `answers`), since a window from the middle of one
+            lacks what is answered; those in which that begins beyond `seq_len` are left out. None: nothing is stated.
 
     Raises:
         CalibrationError: no text, not one whole window, token ids outside the vocabulary, no chat template, nothing to
@@ -145,7 +145,7 @@ def build_samples(
         what = f"no answer of the assistant that begins within {seq_len} tokens"
         read.notes[f"documents left out, which hold {what}: {read.unanswered:,}"] = None
     input_ids, mask = _stack([row.ids for row in rows], tokenizer)
-    scored = _stack([row.scored for row in rows], None)[0] if score and (score != "all" or len(start) > 1) else None
+    scored = _scored(rows, input_ids, mask, tokenizer, read) if score else None
     return Samples(input_ids, mask, digest_of(input_ids, mask, scored), tuple(read.notes), scored, read)
 
 
@@ -271,6 +271,16 @@ def _stack(rows: list[Tensor], tokenizer: Any) -> tuple[Tensor, Tensor | None]:
         input_ids[i, : len(row)] = row
         mask[i, : len(row)] = True
     return input_ids, mask
+
+
+def _scored(rows: list[_Row], input_ids: Tensor, mask: Tensor | None, tokenizer: Any, read: Extent) -> Tensor | None:
+    """Which tokens are scored, bool [S, T]; None when all are that something comes before."""
+    scored, _ = _stack([row.scored for row in rows], None)
+    bos, eos = (getattr(tokenizer, f"{kind}_token_id", None) for kind in ("bos", "eos"))
+    if read.chats and bos not in (None, eos):
+        scored &= input_ids != bos  # which some templates write before each prompt
+    every = scored[:, 1:] if mask is None else scored[:, 1:] | ~mask[:, 1:]
+    return None if every.all() else scored
 
 
 def _check_vocabulary(rows: list[_Row], source: Source, size: int | None) -> None:

@@ -27,6 +27,7 @@ class Extent:
     Attributes:
         noun: what the documents are.
         documents: documents, or rows of token ids, that are not blank.
+        chats: whether conversations are among them.
         shortened: of these, how many only to a limit of characters.
         limit: that limit.
         blank: documents left out because they are.
@@ -40,6 +41,7 @@ class Extent:
 
     noun: str = "documents"
     documents: int = 0
+    chats: bool = False
     shortened: int = 0
     limit: int = 0
     blank: int = 0
@@ -92,6 +94,7 @@ def tokenized(source: Source, tokenizer: Any, limit: int | None, special: bool, 
         for each, found in zip(texts, ids, strict=True):
             if len(found):
                 read.documents += 1
+                read.chats |= chat
                 read.shortened += each.shortened
                 yield Piece(found, chat)
 
