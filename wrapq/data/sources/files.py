@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import gzip
+import io
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
 from wrapq.errors import CalibrationError, WrapqError, nearest
 from wrapq.paths import expand
 
 PROBE = 1 << 16  # bytes looked at by a check: enough to tell a blank file from text
-UNPACKED = 1 << 28  # bytes that a packed file may hold in one line, or more than `RATIO` times its size
-RATIO = 200  # text is packed three to ten times, the most that gzip can do is a thousand
+LINE = 1 << 28  # bytes that a line of a packed file may have
+UNPACKED = 1 << 22  # bytes that a packed file may give before it has to be text, of which one byte
+RATIO = 100  # gives at most so many: it is packed three to ten times, and what is no text up to a thousand
 _PACKED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -65,20 +67,20 @@ def check_text(files: list[Path]) -> None:
 
 def read_start(file: Path) -> bytes:
     """The first `PROBE` bytes of `file`, unpacked; raises `CalibrationError` when it cannot be read."""
-    with _opened(file) as stream:
+    with _opened(file) as (stream, _):
         return stream.read(PROBE)
 
 
 def read_lines(file: Path) -> Iterator[tuple[int, str]]:
     """The lines of `file`, unpacked, numbered from 1, without a byte order mark; raises `CalibrationError` where the
     file cannot be read, one is not UTF-8, or a packed file holds more than a text would."""
-    packed, total = file.suffix == ".gz", 0
-    with _opened(file) as stream:
-        size = file.stat().st_size
-        for number, line in enumerate(iter(lambda: stream.readline(UNPACKED + 1), b"") if packed else stream, start=1):
+    total = 0
+    with _opened(file) as (stream, raw):
+        packed = stream is not raw
+        for number, line in enumerate(iter(lambda: stream.readline(LINE + 1), b"") if packed else stream, start=1):
             total += len(line)
-            if packed and (len(line) > UNPACKED or total > max(UNPACKED, RATIO * size)):
-                what = f"out of {size:,} bytes come {total >> 20} MiB and more"
+            if packed and (len(line) > LINE or (total > UNPACKED and total > RATIO * raw.tell())):
+                what = f"out of {raw.tell():,} bytes come {total >> 20} MiB"
                 raise CalibrationError(f"data file '{file}', line {number}: {what}: unpack it, and give what was in it")
             try:
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -90,10 +92,11 @@ def read_lines(file: Path) -> Iterator[tuple[int, str]]:
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[BinaryIO]:
+def _opened(file: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """What `file` holds, and the file as it is."""
     try:
-        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
-            yield cast(BinaryIO, stream)
+        with file.open("rb") as raw:
+            yield io.BufferedReader(gzip.GzipFile(fileobj=raw)) if file.suffix == ".gz" else raw, raw
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise CalibrationError(f"data file '{file}' cannot be unpacked by gzip: {error}") from None
     except OSError as error:
