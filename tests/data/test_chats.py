@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tests.data import templates
 from tests.data.templates import byte_tokenizer
@@ -322,3 +324,28 @@ def test_media_beside_conversations_in_a_table(tmp_path: Path) -> None:
     made = make_source("parquet", {"path": str(tmp_path / "a.parquet")})
     with pytest.raises(CalibrationError, match=r"a\.parquet', row 1: field 'images' beside the messages"):
         built(made, byte_tokenizer(templates.CHATML), 8)
+
+
+KEYS = ["role", "content", "tool_calls", "type", "text", "function", "arguments", "name"]
+LEAVES = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from([*KEYS, "user", "assistant", '{"a": 1}'])
+)
+VALUES = st.recursive(
+    LEAVES | st.text(st.characters(exclude_categories=())),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4),
+    max_leaves=12,
+)
+ROLES = st.sampled_from(["user", "assistant", "system", "tool"])
+MESSAGES = VALUES | st.lists(VALUES | st.fixed_dictionaries({"role": ROLES, "content": VALUES}), max_size=4)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(messages=MESSAGES, tools=VALUES, template=st.sampled_from(["CHATML", "MISTRAL", "MARKED", "THINKING"]))
+def test_any_row_is_read_or_refused(tmp_path: Path, messages: Any, tools: Any, template: str) -> None:
+    made, tokenizer = source(tmp_path, {"messages": messages, "tools": tools}), byte_tokenizer(None)
+    tokenizer.chat_template = getattr(templates, template)
+    for options in ({"pack": False}, {"score": "assistant"}):
+        try:
+            built(made, tokenizer, **options)
+        except CalibrationError as error:
+            assert "\n" not in str(error)

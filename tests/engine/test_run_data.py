@@ -13,7 +13,9 @@ import wrapq
 from tests.data import templates
 from tests.data.templates import byte_tokenizer
 from tests.engine.record import SMALL
+from wrapq.engine.evaluate import evaluate
 from wrapq.engine.measure import forward_logits
+from wrapq.engine.progress import Progress
 from wrapq.engine.run_data import preview_data
 from wrapq.recipe.compose import compose
 from wrapq.resolve.resolve import resolve
@@ -57,6 +59,25 @@ def test_the_plan_says_what_is_read_and_cut(chats: tuple[str, ...], tmp_path: Pa
     text.write_text("a few words")
     short = preview(*SMALL, "calibration=text", f"calibration.path={text}", "calibration.seq_len=2")
     assert short[1] == "calibration: 2 sequences in the 5 tokens of the one document, 1 token not used"
+
+
+class Told(Progress):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def test_a_measurement_by_itself_says_what_is_cut(chats: tuple[str, ...]) -> None:
+    composed = compose(["recipe=w8a8_static", *chats, "evaluation.score=assistant", "evaluation.tokens=4800"])
+    told = Told()
+    metrics, _ = evaluate(composed.recipe, composed.settings, told)
+    assert metrics["tokens"] == 12 * 40, "the first answer of each conversation; what follows is cut"
+    assert told.notes[1:] == [
+        f"{told.notes[1].partition(' gives ')[0]} gives 40 samples of 48 tokens, 100 were asked for",
+        "documents longer than 48 tokens, of which the rest is cut: 20 of 40",
+    ]
 
 
 def test_a_run_scores_the_assistant_alone(chats: tuple[str, ...], tmp_path: Path) -> None:

@@ -25,6 +25,8 @@ def evaluate(recipe: Recipe, settings: Settings, progress: Progress) -> tuple[di
     config = recipe.evaluation
     tokenizer = read_tokenizer(source, [make_source(config.source, config.options)])
     _, samples = evaluation_samples(config, tokenizer, source.vocab_size)
+    for text in samples.notes:
+        progress.note(text)
     with use_machine(settings, recipe.seed) as device, blaming_files(Path(source.path)):
         with progress.task("Loading the model"):
             if not recipe.model.dequantize and RunRecord(Path(source.path)).has_model:
