@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from wrapq.graph.blocks import Blocks, find_blocks, replaced_forward
 from wrapq.graph.dataflow import example_inputs
-from wrapq.graph.mixtures import Mixtures
+from wrapq.graph.mixtures import EXPERT_NAME
 from wrapq.graph.trace import run_operation, standing_in
+from wrapq.wrappers.experts import Experts
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,59 @@ class _Operations(TorchDispatchMode):
         return run_operation(func, args, kwargs or {})
 
 
-@torch.no_grad()
 def find_usage(model: nn.Module, names: Collection[str], inputs: Mapping[str, Any] | None = None) -> Usage | None:
     """How a float `model` on the meta device uses its modules `names` in a forward with `inputs`, or a few token ids;
-    None where no forward is possible without weights."""
+    None where no forward is possible without weights.
+
+    One block stands for all that are alike in every part, and the first of the experts of a layer for the others.
+    """
+    given = example_inputs(model) if inputs is None else inputs
+    blocks, alike = find_blocks(model), _find_alike(model)
+    layers = {name for name, module in model.named_modules() if isinstance(module, Experts)}
+    for likeness in (alike, {}) if alike else (alike,):  # blocks may hand on more than their output
+        first = {name: _first(name, blocks, likeness, layers) for name in names}
+        if (seen := _run(model, set(first.values()), given, blocks, likeness)) is not None:
+            called, read = ({name for name in names if first[name] in found} for found in seen)
+            return Usage(frozenset(called), frozenset(read))
+    return None
+
+
+def _first(name: str, blocks: Blocks, alike: Mapping[int, int], layers: Collection[str]) -> str:
+    """The module that stands for the one called `name`."""
+    if (index := blocks.index(name)) in alike:
+        name = f"{blocks.prefix}.{alike[cast(int, index)]}{name.removeprefix(f'{blocks.prefix}.{index}')}"
+    match = EXPERT_NAME.fullmatch(name)
+    return f"{match[1]}.0.{match[2]}" if match and match[1] in layers else name
+
+
+def _find_alike(model: nn.Module) -> dict[int, int]:
+    """For each repeated block that is like an earlier one, that one: the same parts with the same settings, but for
+    what says which block it is."""
+    found, firsts = dict[int, int](), dict[object, int]()
+    for index, name in enumerate(find_blocks(model).names()):
+        parts = [
+            (inner, type(module), *sorted((k, v) for k, v in vars(module).items() if _is_setting(k, v)))
+            for inner, module in model.get_submodule(name).named_modules()
+            if (match := EXPERT_NAME.fullmatch(f"{name}.{inner}")) is None
+            or f"{name}.{inner}" == f"{match[1]}.0.{match[2]}"
+        ]
+        first = firsts.setdefault(tuple(parts), index)
+        if first != index:
+            found[index] = first
+    return found
+
+
+def _is_setting(key: str, value: object) -> bool:
+    return isinstance(value, (bool, int, float, str)) and not key.endswith(("idx", "id"))
+
+
+@torch.no_grad()
+def _run(
+    model: nn.Module, names: Collection[str], inputs: Mapping[str, Any], blocks: Blocks, alike: Mapping[int, int]
+) -> tuple[set[str], set[str]] | None:
+    """Those of `names` that a forward calls, and those whose weight it reads beside; None where it fails."""
     called, read, inside = set[str](), set[str](), list[str]()
+    outputs: dict[int, Any] = {}
 
     def own(name: str, module: nn.Module) -> Tensor:
         if name not in inside:
@@ -53,15 +103,19 @@ def find_usage(model: nn.Module, names: Collection[str], inputs: Mapping[str, An
             module = model.get_submodule(name)
             undo.callback(module.register_forward_pre_hook(lambda *_, name=name: enter(name)).remove)
             undo.callback(module.register_forward_hook(lambda *_, name=name: inside.remove(name)).remove)
+        layers = [model.get_submodule(name) for name in blocks.names()]
+        for index in set(alike.values()):
+            keep = layers[index].register_forward_hook(lambda *_, index=index: outputs.update({index: _[-1]}))
+            undo.callback(keep.remove)
+        skips = {layers[index]: lambda *_, first=first, **__: outputs[first] for index, first in alike.items()}
+        undo.enter_context(replaced_forward(skips))
         undo.enter_context(standing_in(model))
         try:
             with _Operations():
-                model(**(example_inputs(model) if inputs is None else inputs))
+                model(**inputs)
         except Exception:  # a model may raise anything where weights have no values
             return None
-    mixtures = Mixtures(model)  # of which the first expert stands for all
-    called, read = ({name for first in found for name in mixtures.names(first)} for found in (called, read))
-    return Usage(frozenset(called), frozenset(read))
+    return called, read
 
 
 @torch.no_grad()

@@ -25,10 +25,11 @@ def leave_unreached(
     needing = {module.name for module in modules if any(map(_needs_data, module.points))}
     if not needing or (usage := find_usage(model, needing)) is None:
         return tuple(modules), (), []
+    idle = needing - usage.called
     kept, left = list[ModulePlan](), list[Untouched]()
     reasons: dict[str, list[str]] = {}
     for module in modules:
-        if module.name in needing - usage.called:
+        if module.name in idle:
             reason = _READ if module.name in usage.read else _IDLE
             reasons.setdefault(reason, []).append(module.name)
             module = module.model_copy(update={"points": tuple(p for p in module.points if not _needs_data(p))})
