@@ -57,7 +57,7 @@ def layer_inputs() -> list[dict[str, Any]]:
 
     model.model.layers[LAYER].register_forward_pre_hook(keep, with_kwargs=True)
     text = build_samples(make_source("demo", {"split": "calib"}), DEMO.tokenizer(), samples=16, seq_len=64, seed=0)
-    for batch, _ in text.batches(4):
+    for batch, *_ in text.batches(4):
         model(batch, use_cache=False)
     return seen
 

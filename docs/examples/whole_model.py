@@ -36,7 +36,7 @@ def main() -> None:
     )
     model = wrapq.prepare(model, config)
     with torch.no_grad():
-        for ids, _ in windows("calib").batches(4):
+        for ids, *_ in windows("calib").batches(4):
             # a padded batch runs inside `with wrapq.padding(mask):`; windows of running text have no padding
             model(ids)
     model = wrapq.convert(model)
@@ -57,7 +57,7 @@ def windows(split: str) -> Samples:
 @torch.no_grad()
 def perplexity(model: Any, samples: Samples) -> float:
     """Of each token given those before it in its window."""
-    losses = [model(ids, labels=ids).loss for ids, _ in samples.batches(4)]
+    losses = [model(ids, labels=ids).loss for ids, *_ in samples.batches(4)]
     return math.exp(torch.stack(losses).mean())
 
 

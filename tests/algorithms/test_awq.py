@@ -17,9 +17,10 @@ from wrapq.algorithms.awq import AWQ, AWQOptions, awq_error
 from wrapq.calibration.processes import Processes
 from wrapq.engine.apply_transforms import apply_transform
 from wrapq.graph.blocks import Batch
-from wrapq.graph.dataflow import find_graph
+from wrapq.graph.dataflow import Graph, find_graph
 from wrapq.graph.rewriter import GraphRewriter
 from wrapq.statistics.input import InputStatistics
+from wrapq.wrappers.model import Specs
 
 TARGET, READERS = "model.layers.0.input_layernorm", ("q_proj", "k_proj", "v_proj")
 W4 = "l: {match: {type: Linear}, weight: 'int4:g64:sym'}\nhead: {match: {name: lm_head}, quantize: false}"
@@ -56,6 +57,19 @@ def tried(x: Tensor, weights: list[Tensor], duo: bool) -> list[tuple[Tensor, flo
 def cost(x: Tensor, weights: list[Tensor], s: Tensor) -> float:
     errors = [(x / s) @ rounded(w * s, 16).t() - x @ w.t() for w in weights]
     return sum(float(error.square().sum()) for error in errors)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_own_inputs_are_scaled_where_that_is_asked_for(family: str, token_batches: list[Tensor]) -> None:
+    change, found = outputs_moved(build_model(family), [AWQ(AWQOptions(online=True))], token_batches, "int4:g16:sym")
+    assert 1e-9 < change < 1e-5
+    assert any(name.endswith(".input") for name in found[0].names)
+    assert not any(name.endswith(".input") for name in AWQ().find_targets(*graph_and_specs(family)).names)
+
+
+def graph_and_specs(family: str) -> tuple[Graph, Specs]:
+    graph = find_graph(build_model(family))
+    return graph, smooth_specs(graph, "int4:g16:sym")
 
 
 @pytest.mark.parametrize("duo", [False, True])

@@ -193,11 +193,11 @@ def test_the_plan_names_the_points(make_plan: MakePlan) -> None:  # noqa: F811
         ("turn: {algorithm: rotate, rotations: [R4], block: 100}", "are no multiple of the block of 100"),
         (
             "turn: {algorithm: rotate, rotations: [R4]}\nequal: {algorithm: cle}",
-            "equal would change the input of model.layers.0.mlp.down_proj, which turn turns at each forward",
+            "equal would change the input of model.layers.0.mlp.down_proj, which turn changes at each forward",
         ),
         (
             "turn: {algorithm: rotate, rotations: [R4]}\nagain: {algorithm: rotate, rotations: [R4]}",
-            "again would change the input of model.layers.0.mlp.down_proj, which turn turns at each forward",
+            "again would change the input of model.layers.0.mlp.down_proj, which turn changes at each forward",
         ),
     ],
 )

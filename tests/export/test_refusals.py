@@ -253,8 +253,15 @@ def test_global_scales_that_vllm_would_merge_are_found() -> None:
 def test_rotations_at_each_forward() -> None:
     turn = ("+algorithm@stack.turn=rotate", "stack.turn.rotations=[R4]")
     said = refusal(*layers("int8:channel:sym", "int8:token:sym:dyn"), *turn)
-    assert "model.layers.0.mlp.down_proj and 3 more: turn turns what comes to it at each forward" in said
+    assert "model.layers.0.mlp.down_proj and 3 more: turn changes what comes to it at each forward" in said
     assert "stack.turn.rotations=[R1,R2]" in said
+
+
+def test_inputs_divided_at_each_forward(tmp_path: Path) -> None:
+    smooth = ("+algorithm@stack.smooth=smoothquant", "stack.smooth.feeds=online")
+    model = f"model.path={random_model('gpt2', tmp_path)}"
+    said = refusal(*layers("int8:channel:sym", "int8:token:sym:dyn"), *smooth, model)
+    assert "smooth changes what comes to it at each forward" in said and "stack.smooth.feeds=all" in said
 
 
 def test_experts_of_integers(tmp_path: Path) -> None:

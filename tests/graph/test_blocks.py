@@ -20,7 +20,7 @@ def test_the_layers_of_families(family: str):
 
 def test_layers_that_are_wrapped_in_part_are_still_the_blocks():
     model = build_model("llama")
-    prepared = prepare(model, PTQConfig(overrides={"model.layers.1": None}))
+    prepared = prepare(model, PTQConfig(activations="int8:tensor:asym", overrides={"model.layers.1": None}))
     assert type(prepared.model.layers[0]) is not type(prepared.model.layers[1])
     assert find_blocks(prepared) == Blocks("model.layers", 2)
 

@@ -16,7 +16,7 @@ def quantized(
     weight: str = "int4:g8:sym", activation: str | None = "uint8:tensor:asym"
 ) -> tuple[nn.Linear, QuantizedModule]:
     layer = nn.Linear(16, 12).requires_grad_(False)
-    prepared = prepare(layer, PTQConfig(weight=weight, activation=activation))
+    prepared = prepare(layer, PTQConfig(weight=weight, activation=None, activations=activation))
     prepared(torch.randn(5, 16))
     return layer, convert(prepared)
 

@@ -17,8 +17,9 @@ from wrapq.errors import CalibrationError
 from wrapq.quant.spec import QuantSpec
 from wrapq.statistics.cache import StatisticsCache
 from wrapq.statistics.cholesky import inverse_of_triangle
-from wrapq.statistics.input import AGAINST_FLOAT, PARTS, InputStatistics, UnusableStatisticsError
+from wrapq.statistics.input import AGAINST_FLOAT, PARTS, InputStatistics, UnusableStatisticsError, keep_rows
 from wrapq.statistics.store import Store
+from wrapq.statistics.transport import Rotated, Scaled, rotate_blocks_, transform_statistics
 
 WEIGHTS = PTQConfig(weight="int4:g16:sym", activation=None, overrides={"model.embed_tokens": None, "*norm*": None})
 
@@ -42,12 +43,12 @@ class Keeping(RTN):
 def literal(x: Tensor) -> dict[str, Tensor]:
     """The definitions, in float64."""
     x = x.double()
-    ends = {"absmax": x.abs().amax(0), "least": x.amin(0)}
+    ends = {"absmax": x.abs().amax(0), "least": x.amin(0), "greatest": x.amax(0)}
     return {"hessian": x.t() @ x, **ends, "mean": x.mean(0), "mean_abs": x.abs().mean(0)}
 
 
 @pytest.mark.parametrize(
-    "needs", [("absmax",), ("mean", "mean_abs"), ("hessian", "absmax", "least", "mean", "float64")], ids=str
+    "needs", [("absmax",), ("mean", "mean_abs"), ("hessian", "absmax", "least", "greatest", "mean", "float64")], ids=str
 )
 def test_gathers_what_was_declared_and_nothing_else(needs: tuple[str, ...]):
     rows = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)) - 1
@@ -100,7 +101,7 @@ def test_groups_that_no_row_reached_have_sums_to_be_put_together():
 
 
 def test_every_part_has_a_definition():
-    assert set(PARTS) == set(literal(torch.ones(1, 1))) | AGAINST_FLOAT
+    assert set(PARTS) == set(literal(torch.ones(1, 1))) | AGAINST_FLOAT | {"sample"}
 
 
 @pytest.mark.parametrize("schedule", ["parallel", "sequential"])
@@ -112,7 +113,7 @@ def test_a_walk_gives_each_weight_the_statistics_of_its_input(schedule: str, tok
     layer.q_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().flatten(0, 1)))
     for ids in token_batches:
         original(input_ids=ids, use_cache=False)
-    rounder = Keeping("absmax", "least", "mean", "mean_abs", "hessian")
+    rounder = Keeping("absmax", "least", "greatest", "mean", "mean_abs", "hessian")
     gptq_walker(model, rounder).run(as_batches(token_batches), schedule)
     given = [rounder.given[f"model.layers.0.self_attn.{name}_proj.weight"] for name in "qkv"]
     assert given[0] is given[1] is given[2]
@@ -172,3 +173,47 @@ def test_inputs_of_sixteen_bits_are_summed_in_float32_on_a_gpu(dtype):
     assert found.dtype == torch.float32
     assert (found - exact).abs().max() < 1e-5 * exact.abs().max()
     assert torch.equal(statistics.get("absmax", "w"), rows.float().abs().amax(0))
+
+
+def test_a_sample_is_of_the_same_rows_whatever_the_order_and_the_parts() -> None:
+    batches = [torch.randn(300, 6) for _ in range(5)]
+    samples = []
+    for order in (range(5), (3, 1, 4, 0, 2)):
+        statistics = InputStatistics(("sample",))
+        for index in order:
+            statistics.add(batches[index], batch=index)
+        samples.append(statistics.get("sample", "here"))
+    parts = [InputStatistics(("sample",)) for _ in range(2)]
+    for index, batch in enumerate(batches):
+        parts[index % 2].add(batch, batch=index)
+    together = keep_rows(torch.cat([part.sums["sample"] for part in parts]), 512)[:, :-1]
+    assert samples[0].shape == (512, 6)
+    assert torch.equal(samples[0], samples[1]) and torch.equal(samples[0], together)
+    counts = [int((samples[0][:, None] == batch).all(-1).any(-1).sum()) for batch in batches]
+    assert sum(counts) == 512 and min(counts) > 60  # rows of every batch, none twice
+
+
+def test_a_sample_of_few_rows_is_all_of_them() -> None:
+    statistics, x = InputStatistics(("sample", "least", "greatest")), torch.randn(7, 3)
+    statistics.add(x[:4])
+    statistics.add(x[4:], batch=1)
+    found = statistics.get("sample", "here")
+    assert torch.equal(found[found[:, 0].argsort()], x[x[:, 0].argsort()])
+    assert torch.equal(statistics.get("least", "here"), x.amin(0))
+    assert torch.equal(statistics.get("greatest", "here"), x.amax(0))
+
+
+def test_samples_and_extremes_follow_a_change_of_the_input() -> None:
+    x, factors = torch.randn(40, 8), torch.rand(8) + 0.5
+    rotation = torch.linalg.qr(torch.randn(4, 4))[0]
+    blocks = torch.arange(8).reshape(2, 4)
+    needs = ("sample", "least", "greatest")
+    changed = [(x / factors, needs, Scaled(factors)), (x.clone(), needs[:1], Rotated(rotation, blocks))]
+    rotate_blocks_(changed[1][0], -1, blocks, rotation)
+    for expected, parts, change in changed:
+        before, after = InputStatistics(parts), InputStatistics(parts)
+        before.add(x)
+        after.add(expected)
+        moved = transform_statistics(before, [change], "here")
+        for part in parts:
+            torch.testing.assert_close(moved.get(part, "here"), after.get(part, "here"))

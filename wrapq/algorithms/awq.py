@@ -8,7 +8,7 @@ error is `tr(D H D^T)` with `D = Q(W s) / s - W` and `H = X^T X`, the same numbe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from pydantic import Field
@@ -18,14 +18,16 @@ from wrapq.algorithms.base import ALGORITHMS
 from wrapq.algorithms.block_outputs import BlockOutputs
 from wrapq.algorithms.scaling import (
     largest_per_channel,
+    own_consumers,
     quantized_linears,
     round_scaled,
     safe_factors,
     scaled_error,
     unscalable,
+    with_own_inputs,
 )
 from wrapq.algorithms.transform import BATCHES, Statistics, Targets, Transform
-from wrapq.graph.dataflow import ChannelEdge, Graph
+from wrapq.graph.dataflow import OWN_INPUT, ChannelEdge, Graph
 from wrapq.graph.rewriter import GraphRewriter
 from wrapq.quant.spec import QuantSpec
 from wrapq.registry import Options
@@ -37,6 +39,9 @@ class AWQOptions(Options):
 
     grid: int = Field(20, ge=1, description="How many exponents between 0 and 1 are tried.")
     duo: bool = Field(True, description="Try scales that take the weights' own magnitudes into account, too.")
+    online: bool = Field(
+        False, description="Divide a layer's own input, at each forward, where nothing before it takes the inverse."
+    )
     replay: int = Field(
         0, ge=0, description="So many of the best are compared again, by running their block on one batch with each."
     )
@@ -50,6 +55,7 @@ class AWQ(Transform):
     Options = AWQOptions
     options: AWQOptions
     migrates = True
+    offline = "online=false"
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -60,10 +66,15 @@ class AWQ(Transform):
         for edge in graph.edges:
             if not any(c.layer.kind == "linear" and "weight" in specs.get(c.module, {}) for c in edge.consumers):
                 reasons[edge.producer] = "no linear that reads it has a quantized weight"
+        if self.options.online:
+            reasons = with_own_inputs(reasons, graph, specs, "weight")
         return Targets.where_none(reasons)
 
+    def online(self, graph: Graph, targets: Sequence[str]) -> tuple[str, ...]:
+        return own_consumers(graph, targets)
+
     def apply(self, rewriter: GraphRewriter, target: str, statistics: Statistics) -> Mapping[str, float]:
-        edge = rewriter.graph.by_producer[target]
+        edge = rewriter.graph.edge(target)
         tried = [torch.ones(edge.width), *self.candidates(rewriter, edge, statistics)]
         errors = [awq_error(rewriter, edge, factors, statistics) for factors in tried]
         order, figures = sorted(range(len(tried)), key=errors.__getitem__), {}
@@ -73,7 +84,8 @@ class AWQ(Transform):
             rerun = {i: block_error(rewriter, edge, block, tried[i]) for i in {0, *order[: self.options.replay]}}
             best = min(rerun, key=rerun.__getitem__)
             figures["block_error"] = rerun[best] / rerun[0] if rerun[0] else 1.0
-        rewriter.scale(edge, tried[best])
+        if best or edge.layer is not OWN_INPUT:
+            rewriter.scale(edge, tried[best])
         figures["error"] = errors[best] / errors[0] if errors[0] else 1.0
         return figures | {"largest_factor": float(tried[best].amax())}
 

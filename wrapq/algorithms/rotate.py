@@ -62,6 +62,7 @@ class Rotate(Transform):
 
     Options = RotateOptions
     options: RotateOptions
+    offline = "rotations=[R1,R2]"
 
     @property
     def needs(self) -> tuple[str, ...]:

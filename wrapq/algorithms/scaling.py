@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -22,6 +22,27 @@ def unscalable(edge: ChannelEdge, graph: Graph) -> str | None:
     if edge.layer.produces is None:
         return "it has no weight of its own"
     return graph.tied_reason(edge.modules)
+
+
+def with_own_inputs(reasons: Mapping[str, str | None], graph: Graph, specs: Specs, point: str) -> dict[str, str | None]:
+    """`reasons` not to scale the edge of each producer, and the own inputs of those linears with a quantized `point`
+    that no such edge serves; reasons of which that makes nothing are left out."""
+    served = {c.module for name, reason in reasons.items() if reason is None for c in graph.by_producer[name].consumers}
+    own = [edge for edge in graph.own_inputs.values() if quantized(edge, specs, point)]
+    own = [edge for edge in own if not any(consumer.module in served for consumer in edge.consumers)]
+    taken = {consumer.module for edge in own for consumer in edge.consumers}
+    kept = {
+        name: reason
+        for name, reason in reasons.items()
+        if reason is None or any(consumer.module not in taken for consumer in graph.by_producer[name].consumers)
+    }
+    return kept | {edge.producer: graph.tied_reason(edge.modules) for edge in own}
+
+
+def own_consumers(graph: Graph, targets: Iterable[str]) -> tuple[str, ...]:
+    """The linears whose own inputs are among `targets`."""
+    own = [graph.own_inputs[target] for target in targets if target in graph.own_inputs]
+    return tuple(consumer.module for edge in own for consumer in edge.consumers)
 
 
 def quantized(edge: ChannelEdge, specs: Specs, point: str) -> bool:

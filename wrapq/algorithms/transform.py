@@ -80,7 +80,7 @@ class Transform(Algorithm):
                 return Targets.where_none({edge.producer: unscalable(edge, graph) for edge in norms})
 
             def apply(self, rewriter, target, statistics):
-                edge = rewriter.graph.by_producer[target]
+                edge = rewriter.graph.edge(target)
                 largest = largest_per_channel(edge, {name: s.get("absmax", name) for name, s in statistics.items()})
                 factors = safe_factors(largest**self.options.power, edge)
                 rewriter.scale(edge, factors)
@@ -92,6 +92,7 @@ class Transform(Algorithm):
         migrates: it scales the inputs of linears, so that two such transforms cannot share an input.
         tolerance: how far it may move the model's outputs, relative to their norm; None, as far as rounding in the
             dtype of the model explains.
+        offline: the option by which it changes nothing at each forward, for targets that cannot, as `OPTION=VALUE`.
     """
 
     kind = "transform"
@@ -99,6 +100,7 @@ class Transform(Algorithm):
     handles = "model"
     migrates: ClassVar[bool] = False
     tolerance: ClassVar[float | None] = None
+    offline: ClassVar[str] = ""
 
     @abstractmethod
     def find_targets(self, graph: Graph, specs: Specs) -> Targets:
@@ -106,7 +108,7 @@ class Transform(Algorithm):
 
     def inputs(self, graph: Graph, target: str) -> tuple[str, ...]:
         """The modules of whose inputs `apply` gets the statistics in `needs`: the consumers of the edge `target`."""
-        return tuple(consumer.module for consumer in graph.by_producer[target].consumers)
+        return tuple(consumer.module for consumer in graph.edge(target).consumers)
 
     def order_problem(self, graph: Graph, targets: Sequence[str], before: Sequence[PlannedTransform]) -> str | None:
         """Why `targets` cannot be changed after the transforms `before`, or None when they can; called by the plan."""

@@ -55,7 +55,7 @@ def collect_statistics(
         statistic, shared = forward.statistics_of(args[0], None, needs[name], collected, name)
         if not shared:
             with outside_batch():
-                statistic.add(_rows(module, args[0].detach()))
+                statistic.add(_rows(module, args[0].detach()), batch=forward.index)
 
     def hand_out(before: int) -> None:
         for group in sorted(group for group in groups if group < before):

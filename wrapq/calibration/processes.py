@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from wrapq.observers.base import Observer, make_observer
-from wrapq.statistics.input import PARTS, InputStatistics
+from wrapq.statistics.input import PARTS, InputStatistics, keep_rows
 
 T = TypeVar("T")
 
@@ -80,6 +80,9 @@ class Processes:
         for value, operation in [(rows, "sum")] + [(v, PARTS[name].reduce) for name, v in statistics.sums.items()]:
             if knowing < self.count:
                 dist.broadcast(value, knowing)
+            elif operation == "rows":
+                every = [each.to(value.device) for each in self._exchange(value.cpu())]
+                value.copy_(keep_rows(torch.cat(every, -2), value.shape[-2]))
             else:
                 dist.all_reduce(value, getattr(dist.ReduceOp, operation.upper()))
         statistics.rows = int(rows)

@@ -8,6 +8,7 @@ from functools import cache
 import torch
 
 from wrapq.algorithms.base import ALGORITHMS, Corrector
+from wrapq.algorithms.transform import Transform
 from wrapq.errors import Problem, SpecError, and_more
 from wrapq.export.scheme import INT, MXFP4, NVFP4, PACK, Args, Scheme, cache_args, linear_scheme
 from wrapq.export.vllm import cache_refusal, fusion_refusals, linear_refusal
@@ -127,9 +128,12 @@ def _online(plan: Plan, translation: Translation) -> None:
     modules = {module.name: module for module in plan.modules}
     for stage in plan.stages:
         for name in stage.online:
-            what = f"{stage.name} turns what comes to it at each forward, and readers would drop that"
-            remedy = f"leave it out, as with stack.{stage.name}.rotations=[R1,R2], or run with export=none"
-            translation.refuse(modules[name], what, remedy)
+            kind = ALGORITHMS.get(stage.algorithm)
+            option = f"as with stack.{stage.name}.{kind.offline}, " if issubclass(kind, Transform) else ""
+            what = f"{stage.name} changes what comes to it at each forward, and readers would drop that"
+            remedy = f"leave it out, {option}or run with export=none"
+            if name in modules:  # else it reads the tensor that others are given divided
+                translation.refuse(modules[name], what, remedy)
 
 
 def _experts(plan: Plan, translation: Translation) -> None:

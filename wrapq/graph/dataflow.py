@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from wrapq.graph.blocks import without_cache
-from wrapq.graph.layers import LayerInfo, WeightLayout
+from wrapq.graph.layers import LayerInfo, WeightLayout, layer_info
 from wrapq.graph.mixtures import Mixtures
 from wrapq.graph.tied import tied_modules
 from wrapq.graph.trace import LayerInput, Producer, Trace, TracedSum, trace
 from wrapq.wrappers.wrapper_registry import WRAPPERS
 
 _EXAMPLE_TOKENS = 4
+OWN_INPUT = LayerInfo("input", None, None)
+"""What stands for the producer of an edge that begins at the input of its consumers."""
 T = TypeVar("T")
 
 
@@ -126,6 +128,8 @@ class Graph:
     """All channel edges and residual streams of a model, in the order in which it runs.
 
     Attributes:
+        own_inputs: for linears that read one tensor, an edge that begins at their own input, where that is divided at
+            each forward; by the name of the input of the first of them.
         tied: for each module that shares a parameter, the modules it shares it with.
         linears: the number of input channels of each linear.
         heads: the channels of a head, for each attention whose scores go through the attention interface.
@@ -138,11 +142,16 @@ class Graph:
     linears: Mapping[str, int] = field(default_factory=dict)
     heads: Mapping[str, int] = field(default_factory=dict)
     batch_norms: Mapping[str, str | None] = field(default_factory=dict)
+    own_inputs: Mapping[str, ChannelEdge] = field(default_factory=dict)
 
     @cached_property
     def by_producer(self) -> dict[str, ChannelEdge]:
         """The edge of each producer."""
         return {edge.producer: edge for edge in self.edges}
+
+    def edge(self, target: str) -> ChannelEdge:
+        """The edge of a producer, or of an own input."""
+        return self.own_inputs.get(target) or self.by_producer[target]
 
     @cached_property
     def by_stream(self) -> dict[str, ResidualStream]:
@@ -167,7 +176,23 @@ def find_graph(model: nn.Module, inputs: Mapping[str, Any] | Sequence[Any] | Non
     mixtures, norms = Mixtures(model), _batch_norms(traced)
     edges = tuple(each for edge in _edges(traced, norms) for each in _of_all_experts(edge, mixtures))
     streams = tuple(_with_all_experts(stream, mixtures) for stream in _streams(traced))
-    return Graph(edges, streams, tied_modules(model), linears, heads, norms)
+    own = {edge.producer: edge for edge in _own_inputs(model, traced, mixtures)}
+    return Graph(edges, streams, tied_modules(model), linears, heads, norms, own)
+
+
+def _own_inputs(model: nn.Module, traced: Trace, mixtures: Mixtures) -> Iterator[ChannelEdge]:
+    seen: set[str] = set()
+    for names in traced.shared.values():
+        consumers = []
+        for name in (name for name in dict.fromkeys(names) if name not in seen and mixtures.layer(name) is None):
+            module = model.get_submodule(name)
+            if (layer := layer_info(module)) is not None and layer.consumes is not None:
+                width = layer.consumes.width(module.get_parameter(layer.consumes.parameter))
+                consumers.append(Consumer(name, layer, torch.arange(width)))
+        if consumers:
+            owned = torch.ones(len(consumers[0].columns), dtype=torch.bool)
+            yield ChannelEdge(f"{consumers[0].module}.input", OWN_INPUT, owned, tuple(consumers), frozenset(), ())
+        seen |= set(names)
 
 
 def example_inputs(model: nn.Module) -> dict[str, Any]:

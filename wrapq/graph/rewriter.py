@@ -13,15 +13,16 @@ from torch import Tensor, nn
 from wrapq.errors import ModelError
 from wrapq.graph.batch_norm import affine, is_identity, make_identity
 from wrapq.graph.blocks import Batch
-from wrapq.graph.dataflow import ChannelEdge, Consumer, Graph, ResidualStream
+from wrapq.graph.dataflow import OWN_INPUT, ChannelEdge, Consumer, Graph, ResidualStream
 from wrapq.graph.layers import LayerInfo, WeightLayout, along, layer_info
 from wrapq.graph.norms import norm_gain, norm_offset
 from wrapq.graph.tied import tied_parameters
 from wrapq.graph.undo import UndoLog
 from wrapq.runtime.rotation import ONLINE, OnlineRotation
+from wrapq.runtime.smoothing import SMOOTHING, InputSmoothing
 from wrapq.statistics.transport import InputChange, Rotated, Scaled, Shifted, rotate_blocks_
 from wrapq.wrappers.experts import Expert
-from wrapq.wrappers.model import Specs, add_rotation
+from wrapq.wrappers.model import Specs, add_rotation, add_smoothing
 
 _KEPT = 1e-9
 
@@ -76,9 +77,15 @@ class GraphRewriter:
     @torch.no_grad()
     def scale(self, edge: ChannelEdge, factors: Tensor) -> None:
         """Divide the channels of `edge` by `factors` [N] at the producer and multiply the columns of its consumers by
-        them. A batch norm between is folded. Raises `ModelError` for a factor that is zero, not finite, of a channel
-        with other consumers, or, where a ReLU lies between, negative; and, as all rewrites do, for a tied weight."""
+        them. A batch norm between is folded. Where the edge begins at the consumers' own input, they divide that, at
+        each forward from then on. Raises `ModelError` for a factor that is zero, not finite, of a channel with other
+        consumers, or, where a ReLU lies between, negative; and, as all rewrites do, for a tied weight."""
         _check_factors(edge, factors)
+        if edge.layer is OWN_INPUT:
+            for consumer in edge.consumers:
+                self._add_smoothing(consumer.module, factors)
+                self._scale_consumer(consumer, factors)
+            return
         if (layout := edge.layer.produces) is None:
             raise ModelError(f"{edge.producer} has no weight of its own that could be scaled")
         self.fold_batch_norm(edge.norm)
@@ -258,6 +265,13 @@ class GraphRewriter:
         if ONLINE in self._module(name)._modules:
             raise ModelError(f"{name} turns what comes to it already")
         self.undo_log.append(add_rotation(self._module(name), rotation))
+
+    def _add_smoothing(self, name: str, factors: Tensor) -> None:
+        if SMOOTHING in self._module(name)._modules:
+            raise ModelError(f"{name} divides what comes to it already")
+        like = next(self._module(name).parameters())
+        smoothing = InputSmoothing(factors.to(like.device, torch.float32))
+        self.undo_log.append(add_smoothing(self._module(name), smoothing))
 
     def _rotate_producer(self, name: str, layer: LayerInfo, blocks: Tensor, matrix: Tensor) -> None:
         layout = layer.produces

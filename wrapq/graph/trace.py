@@ -100,6 +100,7 @@ class Trace:
         producers: by name, in the order in which they ran.
         inputs: of layers that consume traced channels, by the layer's name.
         unsafe: channel numbers that an operation sees which cannot be rescaled, and the operation.
+        shared: the linears that read one tensor, in order, for each such tensor, by its identity.
         heads: for each product with attention weights the channels of each head of the values [H, D].
         count: how many channels are numbered.
     """
@@ -108,6 +109,7 @@ class Trace:
     inputs: dict[str, LayerInput] = field(default_factory=dict)
     sums: list[TracedSum] = field(default_factory=list)
     unsafe: list[tuple[Tensor, str]] = field(default_factory=list)
+    shared: dict[int, list[str]] = field(default_factory=dict)
     heads: list[Tensor] = field(default_factory=list)
     count: int = 0
 
@@ -200,6 +202,9 @@ class ChannelTracer(TorchDispatchMode):
 
     def _enter_layer(self, name: str, layer: LayerInfo, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._inside += 1
+        if args and layer.kind == "linear":
+            self._alive.append(args[0])
+            self.trace.shared.setdefault(id(args[0]), []).append(name)
         if not args or (tag := self._tags.get(id(args[0]))) is None:
             return
         if layer.kind == "norm":

@@ -75,9 +75,10 @@ class Transforms:
         inputs = frozenset(i for t in targets.names for i in transform.inputs(self.graph, t))
         online = frozenset(transform.online(self.graph, targets.names))
         for name_before, (other, _) in self._before.items():
-            rotated = frozenset(other.transform.online(self.graph, other.targets))
-            if both := sorted(rotated & (inputs if transform.migrates else online)):
-                what = f"{stage} would change the input of {both[0]}, which {name_before} turns at each forward"
+            changed = frozenset(other.transform.online(self.graph, other.targets))
+            both_rotate = not transform.migrates and not other.transform.migrates
+            if both := sorted(changed & (online if both_rotate else inputs)):
+                what = f"{stage} would change the input of {both[0]}, which {name_before} changes at each forward"
                 remedy = f"name {stage} before {name_before}, or give each stage its own rules"
                 yield Problem(source, path, what, (), remedy)
         for name_before, (other, other_inputs) in self._before.items() if transform.migrates else ():

@@ -25,8 +25,9 @@ class Part(NamedTuple):
 
     dims: Literal[1, 2]
     add: Callable[[Tensor, Tensor, Any], object]
-    reduce: Literal["sum", "max", "min"] = "sum"
+    reduce: Literal["sum", "max", "min", "rows"] = "sum"
     start: float = 0.0
+    rows: int = 0  # where rows themselves are kept: how many, with the number by which they are in the last column
 
 
 def _add_gram(held: Tensor, x: Tensor, moved: Tensor | None) -> None:
@@ -92,6 +93,27 @@ def _add_cross(held: Tensor, x: Tensor, moved: Tensor) -> None:
     add(moved.mT, x)
 
 
+def keep_rows(rows: Tensor, count: int) -> Tensor:
+    """The `count` rows of [..., M, K + 1] that have the largest numbers in the last column."""
+    numbers = rows[..., -1].reshape(-1, rows.shape[-2])[0]
+    return rows.index_select(-2, numbers.topk(min(count, len(numbers))).indices)
+
+
+def _add_rows(held: Tensor, x: Tensor, _: object) -> None:
+    count = held.shape[-2]
+    held.copy_(keep_rows(torch.cat([held, keep_rows(x, count)], -2), count))
+
+
+def _numbered(x: Tensor, batch: int) -> Tensor:
+    """`x` [..., M, K] with a number between 0 and 1 in one more column, which batch and row decide, and nothing else:
+    so the largest choose at random, and the same rows whatever the order of batches and the process they are in."""
+    row = torch.arange(1, x.shape[-2] + 1, device=x.device)
+    mixed = row * 2654435761 % 2**32 ^ batch * 2246822519 % 2**32
+    mixed = (mixed ^ mixed >> 15) * 739982445 % 2**32
+    numbers = ((mixed ^ mixed >> 12) % 2**24 + 1) / (2**24 + 1)
+    return torch.cat([x, numbers.to(x)[:, None].expand(*x.shape[:-1], 1)], -1)
+
+
 PARTS: dict[str, Part] = {
     "hessian": Part(2, _add_gram),
     "cross": Part(2, _add_cross),
@@ -100,6 +122,8 @@ PARTS: dict[str, Part] = {
     "mean_abs": Part(1, lambda held, x, _: held.add_(x.abs().sum(-2))),
     "absmax": Part(1, lambda held, x, _: held.copy_(torch.maximum(held, x.abs().amax(-2))), "max"),
     "least": Part(1, lambda held, x, _: held.copy_(torch.minimum(held, x.amin(-2))), "min", torch.inf),
+    "greatest": Part(1, lambda held, x, _: held.copy_(torch.maximum(held, x.amax(-2))), "max", -torch.inf),
+    "sample": Part(2, _add_rows, "rows", rows=512),
 }
 """What an algorithm may declare that it needs of a weight's input."""
 
@@ -119,8 +143,9 @@ class InputStatistics:
     Args:
         needs: what is gathered, and nothing else: `hessian`, `X^T X` [K, K]; `cross`, `(F - X)^T X` [K, K], F being the
             rows that the float model has where the quantized one has X; `mean_shift` [K], the mean of F - X; of each
-            channel [K] `absmax`, its largest magnitude, `least`, its least value, `mean`, and `mean_abs`, that of its
-            magnitude. With `float64` in that precision.
+            channel [K] `absmax`, its largest magnitude, `least` and `greatest`, its extreme values, `mean`, and
+            `mean_abs`, that of its magnitude; `sample`, at most 512 rows drawn at random. With `float64` in that
+            precision.
 
     Attributes:
         rows: how many rows were seen.
@@ -146,9 +171,9 @@ class InputStatistics:
             self._half = False
         return self._sums
 
-    def add(self, x: Tensor, reference: Tensor | None = None) -> None:
-        """Add the rows of `x` [M, K], or [G, M, K], and of the float model's `reference`, of the same shape, where the
-        cross term is asked for."""
+    def add(self, x: Tensor, reference: Tensor | None = None, batch: int = 0) -> None:
+        """Add the rows of `x` [M, K], or [G, M, K], which `batch` brings, and of the float model's `reference`, of the
+        same shape, where the cross term is asked for."""
         self.start(x.shape[-1], x.device, len(x) if x.dim() == 3 else 1)
         self._factors.clear()
         self.rows += x.shape[-2]
@@ -157,14 +182,16 @@ class InputStatistics:
         moved = None if reference is None or not AGAINST_FLOAT & self.needs else reference.to(self.dtype) - wide
         for name in self._sums if x.shape[-2] else ():
             if moved is not None or name not in AGAINST_FLOAT:
-                PARTS[name].add(self._sums[name], x if as_they_are and name == "hessian" else wide, moved)
+                given = x if as_they_are and name == "hessian" else wide
+                PARTS[name].add(self._sums[name], _numbered(given, batch) if PARTS[name].rows else given, moved)
         self._half |= "hessian" in self._sums and x.dim() == 2
 
     def start(self, columns: int, device: torch.device, groups: int = 1) -> None:
         """Make the sums, of K `columns` for each of the `groups`, unless they are there."""
         several = (groups,) if groups > 1 else ()
         for name in sorted(self.needs - PRECISIONS) if not self._sums else ():  # all processes in one order
-            shape, start = (*several, *(columns,) * PARTS[name].dims), PARTS[name].start
+            rows, start = PARTS[name].rows, PARTS[name].start
+            shape = (*several, *((rows, columns + 1) if rows else (columns,) * PARTS[name].dims))
             self._sums[name] = torch.full(shape, start, dtype=self.dtype, device=device)
 
     @property
@@ -187,6 +214,8 @@ class InputStatistics:
         if not self.rows:
             raise UnusableStatisticsError(f"{where}: no calibration token reached this weight")
         value = self.sums[part]
+        if PARTS[part].rows:
+            value = value[..., : self.rows, :-1]
         if not bool(torch.isfinite(value.sum())):
             raise CalibrationError(f"{where}: the data holds NaN or inf, so its {part} is not finite")
         return value / self.rows if part.startswith("mean") else value

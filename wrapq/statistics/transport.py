@@ -76,7 +76,33 @@ def transform_magnitude(values: Tensor, changes: Sequence[InputChange]) -> Tenso
     return values
 
 
-_RULES = {"hessian": transform_hessian, "absmax": transform_magnitude, "mean_abs": transform_magnitude}
+def transform_extremes(values: Tensor, changes: Sequence[InputChange]) -> Tensor | None:
+    """The least or greatest value per channel [K] after `changes`; None where it has to be gathered anew."""
+    kept = all(isinstance(change, Scaled) and bool((change.factors > 0).all()) for change in changes)
+    return transform_magnitude(values, changes) if kept else None
+
+
+def transform_rows(rows: Tensor, changes: Sequence[InputChange]) -> Tensor | None:
+    """Rows of the input [M, K + 1], with their numbers in the last column, after `changes`; None where lost."""
+    result = rows.to(torch.double, copy=True)
+    for change in changes:
+        if isinstance(change, Shifted):
+            return None
+        if isinstance(change, Scaled):
+            result[..., :-1] /= change.factors.to(result)
+        elif isinstance(change, OnlineRotation):
+            result[..., :-1] = change(result[..., :-1])
+        else:
+            rotate_blocks_(result, -1, change.blocks, change.matrix)
+    return result.to(rows.dtype)
+
+
+_RULES = {
+    "hessian": transform_hessian,
+    "sample": transform_rows,
+    **dict.fromkeys(("absmax", "mean_abs"), transform_magnitude),
+    **dict.fromkeys(("least", "greatest"), transform_extremes),
+}
 
 
 def transform_statistics(statistics: InputStatistics, changes: Sequence[InputChange], where: str) -> InputStatistics:

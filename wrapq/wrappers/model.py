@@ -11,6 +11,7 @@ from wrapq.errors import LifecycleError, ModelError
 from wrapq.quant.spec import QuantSpec
 from wrapq.runtime.module import QuantizedModule
 from wrapq.runtime.rotation import ONLINE, OnlineRotation, rotate_inputs
+from wrapq.runtime.smoothing import SMOOTHING, InputSmoothing, smooth_inputs
 from wrapq.wrappers.attention import Attention, use_attention_points
 from wrapq.wrappers.base import QuantModuleBase
 from wrapq.wrappers.experts import forget_fused, put_together, take_apart
@@ -119,6 +120,18 @@ def add_rotation(module: nn.Module, rotation: OnlineRotation) -> Callable[[], ob
         module._modules.pop(ONLINE)
         if hook is not None:
             hook.remove()
+
+    return undo
+
+
+def add_smoothing(module: nn.Module, smoothing: InputSmoothing) -> Callable[[], object]:
+    """Let the float `module` divide what comes to it at each forward; returns what undoes it."""
+    module.register_module(SMOOTHING, smoothing)
+    hook = smooth_inputs(module)
+
+    def undo() -> None:
+        module._modules.pop(SMOOTHING)
+        hook.remove()
 
     return undo
 
