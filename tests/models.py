@@ -40,7 +40,7 @@ def damaged(folder: Path, tensor: str, value: float = float("nan")) -> Path:
 def random_model(family: str, folder: Path, **changes: Any) -> Path:
     """A checkpoint of `family` with two layers of random weights, for the shipped tokenizer."""
     sizes = {"vocab_size": 2048, "max_position_embeddings": 512, "tie_word_embeddings": False}
-    return _saved(build_model(family, **{**sizes, **changes}), folder)
+    return saved(build_model(family, **{**sizes, **changes}), folder)
 
 
 def model_with_unused_modules(folder: Path) -> Path:
@@ -57,10 +57,11 @@ def model_with_unused_modules(folder: Path) -> Path:
         **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0),
     )
     torch.manual_seed(0)
-    return _saved(transformers.BartForCausalLM(config), folder)
+    return saved(transformers.BartForCausalLM(config), folder)
 
 
-def _saved(model: Any, folder: Path) -> Path:
+def saved(model: Any, folder: Path) -> Path:
+    """The checkpoint of `model` in `folder`, for the shipped tokenizer."""
     transformers.utils.logging.disable_progress_bar()
     try:
         model.save_pretrained(folder)

@@ -21,7 +21,7 @@ from wrapq.errors import ModelError, OutputError, PlanError, Problem
 from wrapq.export.base import NONE, Exporter, make_exporter
 from wrapq.ownership import own
 from wrapq.recipe.schema import Export, Settings
-from wrapq.resolve.model_source import GENERATION, reading_model
+from wrapq.resolve.model_source import GENERATION, PROCESSOR_FILES, reading_model
 from wrapq.resolve.plan import Plan
 from wrapq.resolve.resolve import check_export, check_names
 from wrapq.resolve.rules import Sources
@@ -76,8 +76,9 @@ def export_model(model: nn.Module, exporter: Exporter, plan: Plan, run: Path, ta
         with reading_model(f"{run}: cannot read the tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(run, trust_remote_code=False)
         folder.write_files(tokenizer.save_pretrained)
-        if (run / GENERATION).is_file():
-            folder.write_text(GENERATION, (run / GENERATION).read_text(encoding="utf-8"))
+        for name in (GENERATION, *PROCESSOR_FILES):
+            if (run / name).is_file():
+                folder.write_text(name, (run / name).read_text(encoding="utf-8"))
         ids, device = _token_ids(model), next(model.parameters()).device
         with _disk(Path(tempfile.gettempdir()), "; TMPDIR names another folder for temporary files"):
             theirs, notes, left_float = exporter.read(partial, ids, str(device))

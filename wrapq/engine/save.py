@@ -91,6 +91,10 @@ def _save_record(run: Run, saved: Saved, walker: Walker, values: Mapping[str, An
         for where in ("is_local", "local_files_only"):  # equal runs have equal files
             tokenizer.init_kwargs.pop(where, None)
         names += folder.write_files(tokenizer.save_pretrained)
+    for name, text in run.source.processor_files().items():
+        if name not in names:  # a chat template is the tokenizer's too
+            folder.write_text(name, text)
+            names.append(name)
     name_files(folder, names)
     lock = Lock(
         recipe=run.plan.recipe,

@@ -75,11 +75,12 @@ def main(folder: str, ids: str, logits: str, device: str) -> None:
 
 def _load(folder: str, **options: Any) -> tuple[Any, bool]:
     """The model, and whether it has no place for the scales of the cache."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
 
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, output_loading_info=True, trust_remote_code=False, **options
-    )
+    kind: Any = AutoModelForCausalLM
+    if type(AutoConfig.from_pretrained(folder, trust_remote_code=False)) not in kind._model_mapping:
+        kind = AutoModelForMultimodalLM
+    loaded: Any = kind.from_pretrained(folder, output_loading_info=True, trust_remote_code=False, **options)
     model, report = loaded
     unread = {key for key in report["unexpected_keys"] if key.endswith(_CACHE_SCALES)}
     blind = bool(unread) and not any(name.endswith(_CACHE_SCALES) for name in model.state_dict())

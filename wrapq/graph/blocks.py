@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from wrapq.graph.towers import find_towers
 from wrapq.runtime.module import QuantizedWeight, original_class
 
 
@@ -44,11 +45,15 @@ class Blocks:
 
 
 def find_blocks(model: nn.Module) -> Blocks:
-    """The `ModuleList` of equal classes that holds the most parameters, rounded or not; wrapped ones count as what they
-    were."""
-    best, size = Blocks(), 0
+    """The `ModuleList` of equal classes that holds the most parameters, rounded or not, in the language model where
+    there is more; wrapped ones count as what they were."""
+    best, size, beside = Blocks(), 0, tuple(f"{name}." for name in find_towers(model))
     for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or len({original_class(child) for child in module}) != 1:
+        if (
+            name.startswith(beside)
+            or not isinstance(module, nn.ModuleList)
+            or len({original_class(child) for child in module}) != 1
+        ):
             continue
         rounded = sum(m.weight_layout.numel() for m in module.modules() if isinstance(m, QuantizedWeight))
         parameters = rounded + sum(p.numel() for p in module.parameters())

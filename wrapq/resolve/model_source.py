@@ -16,7 +16,7 @@ from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from wrapq.graph.blocks import find_blocks, without_cache
 from wrapq.graph.mixtures import EXPERT_NAME
 from wrapq.paths import expand, refuse_devices
 from wrapq.recipe.schema import ModelConfig
+from wrapq.resolve.model_class import auto_model
 from wrapq.resolve.shards import Shards
 from wrapq.resolve.stored import FLOATS, GGUF, MANIFEST, MARKS, TORCHAO, StoredWeights, find_stored, while_loading
 from wrapq.wrappers.experts import forget_fused, take_apart
@@ -33,6 +34,11 @@ from wrapq.wrappers.experts import forget_fused, take_apart
 PACKAGED = "wrapq://"
 GENERATION = "generation_config.json"
 _COMPUTED = (torch.float32, torch.bfloat16, torch.float16)
+PROCESSOR_FILES = (
+    *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
+    *("chat_template.jinja", "chat_template.json", "audio_tokenizer_config.json"),
+)
+"""What transformers' processors are made of, beside the tokenizer."""
 _MOST = 1024
 _TRIED = 8  # tokens
 _SHOWN = 80
@@ -108,8 +114,6 @@ class ModelSource:
 
     def meta_model(self) -> nn.Module:
         """The model without weights: every parameter has a shape and no storage."""
-        from transformers import AutoModelForCausalLM
-
         self.check_stored()
         trust = self.options["trust_remote_code"]
         config = copy.deepcopy(self.hf_config)  # which the model changes, and of which the digest is taken
@@ -119,15 +123,13 @@ class ModelSource:
                 what = f"the config.json of {self.config.path} asks for {key} {count}; wrapq takes {_MOST}"
                 raise PlanError([Problem("", "model.path", what)])
         with self._reading("configuration"), torch.device("meta"), _quiet():
-            model = AutoModelForCausalLM.from_config(config, dtype=self.dtype, trust_remote_code=trust)
+            model = auto_model(config).from_config(config, dtype=self.dtype, trust_remote_code=trust)
             model.tie_weights()
         return model.eval()
 
     def load(self, device: torch.device) -> nn.Module:
         """The model with its weights, in evaluation mode on `device`, taken apart where the recipe says so; raises
         `ModelError` unless all are there."""
-        from transformers import AutoModelForCausalLM
-
         self.check_stored()
         options = {"dtype": self.dtype, "output_loading_info": True, "weights_only": True, **self.options, **self._gguf}
         section = self.stored.config if self.stored else {}
@@ -135,7 +137,7 @@ class ModelSource:
             options["quantization_config"] = config
         options["ignore_mismatched_sizes"] = True  # else they are told in a log, and here only that there are some
         with self._reading("weights"), _quiet():
-            model, info = cast(Any, AutoModelForCausalLM).from_pretrained(self._folder, **options)
+            model, info = auto_model(self.hf_config).from_pretrained(self._folder, **options)
         if lacking := sorted(info["missing_keys"]):  # transformers fills them with random numbers
             raise self._lacks(lacking)
         if wrong := [_unlike(name, found, wanted) for name, found, wanted in sorted(info["mismatched_keys"])]:
@@ -262,6 +264,19 @@ class ModelSource:
         named = str(expand(self.config.tokenizer)) if self.config.tokenizer else None
         with self._reading("tokenizer"):
             return AutoTokenizer.from_pretrained(named or self._folder, **({} if named else self._gguf), **self.options)
+
+    def processor_files(self) -> dict[str, str]:
+        """The files beside the model that say how to make images, sound and conversations its input, by their names."""
+        from transformers.utils import cached_file
+
+        here = Path(self._folder).is_dir()
+        if not here and not getattr(self.hf_config, "sub_configs", None):
+            return {}  # a model on the hub that takes text alone need not be asked for them
+        kinds = ("missing_entries", "connection_errors", "gated_repo")
+        tried: dict[str, Any] = {f"_raise_exceptions_for_{kind}": False for kind in kinds}
+        found = {n: cached_file(self._folder, n, revision=self.config.revision, **tried) for n in PROCESSOR_FILES}
+        with self._reading("processor"):
+            return {name: Path(path).read_text(encoding="utf-8") for name, path in found.items() if path is not None}
 
     def digest(self) -> str:
         """SHA-256 over the configuration and the weight files' bytes; for a hub name, over name and revision."""

@@ -11,6 +11,7 @@ from wrapq.data.sources.base import SOURCES
 from wrapq.errors import CalibrationError, PlanError, Problem, ProblemsError, RecipeError, SpecError, and_more
 from wrapq.export.base import EXPORTERS, FORMAT, NONE, make_exporter
 from wrapq.graph.blocks import Blocks, find_blocks
+from wrapq.graph.towers import find_towers
 from wrapq.recipe.preset_index import RECIPE
 from wrapq.recipe.provenance import Provenance
 from wrapq.recipe.schema import Calibration, Evaluation, Export, Recipe, Rule
@@ -47,9 +48,12 @@ def resolve(recipe: Recipe, sources: Mapping[str, Provenance] | None = None, tru
         model = source.meta_model()
     except PlanError as error:
         raise PlanError([replace(p, source=where.of(p.path)) for p in error.problems]) from None
+    towers = find_towers(model)
     told = [f"float here is what comes out of it: {source.stored.what}"] if source.stored else []
+    if towers:
+        told.append(f"{', '.join(towers)}: beside the language model, float unless a rule names them")
     with apart(model):
-        modules, untouched, selected, blocks = _resolve_rules(recipe.rules, model, where)
+        modules, untouched, selected, blocks = _resolve_rules(recipe.rules, model, where, towers)
         modules, unreached, notes = leave_unreached(model, modules)
     untouched += unreached
     if not modules:
@@ -115,11 +119,11 @@ def check_export(plan: Plan) -> None:
 
 
 def _resolve_rules(
-    rules: Mapping[str, Rule], model: nn.Module, sources: Sources
+    rules: Mapping[str, Rule], model: nn.Module, sources: Sources, towers: Sequence[str] = ()
 ) -> tuple[tuple[ModulePlan, ...], tuple[Untouched, ...], Mapping[str, Sequence[Site]], Blocks]:
     """The modules that `rules` quantize, those they leave alone, the sites that each selects, the model's blocks."""
     blocks = find_blocks(model)
-    sites = find_sites(model, blocks)
+    sites = find_sites(model, blocks, towers)
     drafted = draft_points(rules, sites, blocks, sources)
     modules, problems = _plan_modules(sites, drafted)
     specs = specs_of(modules)
@@ -177,6 +181,8 @@ def _untouched(sites: Sequence[Site], drafted: Drafted, quantized: Container[str
             reason = f"rule {drafted.left[site.name]}"
         elif site.wrapper is None:
             reason = "no wrapper"
+        elif site.tower:
+            reason = f"no rule names it; beside the language model: {site.tower}"
         elif site.is_gate:
             reason = f"no rule; {'a router' if site.is_router else 'one output'}: type {GATE}"
         else:  # where a rule matches it, what that says is of matrix products alone

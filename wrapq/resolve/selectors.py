@@ -30,6 +30,7 @@ class Site:
         wrapper: the wrapper for it, or None.
         block: the index of the repeated block it is in, or None.
         is_router: whether it is a linear that chooses among experts.
+        tower: the part beside the language model that it lies in, as found for recipes; empty for others.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Site:
     wrapper: type[Wrapper] | None
     block: int | None
     is_router: bool = False
+    tower: str = ""
 
     @property
     def points(self) -> tuple[Point, ...]:
@@ -75,24 +77,27 @@ class Site:
         return self.is_router or wrapper.width(self.module, "output") == 1
 
 
-def find_sites(model: nn.Module, blocks: Blocks) -> list[Site]:
-    """Every module of `model` in order, containers included."""
+def find_sites(model: nn.Module, blocks: Blocks, towers: Sequence[str] = ()) -> list[Site]:
+    """Every module of `model` in order, containers included; `towers` are the parts beside its language model."""
     routers = frozenset(find_routers(model))
-    return [
-        Site(name, module, None if listed else WRAPPERS.find(module), blocks.index(name), name in routers)
-        for name, module in model.named_modules()
-        for listed in [isinstance(module, nn.ModuleList)]
-    ]
+    sites = []
+    for name, module in model.named_modules():
+        wrapper = None if isinstance(module, nn.ModuleList) else WRAPPERS.find(module)
+        tower = next((tower for tower in towers if f"{name}.".startswith(f"{tower}.")), "")
+        sites.append(Site(name, module, wrapper, blocks.index(name), name in routers, tower))
+    return sites
 
 
 def select(match: Match, sites: Sequence[Site], blocks: Blocks) -> list[Site]:
-    """The sites that fit everything `match` says; one that says nothing fits all."""
+    """The sites that fit everything `match` says; one that says nothing fits all. Those beside the language model fit
+    only names that fit none in it."""
     names, types = _listed(match.name), _listed(match.type)
+    beside = [p for p in names if not any(name_fits(p, site.name) for site in sites if not site.tower)]
     layers = None if match.layers is None else layer_range(match.layers, blocks.count)
     return [
         site
         for site in sites
-        if (not names or any(name_fits(pattern, site.name) for pattern in names))
+        if (not (names or site.tower) or any(name_fits(p, site.name) for p in (beside if site.tower else names)))
         and (not types or any(fnmatch.fnmatchcase(name, p) for p in types for name in site.types))
         and (layers is None or site.block in layers)
     ]

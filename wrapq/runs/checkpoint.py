@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from wrapq.errors import ModelError, SpecError, WrapqError, and_more, out_of_memory, reading, reason_of
 from wrapq.paths import expand, refuse_devices
 from wrapq.quant.spec import QuantSpec
+from wrapq.resolve.model_class import auto_model
 from wrapq.resolve.model_source import GENERATION, ModelSource, read_generation, reading_model
 from wrapq.resolve.shards import Shards
 from wrapq.runs.folder import FINISHED, MANIFEST, PLAN, RECIPE, WEIGHTS, RunFolder, remove
@@ -356,13 +357,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 def _skeleton(path: Path, manifest: Mapping[str, Any], trust: bool) -> nn.Module:
     """The model of the manifest on the meta device: right modules, right shapes, no data."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     dtype = getattr(torch, manifest["dtype"])
     refuse_devices(path)
     with reading_model(f"{path / 'config.json'} cannot be read"), torch.device("meta"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
+        model = auto_model(config).from_config(config, dtype=dtype, trust_remote_code=trust)
     take_apart(model, manifest["modules"])
     for name in manifest.get("rotated", ()):  # before what stands in for the module takes its parts over
         add_rotation(model.get_submodule(name), OnlineRotation())
