@@ -76,9 +76,9 @@ def export_model(model: nn.Module, exporter: Exporter, plan: Plan, run: Path, ta
         with reading_model(f"{run}: cannot read the tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(run, trust_remote_code=False)
         folder.write_files(tokenizer.save_pretrained)
-        for name in (GENERATION, *PROCESSOR_FILES):
-            if (run / name).is_file():
-                folder.write_text(name, (run / name).read_text(encoding="utf-8"))
+        for file in (GENERATION, *PROCESSOR_FILES):
+            if (run / file).is_file():
+                folder.write_text(file, (run / file).read_text(encoding="utf-8"))
         ids, device = _token_ids(model), next(model.parameters()).device
         with _disk(Path(tempfile.gettempdir()), "; TMPDIR names another folder for temporary files"):
             theirs, notes, left_float = exporter.read(partial, ids, str(device))
