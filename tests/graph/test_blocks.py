@@ -25,6 +25,11 @@ def test_layers_that_are_wrapped_in_part_are_still_the_blocks():
     assert find_blocks(prepared) == Blocks("model.layers", 2)
 
 
+def test_experts_are_no_blocks():
+    hybrid = {"layers": nn.ModuleList([nn.Linear(4, 4), nn.LayerNorm(4)]), "experts": nn.ModuleList([nn.Linear(4, 4)])}
+    assert find_blocks(nn.ModuleDict(hybrid)) == Blocks()
+
+
 def test_index_of_a_name():
     blocks = Blocks("model.layers", 12)
     names = ["model.layers.0", "model.layers.11.mlp", "model.layers", "model.layers.x", "xmodel.layers.1", "lm_head"]

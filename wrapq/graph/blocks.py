@@ -49,11 +49,9 @@ def find_blocks(model: nn.Module) -> Blocks:
     there is more; wrapped ones count as what they were."""
     best, size, beside = Blocks(), 0, tuple(f"{name}." for name in find_towers(model))
     for name, module in model.named_modules():
-        if (
-            name.startswith(beside)
-            or not isinstance(module, nn.ModuleList)
-            or len({original_class(child) for child in module}) != 1
-        ):
+        if not isinstance(module, nn.ModuleList) or len({original_class(child) for child in module}) != 1:
+            continue
+        if name.startswith(beside) or "expert" in name.rpartition(".")[2]:  # which run side by side
             continue
         rounded = sum(m.weight_layout.numel() for m in module.modules() if isinstance(m, QuantizedWeight))
         parameters = rounded + sum(p.numel() for p in module.parameters())
