@@ -314,7 +314,8 @@ def _transform(
     try:
         take_apart(model, specs)
         plan = Transforms(model, specs, _example(batches[0]))
-        planned = {name: plan.plan(name, type(each).__name__, each) for name, each in transforms.items()}
+        after = {name: list(transforms.values())[number:] for number, name in enumerate(transforms, 1)}
+        planned = {name: plan.plan(name, type(t).__name__, t, after[name]) for name, t in transforms.items()}
         if problems := [problem for _, found in planned.values() for problem in found]:
             raise PlanError(problems)
         rewriter = GraphRewriter(model, plan.graph, specs)

@@ -12,6 +12,7 @@ from tests.algorithms.outliers import loss
 from tests.algorithms.transforming import outputs_moved
 from tests.conftest import KINDS, build_model
 from tests.graph.test_dataflow import weightless
+from tests.models import random_model
 from tests.resolve.conftest import MakePlan, make_plan, refusal  # noqa: F401
 from wrapq.algorithms.fold_norms import FoldNorms, FoldOptions
 from wrapq.algorithms.rotate import Rotate, RotateOptions
@@ -21,7 +22,8 @@ from wrapq.graph.rewriter import GraphRewriter
 from wrapq.statistics.transport import transform_hessian
 
 EVERY = (*KINDS, "gemma3", "mixtral", "qwen2_moe")
-POST_NORMS = ("gemma2", "gemma3", "bert")
+POST_NORMS = {"gemma2": 10, "gemma3": 10, "bert": 8}
+"""Families whose norms write into the stream, and how many linears of two blocks read it."""
 LINEAR = "l: {match: {type: Linear}, weight: int8:channel}"
 TAIL = "round: {algorithm: rtn}"
 
@@ -37,7 +39,8 @@ def test_the_function_stays(family: str, options: dict[str, object], token_batch
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     change, found = outputs_moved(model, [fold(), Rotate(RotateOptions(**options))], token_batches)  # type: ignore[arg-type]
     assert 1e-9 < change < 1e-5
-    assert len(found[1].names) == (2 if family in POST_NORMS else 3)  # the stream, and the values of two blocks
+    # the values of two blocks, and the stream or all that read it
+    assert len(found[1].names) == 2 + POST_NORMS.get(family, 1)
     wide = [
         name
         for name, tensor in before.items()
@@ -139,6 +142,22 @@ def test_stacks_that_cannot_work(stack: str, what: str, refusal: object) -> None
 def test_values_alone_need_no_folding(make_plan: MakePlan) -> None:  # noqa: F811
     plan = make_plan(LINEAR, f"turn: {{algorithm: rotate, rotations: [R2]}}\n{TAIL}")
     assert all(target.endswith("v_proj") for target in plan.stages[0].targets)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "llama"])
+def test_norms_are_folded_only_where_a_rotation_needs_it(
+    family: str,
+    make_plan: MakePlan,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    model = ("model=hf", f"model.path={random_model(family, tmp_path / family, tie_word_embeddings=False)}")
+    fold, turn = "fold: {algorithm: fold_norms, untie: true}", "turn: {algorithm: rotate}"
+    alone, rotated = (make_plan(LINEAR, "\n".join([*stack, TAIL]), *model) for stack in ([fold], [fold, turn]))
+    heads = make_plan(LINEAR, f"{fold}\nturn: {{algorithm: rotate, rotations: [R2]}}\n{TAIL}", *model)
+    assert len(alone.stages[0].targets) == 5 and heads.stages[0].targets == ()
+    assert len(rotated.stages[0].targets) == (5 if family == "llama" else 0)
+    assert any("no rotation needs it folded" in note for note in rotated.notes) == (family == "gemma2")
+    assert bool(rotated.stages[1].online) == (family == "gemma2")
 
 
 @pytest.mark.slow

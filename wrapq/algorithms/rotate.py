@@ -4,8 +4,10 @@ R1 rotates the residual stream, Ashkboos et al., "QuaRot: Outlier-Free 4-Bit Inf
 arXiv:2404.00456, section 4: with norms that only normalize, `n(x Q) = n(x) Q`, so that the writers of the stream are
 multiplied by Q and the consumers of its norms by `Q^T`. A LayerNorm also subtracts the mean, which Q must keep. R2, of
 Liu et al., "SpinQuant: LLM Quantization with Learned Rotations", arXiv:2405.16406, rotates the heads of the values.
-Both are folded into the weights. R3 and R4 of the same paper rotate, at each forward, what no weight produces alone:
-queries and keys after position encoding, and the inputs of linears behind products and other functions.
+Both are folded into the weights. Where norms write into the stream, as in Gemma 2 and OLMo 2, no Q passes them: what
+reads the stream has its input rotated at each forward instead. R3 and R4 of the same paper rotate, at each forward,
+what no weight produces alone: queries and keys after position encoding, and the inputs of linears behind products and
+other functions.
 """
 
 from __future__ import annotations
@@ -34,8 +36,9 @@ class RotateOptions(Options):
     rotations: tuple[Literal["R1", "R2", "R3", "R4"], ...] = Field(
         ("R1", "R2"),
         min_length=1,
-        description="R1 rotates the residual stream, R2 the values of each attention head; at each forward, R3 rotates "
-        "queries and keys, and R4 the other inputs of quantized linears, such as down projections.",
+        description="R1 rotates the residual stream or, where its writers cannot be, at each forward the inputs of "
+        "quantized linears that read it; R2 the values of each attention head; at each forward, R3 rotates queries and "
+        "keys, and R4 the other inputs of quantized linears, such as down projections.",
     )
     matrix: Kind = Field(
         "hadamard", description="Hadamard with random signs, where the width has one, or random orthogonal."
@@ -84,7 +87,11 @@ class Rotate(Transform):
             reasons |= {f"{name}.input": self._unfit_input(name, graph) for name in others}
             reasons |= {} if others else {"R4": "no linear is quantized but those that read norms or attention"}
         if "R1" in self.options.rotations:  # last: it may be learned, with the others in place
-            reasons |= {name: self._unfit_stream(stream, graph) for name, stream in graph.by_stream.items()}
+            unfit = {name: self._unfit_stream(stream, graph) for name, stream in graph.by_stream.items()}
+            norms = [norm for name, reason in unfit.items() if reason for norm in graph.by_stream[name].norms]
+            turned = [name for name in _consumers(graph, norms) if name in specs and name in graph.linears]
+            reasons |= {f"{name}.input": self._unfit_input(name, graph) for name in turned}
+            reasons |= {name: reason and f"{reason} (R1 rotates what reads it)" for name, reason in unfit.items()}
         return Targets.where_none(reasons)
 
     def inputs(self, graph: Graph, target: str) -> tuple[str, ...]:
@@ -93,13 +100,15 @@ class Rotate(Transform):
         norms = graph.by_stream[target].norms if target in graph.by_stream else (target,)
         return _consumers(graph, norms)
 
+    def folded(self, graph: Graph, targets: Sequence[str]) -> tuple[str, ...]:
+        return tuple(norm for name in targets if name in graph.by_stream for norm in graph.by_stream[name].norms)
+
     def order_problem(self, graph: Graph, targets: Sequence[str], before: Sequence[PlannedTransform]) -> str | None:
         folded = {name for stage in before if isinstance(stage.transform, FoldNorms) for name in stage.targets}
-        streams = [graph.by_stream[target] for target in targets if target in graph.by_stream]
-        scaled = scaled_targets(before)
-        if mixed := [norm for stream in streams for norm in stream.norms if norm in scaled]:
+        norms, scaled = self.folded(graph, targets), scaled_targets(before)
+        if mixed := [norm for norm in norms if norm in scaled]:
             return f"it needs norms that only normalize, and a stage before it scaled {mixed[0]}; name it first"
-        missing = [norm for stream in streams for norm in stream.norms if norm not in folded]
+        missing = [norm for norm in norms if norm not in folded]
         if not missing:
             return None
         reason = f"it needs norms that only normalize, and no fold_norms before it folds {missing[0]}"
@@ -174,7 +183,8 @@ def _values(graph: Graph) -> list[ChannelEdge]:
 
 
 def _consumers(graph: Graph, norms: Iterable[str]) -> tuple[str, ...]:
-    return tuple(consumer.module for norm in norms for consumer in graph.by_producer[norm].consumers)
+    edges = (graph.by_producer[norm] for norm in norms if norm in graph.by_producer)
+    return tuple(consumer.module for edge in edges for consumer in edge.consumers)
 
 
 def _rotated_online(graph: Graph, target: str) -> str | None:

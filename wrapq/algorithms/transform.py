@@ -114,6 +114,15 @@ class Transform(Algorithm):
         """Why `targets` cannot be changed after the transforms `before`, or None when they can; called by the plan."""
         return None
 
+    def folded(self, graph: Graph, targets: Sequence[str]) -> tuple[str, ...] | None:
+        """The norms that may only normalize where it changes `targets`; None for what does not care; called by the
+        plan."""
+        return None
+
+    def needless(self, graph: Graph, targets: Sequence[str], after: Sequence[PlannedTransform]) -> Mapping[str, str]:
+        """Those of `targets` that the transforms `after` make no use of, with the reason; called by the plan."""
+        return {}
+
     def online(self, graph: Graph, targets: Sequence[str]) -> tuple[str, ...]:
         """The modules whose inputs are changed at each forward from then on: later transforms cannot move anything
         across that, and the runtime of an export must do the same."""

@@ -42,7 +42,7 @@ def transform(run: Run, model: nn.Module, samples: Samples | None) -> None:
     Raises:
         ModelError: one of them changed the model's function; the model is as it was before it.
     """
-    stages = [stage for stage in run.plan.stages if stage.phase == "transform"]
+    stages = [stage for stage in run.plan.stages if stage.phase == "transform" and stage.targets]
     if not stages:
         return
     batches, specs = make_batches(run, samples), run.plan.specs()

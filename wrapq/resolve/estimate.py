@@ -75,7 +75,7 @@ def estimate(model: nn.Module, modules: Sequence[ModulePlan], recipe: Recipe, st
 
 def _untied_bytes(model: nn.Module, stages: Sequence[StagePlan]) -> int:
     """What a stage that gives tied modules weights of their own adds to the model."""
-    if not any(stage.options.get("untie") for stage in stages):
+    if not any(stage.options.get("untie") and stage.targets for stage in stages):
         return 0
     named = model.named_parameters(remove_duplicate=False)
     return sum(p.nbytes for _, p in named) - sum(p.nbytes for p in model.parameters())

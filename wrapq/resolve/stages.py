@@ -108,12 +108,13 @@ def plan_stages(
     stages: list[StagePlan] = []
     problems: list[Problem] = []
     owner: dict[str, str] = {}
-    for entry in entries:
+    for index, entry in enumerate(entries):
         named = entry.stage.rules
         allowed = None if named is None else frozenset(site.name for rule in named for site in selected[rule])
         if isinstance(entry.algorithm, Transform):
             transform, source = entry.algorithm, sources.of(entry.path)
-            targets, wrong = transforms.plan(entry.name, entry.stage.algorithm, transform, allowed, source)
+            after = [each.algorithm for each in entries[index + 1 :] if isinstance(each.algorithm, Transform)]
+            targets, wrong = transforms.plan(entry.name, entry.stage.algorithm, transform, after, allowed, source)
             online = transform.online(transforms.graph, targets) if targets else ()
             stages.append(_stage(entry, targets, transform.needs, sources, online))
             problems += wrong
@@ -135,8 +136,9 @@ def plan_stages(
         problems += _misfits(entry, points, modules, sources)
         adds = f"{entry.algorithm.adds} " if isinstance(entry.algorithm, Corrector) else ""
         keys = [f"{adds}{target}" for target in targets]
-        if twice := sorted({owner[key] for key in keys if key in owner}):
-            what = f"{entry.name} and {', '.join(twice)} would decide the same points, such as {targets[0]}"
+        if twice := [key for key in keys if key in owner]:
+            others = ", ".join(sorted({owner[key] for key in twice}))
+            what = f"{entry.name} and {others} would decide the same points, such as {twice[0]}"
             remedy = "give each stage its own rules: stack.NAME.rules=[...]"
             problems.append(sources.problem(entry.path, what, (), remedy))
         owner |= dict.fromkeys(keys, entry.name)

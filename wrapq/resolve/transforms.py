@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -39,27 +39,39 @@ class Transforms:
         return find_graph(self.model, self.inputs)
 
     def plan(
-        self, stage: str, name: str, transform: Transform, allowed: frozenset[str] | None = None, source: str = ""
+        self,
+        stage: str,
+        name: str,
+        transform: Transform,
+        after: Sequence[Transform],
+        allowed: frozenset[str] | None = None,
+        source: str = "",
     ) -> tuple[tuple[str, ...], list[Problem]]:
         """The targets of the transform called `name` in a stage, and its problems, after the stages planned before.
 
         Args:
+            after: the transforms that come later in the stack.
             allowed: the modules that the rules of the stage match; None allows all.
             source: where the stage was set.
         """
         try:
             targets = transform.find_targets(self.graph, self.specs)
+            later = [PlannedTransform(each, each.find_targets(self.graph, self.specs).names) for each in after]
         except ModelError as error:
             return (), [Problem(source, f"stack.{stage}", f"{name} cannot follow this model: {error}")]
         if allowed is not None:
             names = tuple(t for t in targets.names if allowed & {t, *transform.inputs(self.graph, t)})
             targets = targets._replace(names=names)
+        needless = transform.needless(self.graph, targets.names, later)
+        used = targets._replace(names=tuple(name for name in targets.names if name not in needless))
         reasons: dict[str, list[str]] = {}
-        for place, reason in targets.skipped.items():
+        for place, reason in (*targets.skipped.items(), *needless.items()):
             reasons.setdefault(reason, []).append(place)
         for reason, places in reasons.items():
             self.notes.append(f"{stage}: {name} leaves {and_more(places)} alone: {reason}")
-        return targets.names, list(self._problems(stage, name, transform, targets, source))
+        if needless and not used.names:
+            return (), []
+        return used.names, list(self._problems(stage, name, transform, used, source))
 
     def _problems(
         self, stage: str, name: str, transform: Transform, targets: Targets, source: str
