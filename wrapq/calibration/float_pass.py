@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from wrapq.calibration.forwards import BatchForward
 from wrapq.calibration.processes import Processes
 from wrapq.calibration.scheduler import run_blocks
-from wrapq.graph.blocks import Batch, find_blocks
+from wrapq.graph.blocks import Batch, find_blocks, output_head
 from wrapq.graph.layers import layer_info
 from wrapq.observers.forward_context import forward_context, outside_batch
 from wrapq.statistics.input import InputStatistics
@@ -71,7 +71,9 @@ def collect_statistics(
             hook = model.get_submodule(name).register_forward_pre_hook(partial(on_input, name))
             stack.callback(hook.remove)
         layers = [model.get_submodule(name) for name in blocks.names()]
-        run_blocks(layers, forwards, begin=hand_out, processes=processes)
+        head = output_head(model)
+        until = None if head is None or any(model.get_submodule(name) is head for name in needs) else head
+        run_blocks(layers, forwards, begin=hand_out, processes=processes, until=until)
     hand_out(blocks.count + 1)
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from typing import Any
 
 from greenlet import GreenletExit, getcurrent, greenlet
@@ -65,6 +66,7 @@ def run_blocks(
     pinned: Callable[[], bool] = lambda: False,
     processes: Processes | None = None,
     checkpoint: BlockCheckpoint | None = None,
+    until: nn.Module | None = None,
 ) -> None:
     """Run `forwards` through the blocks of a model, all of them through one block before any enters the next.
 
@@ -88,11 +90,14 @@ def run_blocks(
         pinned: whether what forwards hold that wait before a block has to stay in memory all the same.
         processes: those that share the data: all of them open the same barriers in the same order.
         checkpoint: where an earlier pass was put aside: the blocks before it do not run.
+        until: a module after the blocks, such as the head of a language model, before which the forwards are given up:
+            nobody looks at what it gives.
     """
 
     start = checkpoint.index if checkpoint else 0
     entries = {Barrier((index, 0, 0)): index for index in range(start, len(layers))}
-    choose = _agreed(processes, [*points, *entries]) if processes and processes.count > 1 else first
+    end = Barrier((len(layers) + 1, 0, 0))
+    choose = _agreed(processes, [*points, *entries, end]) if processes and processes.count > 1 else first
     running = offload.running if offload else nullcontext
 
     def enter(barrier: Barrier, block: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -106,9 +111,12 @@ def run_blocks(
         for barrier, index in entries.items():
             hook = partial(enter, barrier, index)
             stack.callback(layers[index].register_forward_pre_hook(hook, prepend=True, with_kwargs=True).remove)
+        if until is not None:
+            stack.callback(until.register_forward_pre_hook(lambda *_: wait_for(end, offload), prepend=True).remove)
         stack.enter_context(skipped_blocks(layers, checkpoint))
         barriers = stack.enter_context(run_concurrently(forwards, done, choose, running))
-        reached = (entries[barrier] for barrier in barriers if barrier in entries)
+        before_end = takewhile(lambda barrier: barrier is not end, barriers)
+        reached = (entries[barrier] for barrier in before_end if barrier in entries)
         block = next(reached, None)
         while block is not None:
             loader.load(block)

@@ -22,7 +22,7 @@ from wrapq.calibration.offload import Offload
 from wrapq.calibration.processes import Processes
 from wrapq.calibration.scheduler import Barrier, run_blocks, single_use, wait_for
 from wrapq.errors import CalibrationError
-from wrapq.graph.blocks import Batch, Blocks, find_blocks
+from wrapq.graph.blocks import Batch, Blocks, find_blocks, output_head
 from wrapq.observers.forward_context import outside_batch
 from wrapq.statistics.cache import StatisticsCache
 from wrapq.statistics.input import AGAINST_FLOAT
@@ -193,7 +193,15 @@ class Walker:
                 pinned=lambda: any(barrier.targets for barrier in self._reconstructions),
                 processes=self.options.processes,
                 checkpoint=self.checkpoint,
+                until=self._idle_head(),
             )
+
+    def _idle_head(self) -> nn.Module | None:
+        """The head of a language model, unless its points wait for data."""
+        head = output_head(self.model)
+        needing = (p for p in self._barriers if p.state is not State.QUANTIZED and self.assignments.needs_data(p))
+        busy = {id(self.model.get_submodule(point.where.rpartition(".")[0])) for point in needing}
+        return None if head is None or busy & {id(module) for module in head.modules()} else head
 
     def _forwards(self, batches: Sequence[Batch]) -> list[Callable[[], None]]:
         sequential = self._schedule == "sequential"

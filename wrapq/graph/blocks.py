@@ -60,6 +60,15 @@ def find_blocks(model: nn.Module) -> Blocks:
     return best
 
 
+def output_head(model: nn.Module) -> nn.Module | None:
+    """What a language model of transformers makes logits with; None for another."""
+    try:
+        head = cast(Any, model).get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return head if isinstance(head, nn.Module) else None
+
+
 @dataclass(frozen=True)
 class Batch:
     """One batch of calibration data: the keyword arguments of the forward, and the mask [B, T] of real tokens."""
