@@ -33,7 +33,7 @@ def holds_experts(name: str, module: nn.Module) -> bool:
 
 def is_router(module: nn.Module) -> bool:
     """Whether `module`, which has no wrapper, is a router with a weight [E, K], by the name of its class."""
-    weight = module._parameters.get("weight")
+    weight = dict(module.named_parameters(recurse=False)).get("weight")  # those of a script are no plain dict
     return weight is not None and weight.dim() == 2 and "outer" in type(module).__name__
 
 
