@@ -39,7 +39,9 @@ def has_plain_tests(tree: ast.Module) -> bool:
 
 def left_out(mark: ast.expr) -> bool:
     marks = mark.elts if isinstance(mark, ast.List) else [mark]
-    return any(ast.unparse(one).startswith(("pytest.mark.slow", "pytest.mark.bench")) for one in marks)
+    return any(
+        ast.unparse(one).startswith(("pytest.mark.slow", "pytest.mark.bench", "pytest.mark.real")) for one in marks
+    )
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
