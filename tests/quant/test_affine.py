@@ -246,3 +246,17 @@ def test_a_scale_shared_by_all_positions_broadcasts():
     assert torch.equal(
         affine.fake_quantize(x, shared, None, spec), affine.fake_quantize(x, shared.expand(2, 3, 2), None, spec)
     )
+
+
+@pytest.mark.parametrize(
+    "spec", ["int4:g8:asym", "int8:channel", "int8:tensor", "int4:b4x8", "fp8_e4m3:channel", "int8:channel@1"]
+)
+def test_large_tensors_are_worked_on_in_pieces_to_the_same_bits(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed = QuantSpec.parse(spec)
+    x = torch.randn(23, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    parameters = qparams(x, parsed)
+    codes = affine.quantize(x, *parameters, parsed)
+    numbers = affine.dequantize(codes, *parameters, parsed, torch.bfloat16)
+    monkeypatch.setattr(affine, "_PIECE", 100)
+    assert torch.equal(affine.quantize(x, *parameters, parsed).view(torch.int8), codes.view(torch.int8))
+    assert torch.equal(affine.dequantize(codes, *parameters, parsed, torch.bfloat16), numbers)

@@ -28,7 +28,8 @@ which G is large and `scale` fills the range of fp8_e4m3 (NVIDIA's own documents
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -41,6 +42,7 @@ from wrapq.quant.spec import QuantSpec
 TINY = torch.finfo(torch.float32).tiny
 LARGEST = torch.finfo(torch.bfloat16).max
 """The largest magnitude that a dequantized number may have: finite in float32 and in bfloat16."""
+_PIECE = 1 << 24  # elements that are worked on at once
 FARTHEST = 2.0**14
 """How many steps a range with a float zero point may lie from zero: float32 resolves one to 1/512 there."""
 E4M3_MAX, E4M3_LEAST = DTYPES["fp8_e4m3"].largest, 2.0**-9
@@ -254,6 +256,11 @@ def effective_scale(scale: Tensor, global_scale: Tensor | None) -> Tensor:
 
 def quantize_elements(x: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: DType) -> Tensor:
     """As `quantize`, for parameters that broadcast to `x` as they are."""
+    if x.numel() > _PIECE and len(x) > 1:
+        codes = torch.empty(x.shape, dtype=storage_dtype(dtype), device=x.device)
+        for part, scales, zeros in _pieces(x, scale, zero_point):
+            codes[part] = quantize_elements(x[part], scales, zeros, dtype)
+        return codes
     steps = _divide(x, scale)
     if dtype.kind != "int":
         return casts.encode_nearest(steps, dtype)
@@ -264,6 +271,11 @@ def dequantize_elements(
     q: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: DType, result: torch.dtype
 ) -> Tensor:
     """As `dequantize`, for codes of `dtype` and parameters that broadcast to them as they are."""
+    if q.numel() > _PIECE and len(q) > 1:
+        whole = torch.empty(q.shape, dtype=result, device=q.device)
+        for part, scales, zeros in _pieces(q, scale, zero_point):
+            whole[part] = dequantize_elements(q[part], scales, zeros, dtype, result)
+        return whole
     steps = q.to(torch.float32, copy=True) if dtype.kind == "int" else casts.decode(q, dtype)
     if zero_point is not None:
         steps.sub_(zero_point)
@@ -299,6 +311,19 @@ def _round_to_codes(steps: Tensor, zero_point: Tensor | None, low: Tensor | int,
     else:
         steps.round_().add_(zero_point)
     return steps.clamp_(low, high)  # type: ignore[arg-type]
+
+
+def _pieces(x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """Rows of `x` of about `_PIECE` elements, with the parameters of each: whole, what is made on the way would take
+    several times the memory of `x`."""
+    rows = max(1, _PIECE * len(x) // x.numel())
+    for start in range(0, len(x), rows):
+        part = slice(start, start + rows)
+        scales, zeros = (
+            each if each is None or each.dim() < x.dim() or len(each) == 1 else each[part]
+            for each in (scale, zero_point)
+        )
+        yield part, cast(Tensor, scales), zeros
 
 
 def _divide(x: Tensor, scale: Tensor) -> Tensor:
