@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import Tensor
 
-from tests.algorithms.transforming import outputs_moved
+from tests.algorithms.transforming import outputs_moved, smooth_specs
 from tests.conftest import KINDS, build_model
 from wrapq.algorithms.awq import AWQ
 from wrapq.algorithms.cle import CLE
@@ -13,6 +13,8 @@ from wrapq.algorithms.fold_norms import FoldNorms, FoldOptions
 from wrapq.algorithms.rotate import Rotate, RotateOptions
 from wrapq.algorithms.smoothquant import SmoothQuant, SmoothQuantOptions
 from wrapq.algorithms.transform import Transform
+from wrapq.graph.dataflow import find_graph
+from wrapq.resolve.transforms import Transforms
 
 EVERY = (*KINDS, "gemma3", "mixtral", "qwen2_moe")
 ALL = SmoothQuantOptions(feeds="all")
@@ -30,7 +32,13 @@ def stack(name: str) -> list[Transform]:
 @pytest.mark.parametrize("name", ["fold, rotate, smooth", "fold, smooth, turn online", "cle, fold, rotate, awq"])
 @pytest.mark.parametrize("family", EVERY)
 def test_the_function_stays(family: str, name: str, token_batches: list[Tensor]) -> None:
-    change, found = outputs_moved(build_model(family), stack(name), token_batches)
+    plan, transforms = Transforms(model := build_model(family), smooth_specs(find_graph(model))), stack(name)
+    problems = [problem for t in transforms for problem in plan.plan(type(t).__name__, "it", t, ())[1]]
+    if any("changes at each forward" in problem.what for problem in problems):  # what smooths comes first then
+        assert family in ("gemma2", "gemma3") and "rotate" in name
+        transforms.sort(key=lambda transform: isinstance(transform, Rotate))
+        transforms = [transform for transform in transforms if not isinstance(transform, FoldNorms)]
+    change, found = outputs_moved(model, transforms, token_batches)
     assert 1e-9 < change < 2e-5
-    for transform, targets in zip(stack(name), found, strict=True):
+    for transform, targets in zip(transforms, found, strict=True):
         assert targets.names or targets.skipped, f"{type(transform).__name__} neither does anything nor says why"

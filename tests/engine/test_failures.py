@@ -136,13 +136,6 @@ def test_weights_that_lack_a_tensor_are_not_filled_with_random_numbers(
     assert str(error) == said
 
 
-def test_a_model_that_is_quantized_already(tmp_path: Path, failing: Callable[..., WrapqError]) -> None:
-    first = wrapq.run("w8a16", ["evaluation.tokens=512", "tracking=none", f"paths.outputs={tmp_path / 'first'}"])
-    error = failing(f"model.path={first.folder}")
-    assert isinstance(error, ModelError)
-    assert "tensors are not in the weights" in str(error)
-
-
 def test_too_little_text_for_one_sample(tmp_path: Path, failing: Callable[..., WrapqError]) -> None:
     (tmp_path / "short.txt").write_text("Too short.")
     error = failing("calibration=text", f"calibration.path={tmp_path / 'short.txt'}")

@@ -76,7 +76,7 @@ def test_what_recipes_keep_of_it(
 
 
 def test_embedding_and_head_in_8_bits(real_model: Callable[[str], Path], tmp_path: Path) -> None:
-    reached = run(real_model("gemma3-270m"), tmp_path / "out", "w4a16_gptq_w8_embedding")
+    reached = run(real_model("gemma3-270m"), tmp_path / "out", "w4a16_w8_embedding")
     assert reached.status == 0, reached.said
     assert reached.kl < 0.55 and reached.megabytes < 230
 
