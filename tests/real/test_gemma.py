@@ -16,7 +16,7 @@ import pytest
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(1200)]
 SMALL = ("calibration.samples=32", "evaluation.tokens=4096", "evaluation.seq_len=512", "tracking=none")
-MEMORY = 2.5e9
+MEMORY = 2.5 * 2**30
 
 
 class Reached(NamedTuple):
@@ -72,7 +72,7 @@ def test_what_recipes_keep_of_it(
     assert reached.status == 0, reached.said
     assert 10 < reached.float_perplexity < 25, "every sequence begins as the tokenizer has it"
     assert reached.kl < kl and reached.megabytes < megabytes
-    assert reached.peak < MEMORY
+    assert reached.peak < MEMORY, f"{reached.peak / 1e9:.2f} GB"
 
 
 def test_embedding_and_head_in_8_bits(real_model: Callable[[str], Path], tmp_path: Path) -> None:

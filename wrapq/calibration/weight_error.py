@@ -12,7 +12,7 @@ from wrapq.algorithms.base import Rounded
 from wrapq.metrics import SQNR_CEILING
 from wrapq.statistics.input import InputStatistics, quadratic
 
-_PIECE = 1 << 26  # elements that are compared at once: more than most layers have, and fewer than a large vocabulary's
+_PIECE = 1 << 24  # elements that are compared at once
 
 
 def error_report(weight: Tensor, rounded: Rounded, statistics: InputStatistics | None) -> dict[str, float]:

@@ -266,7 +266,7 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         sha.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}\n".encode())
-        sha.update(tensor.flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+        sha.update(tensor.flatten().view(torch.uint8).numpy().data if tensor.numel() else b"")
     return sha.hexdigest()
 
 
