@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +19,8 @@ _PIECE = 1 << 24  # elements that are compared at once
 def error_report(weight: Tensor, rounded: Rounded, statistics: InputStatistics | None) -> dict[str, float]:
     """The error of a rounded weight W [N, K], which is off by D: `weight_sqnr_db` is `10 log10(|W|^2 / |D|^2)`, and
     with a Hessian H, or one for each group of rows [G, K, K], `output_error` is `tr(D H D^T) / tr(W H W^T)`."""
-    known = statistics is not None and "hessian" in statistics.sums
-    hessian = statistics.sums["hessian"].float() if statistics is not None and known else None
+    held = None if statistics is None else statistics.sums.get("hessian")
+    hessian = None if held is None else held.float()
     noise = signal = lost = power = torch.zeros((), device=weight.device)
     for original, difference in _parts(weight, rounded, whole=hessian is not None and hessian.dim() > 2):
         noise, signal = noise + difference.square().sum(), signal + original.square().sum()
@@ -28,7 +29,7 @@ def error_report(weight: Tensor, rounded: Rounded, statistics: InputStatistics |
             power = power + quadratic(original, hessian).sum()
     sqnr = (10 * torch.log10(signal / noise)).clamp(-SQNR_CEILING, SQNR_CEILING).nan_to_num(0)
     report = {"weight_sqnr_db": float(sqnr)}
-    if statistics is not None and known:
+    if statistics is not None and hessian is not None:
         report |= {"output_error": float(lost / power) if power else 0.0, "rows": float(statistics.rows)}
     return report
 
@@ -43,9 +44,9 @@ def _parts(weight: Tensor, rounded: Rounded, whole: bool) -> Iterator[tuple[Tens
         return
     for start in range(0, count, rows):
         part = slice(start, start + rows)
-        own = {name: t for name in ("scale", "zero_point") if (t := getattr(qparams, name)) is not None}
-        own = {
-            name: tensor[part] if tensor.dim() > 1 and len(tensor) == count else tensor for name, tensor in own.items()
+        both = {"scale": qparams.scale, "zero_point": qparams.zero_point}
+        by_row: dict[str, Any] = {
+            name: t[part] for name, t in both.items() if t is not None and t.dim() > 1 and len(t) == count
         }
         original = weight[part].float()
-        yield original, replace(qparams, **own).dequantize(rounded.integers[part], torch.float32).sub_(original)
+        yield original, replace(qparams, **by_row).dequantize(rounded.integers[part], torch.float32).sub_(original)

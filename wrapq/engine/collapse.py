@@ -60,9 +60,8 @@ def _by_what(kinds: Mapping[str, Sequence[Quantizer]], agreement: Mapping[str, f
     show = METRICS.get(_AGREEMENT).show
     best = sorted(kinds, key=lambda kind: -agreement[kind])
     gained = [f"{kind} ({kinds[kind][0].spec}) {show(agreement[kind])}" for kind in best[:_SHOWN]]
-    yield f"top-1 agreement of {show(agreement[QUANTIZED])} on a sample; with one kind of point in float: " + ", ".join(
-        gained
-    )
+    whole = f"top-1 agreement of {show(agreement[QUANTIZED])} on a sample"
+    yield f"{whole}; with one kind of point in float: {', '.join(gained)}"
     if agreement[best[0]] < SURVIVAL[_AGREEMENT]:
         yield "no kind of point alone is to blame: try more bits, smaller groups, or a recipe that rotates"
         return

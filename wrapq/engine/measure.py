@@ -24,7 +24,7 @@ from wrapq.engine.context import Run
 from wrapq.engine.float_cache import FloatOutputs, float_outputs
 from wrapq.errors import ModelError
 from wrapq.evaluation.quality import LayerErrorMeter, StageMeter
-from wrapq.graph.blocks import find_blocks, replaced_forward
+from wrapq.graph.blocks import find_blocks, giving, replaced_forward
 from wrapq.graph.head import Head
 from wrapq.metrics import FLOAT, QUANTIZED, WEIGHTS
 from wrapq.observers.forward_context import forward_context, in_context, outside_batch
@@ -172,7 +172,7 @@ class _Measuring:
         """What the body of the float model gives, whose blocks run only where it is not known what they give."""
         known, batch = cast(FloatOutputs, self.known), self._now[0]
         if outputs := known.get(batch):
-            gives = [partial(_give, output.to(ids.device)) for output in outputs]
+            gives = [giving(output.to(ids.device)) for output in outputs]
             with replaced_forward(dict(zip(self.layers, gives, strict=True))):
                 return self._head.hidden(ids, mask)
         start = time.perf_counter()
@@ -217,10 +217,6 @@ class _Measuring:
 def _as_batch(number: int, forward: Callable[[], None]) -> None:
     with in_context(batch=number):
         forward()
-
-
-def _give(output: Tensor, *args: object, **kwargs: object) -> Tensor:
-    return output
 
 
 @torch.no_grad()

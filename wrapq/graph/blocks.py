@@ -112,3 +112,8 @@ def replaced_forward(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterat
             module.__dict__.pop("forward")
             if own is not None:
                 module.__dict__["forward"] = own
+
+
+def giving(output: Any) -> Callable[..., Any]:
+    """A forward that gives `output`, whatever comes to it."""
+    return lambda *args, **kwargs: output

@@ -4,13 +4,13 @@ many times the memory of the model."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from wrapq.graph.blocks import find_blocks, input_hidden_states, replaced_forward
+from wrapq.graph.blocks import find_blocks, giving, input_hidden_states, replaced_forward
 
 ELEMENTS = 1 << 26
 """Logits that are made at once where there are more: 128 MiB in bfloat16, and enough rows to keep a CPU busy."""
@@ -44,7 +44,7 @@ class Head:
         if "logits" in hidden:
             return hidden.logits[:, positions]
         states = hidden.last_hidden_state[:, positions].contiguous()  # else a product takes 20 times as long
-        with replaced_forward({self._body: partial(_give, type(hidden)(last_hidden_state=states))}):
+        with replaced_forward({self._body: giving(type(hidden)(last_hidden_state=states))}):
             ids = torch.zeros(states.shape[:2], dtype=torch.int64, device=states.device)
             return self.model(input_ids=ids, use_cache=False).logits
 
@@ -78,10 +78,6 @@ class Head:
                 return bool((whole - apart).norm() <= _ROUNDING * whole.norm())
             except Exception:  # a body that is called otherwise, or gives something else
                 return False
-
-
-def _give(output: Any, *args: Any, **kwargs: Any) -> Any:
-    return output
 
 
 def _pass(*args: Any, **kwargs: Any) -> Tensor:
