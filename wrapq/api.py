@@ -316,7 +316,7 @@ def _transform(
         plan = Transforms(model, specs, _example(batches[0]))
         after = {name: list(transforms.values())[number:] for number, name in enumerate(transforms, 1)}
         planned = {name: plan.plan(name, type(t).__name__, t, after[name]) for name, t in transforms.items()}
-        if problems := [problem for _, found in planned.values() for problem in found]:
+        if problems := [problem for *_, found in planned.values() for problem in found]:
             raise PlanError(problems)
         rewriter = GraphRewriter(model, plan.graph, specs)
         for name, transform in transforms.items():

@@ -192,10 +192,6 @@ def test_the_plan_names_the_points(make_plan: MakePlan) -> None:  # noqa: F811
         ("turn: {algorithm: rotate, rotations: [R3]}", "rotate has nothing to do: no queries or keys are quantized"),
         ("turn: {algorithm: rotate, rotations: [R4], block: 100}", "are no multiple of the block of 100"),
         (
-            "turn: {algorithm: rotate, rotations: [R4]}\nequal: {algorithm: cle}",
-            "equal would change the input of model.layers.0.mlp.down_proj, which turn changes at each forward",
-        ),
-        (
             "turn: {algorithm: rotate, rotations: [R4]}\nagain: {algorithm: rotate, rotations: [R4]}",
             "again would change the input of model.layers.0.mlp.down_proj, which turn changes at each forward",
         ),
@@ -203,6 +199,20 @@ def test_the_plan_names_the_points(make_plan: MakePlan) -> None:  # noqa: F811
 )
 def test_stacks_that_cannot_work(stack: str, what: str, refusal: object) -> None:  # noqa: F811
     assert what in refusal(LINEAR, f"{stack}\n{TAIL}")  # type: ignore[operator]
+
+
+def test_nothing_is_moved_across_what_is_turned(make_plan: MakePlan) -> None:  # noqa: F811
+    plan = make_plan(LINEAR, f"turn: {{algorithm: rotate, rotations: [R4]}}\nequal: {{algorithm: cle}}\n{TAIL}")
+    down = "model.layers.0.mlp.down_proj"
+    assert any(f"{down}, whose input turn changes at each forward" in note for note in plan.notes)
+    assert "model.layers.0.mlp.up_proj" not in plan.stages[1].targets
+
+
+def test_what_is_turned_may_be_divided_behind_that(make_plan: MakePlan) -> None:  # noqa: F811
+    smooth = "smooth: {algorithm: smoothquant, feeds: online}"
+    rules = LINEAR.replace("int8:channel", "int8:channel, input: 'int8:token:dyn'")
+    plan = make_plan(rules, f"turn: {{algorithm: rotate, rotations: [R4]}}\n{smooth}\n{TAIL}")
+    assert "model.layers.0.mlp.down_proj.input" in plan.stages[1].targets
 
 
 def test_what_was_scaled_before_may_be_turned(make_plan: MakePlan) -> None:  # noqa: F811

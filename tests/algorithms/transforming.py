@@ -34,7 +34,7 @@ def outputs_moved(
     before = model(batches[0]).logits.double()
     found = []
     for transform in transforms:
-        found.append(transform.find_targets(graph, rewriter.specs))
+        found.append(transform.find_targets(rewriter.graph, rewriter.specs))
         apply_transform(
             rewriter, transform, found[-1].names, [Batch({"input_ids": ids}) for ids in batches], Processes()
         )

@@ -133,8 +133,21 @@ def apply_transform(
     """Apply a transform to all its targets, in one pass over the batches where it needs statistics.
 
     A target is changed as soon as the statistics of all its inputs are complete, which are dropped when no other target
-    waits for them.
+    waits for them. The rewriter's graph is the one for transforms that come after.
     """
+    online = algorithm.online(rewriter.graph, targets)
+    figures = _applied(rewriter, algorithm, targets, batches, processes)
+    rewriter.graph = rewriter.graph.after_online(online, type(algorithm).__name__)
+    return figures
+
+
+def _applied(
+    rewriter: GraphRewriter,
+    algorithm: Transform,
+    targets: Sequence[str],
+    batches: Sequence[Batch],
+    processes: Processes,
+) -> Figures:
     rewriter.batches, needed = batches, frozenset(algorithm.needs) - {BATCHES}
     if not needed:
         return {target: algorithm.apply(rewriter, target, {}) for target in targets}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -13,6 +13,14 @@ from wrapq.algorithms.transform import PlannedTransform, Targets, Transform
 from wrapq.errors import ModelError, Problem, and_more
 from wrapq.graph.dataflow import Graph, find_graph
 from wrapq.wrappers.model import Specs
+
+
+class _Planned(NamedTuple):
+    """A planned stage, the modules whose inputs it looks at, and those whose inputs it changes at each forward."""
+
+    planned: PlannedTransform
+    inputs: frozenset[str]
+    online: frozenset[str]
 
 
 @dataclass
@@ -30,8 +38,10 @@ class Transforms:
     specs: Specs
     inputs: Mapping[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
-    _before: dict[str, tuple[PlannedTransform, frozenset[str]]] = field(default_factory=dict)
-    """By stage what is planned already, and the modules whose inputs it looks at."""
+    _before: dict[str, _Planned] = field(default_factory=dict)
+    """By stage what is planned already."""
+    _left: Graph | None = None
+    """The graph as the stages planned so far leave it."""
 
     @cached_property
     def graph(self) -> Graph:
@@ -46,8 +56,9 @@ class Transforms:
         after: Sequence[Transform],
         allowed: frozenset[str] | None = None,
         source: str = "",
-    ) -> tuple[tuple[str, ...], list[Problem]]:
-        """The targets of the transform called `name` in a stage, and its problems, after the stages planned before.
+    ) -> tuple[tuple[str, ...], tuple[str, ...], list[Problem]]:
+        """For the transform called `name` in a stage, after the stages planned before: its targets, the modules whose
+        inputs it changes at each forward, and its problems.
 
         Args:
             after: the transforms that come later in the stack.
@@ -55,14 +66,15 @@ class Transforms:
             source: where the stage was set.
         """
         try:
-            targets = transform.find_targets(self.graph, self.specs)
-            later = [PlannedTransform(each, each.find_targets(self.graph, self.specs).names) for each in after]
+            graph = self._left or self.graph
+            targets = transform.find_targets(graph, self.specs)
+            later = [PlannedTransform(each, each.find_targets(graph, self.specs).names) for each in after]
         except ModelError as error:
-            return (), [Problem(source, f"stack.{stage}", f"{name} cannot follow this model: {error}")]
+            return (), (), [Problem(source, f"stack.{stage}", f"{name} cannot follow this model: {error}")]
         if allowed is not None:
-            names = tuple(t for t in targets.names if allowed & {t, *transform.inputs(self.graph, t)})
+            names = tuple(t for t in targets.names if allowed & {t, *transform.inputs(graph, t)})
             targets = targets._replace(names=names)
-        needless = transform.needless(self.graph, targets.names, later)
+        needless = transform.needless(graph, targets.names, later)
         used = targets._replace(names=tuple(name for name in targets.names if name not in needless))
         reasons: dict[str, list[str]] = {}
         for place, reason in (*targets.skipped.items(), *needless.items()):
@@ -70,31 +82,32 @@ class Transforms:
         for reason, places in reasons.items():
             self.notes.append(f"{stage}: {name} leaves {and_more(places)} alone: {reason}")
         if needless and not used.names:
-            return (), []
-        return used.names, list(self._problems(stage, name, transform, used, source))
+            return (), (), []
+        problems = list(self._problems(stage, name, transform, used, graph, source))
+        online = transform.online(graph, used.names)
+        self._left = graph.after_online(online, stage)
+        return used.names, online, problems
 
     def _problems(
-        self, stage: str, name: str, transform: Transform, targets: Targets, source: str
+        self, stage: str, name: str, transform: Transform, targets: Targets, graph: Graph, source: str
     ) -> Iterator[Problem]:
         path = f"stack.{stage}"
         if not targets.names:
             reasons = "; ".join(list(dict.fromkeys(targets.skipped.values()))[:3]) or "the model has no place for it"
             remedy = f"remove the stage with ~stack.{stage}"
             yield Problem(source, path, f"{name} has nothing to do: {reasons}", (), remedy)
-        before = [planned for planned, _ in self._before.values()]
-        if (reason := transform.order_problem(self.graph, targets.names, before)) is not None:
+        before = [each.planned for each in self._before.values()]
+        if (reason := transform.order_problem(graph, targets.names, before)) is not None:
             yield Problem(source, path, f"{name} cannot run there: {reason}")
-        inputs = frozenset(i for t in targets.names for i in transform.inputs(self.graph, t))
-        online = frozenset(transform.online(self.graph, targets.names))
-        for name_before, (other, _) in self._before.items():
-            changed = frozenset(other.transform.online(self.graph, other.targets))
-            both_rotate = not transform.migrates and not other.transform.migrates
-            if both := sorted(changed & (online if both_rotate else inputs)):
+        inputs = frozenset(i for t in targets.names for i in transform.inputs(graph, t))
+        online = frozenset(transform.online(graph, targets.names))
+        for name_before, other in self._before.items():
+            mine = inputs if other.planned.transform.migrates else online
+            if not transform.migrates and (both := sorted(other.online & mine)):
                 what = f"{stage} would change the input of {both[0]}, which {name_before} changes at each forward"
                 remedy = f"name {stage} before {name_before}, or give each stage its own rules"
                 yield Problem(source, path, what, (), remedy)
-        for name_before, (other, other_inputs) in self._before.items() if transform.migrates else ():
-            if other.transform.migrates and (both := sorted(other_inputs & inputs)):
+            if other.planned.transform.migrates and transform.migrates and (both := sorted(other.inputs & inputs)):
                 what = f"{name_before} and {stage} would both scale the input of {both[0]}"
                 yield Problem(source, path, what, (), "give each stage its own rules: stack.NAME.rules=[...]")
-        self._before[stage] = PlannedTransform(transform, targets.names), inputs
+        self._before[stage] = _Planned(PlannedTransform(transform, targets.names), inputs, online)
