@@ -21,6 +21,7 @@ from wrapq.graph.blocks import Batch, find_blocks, output_head
 from wrapq.graph.layers import layer_info
 from wrapq.observers.forward_context import forward_context, outside_batch
 from wrapq.statistics.input import InputStatistics
+from wrapq.wrappers.attention import watched
 from wrapq.wrappers.quantizer import real_tokens
 
 
@@ -38,13 +39,16 @@ def collect_statistics(
         model: a float model, not wrapped.
         batches: what runs; those of this process among `processes`, which share the data.
         needs: for each module, by name, the statistics of its input that are wanted; modules with one input share them.
+            `NAME:key` and `NAME:query` are keys and queries after position encoding of the attention NAME, [H_kv, M, D]:
+            of each head of the keys, [M, D] where there is one, with all queries that read it.
         done: called with the statistics of the modules of a block, or of those before or after all blocks, by name.
     """
     processes = processes or Processes()
     blocks = find_blocks(model)
     collected: dict[str, InputStatistics] = {}
     groups: dict[int, list[str]] = {}
-    for name, block in blocks.positions(name for name, _ in model.named_modules()):
+    places = (place for name, _ in model.named_modules() for place in (name, *_scores(name)))
+    for name, block in blocks.positions(places):
         if name in needs:
             groups.setdefault(block, []).append(name)
 
@@ -57,22 +61,35 @@ def collect_statistics(
             with outside_batch():
                 statistic.add(_rows(module, args[0].detach()), batch=forward.index)
 
+    def on_scores(name: str, query: Tensor, key: Tensor) -> None:
+        forward = forward_context().calibration
+        for place, x in zip(_scores(name), (query, key), strict=True):
+            if place in needs and isinstance(forward, BatchForward):
+                rows = real_tokens(x.detach(), 2)
+                rows = rows if rows.dim() == 3 else rows.transpose(0, 1).flatten(1, 2)
+                with outside_batch():
+                    statistic = collected.setdefault(place, InputStatistics(needs[place]))
+                    by_key = rows.unflatten(0, (key.shape[1], -1)).flatten(1, 2)
+                    statistic.add(by_key if len(by_key) > 1 else by_key[0], batch=forward.index)
+
     def hand_out(before: int) -> None:
         for group in sorted(group for group in groups if group < before):
             statistics = {name: collected.pop(name, InputStatistics(needs[name])) for name in groups.pop(group)}
             for name, statistic in statistics.items():
-                processes.reduce(statistic, _width(model.get_submodule(name)))
+                processes.reduce(statistic, *_layout(model, name))
                 statistic.complete = True
             done(statistics)
 
     forwards = [BatchForward(model, batch, index, quantizes=False) for index, batch in processes.share(batches)]
     with ExitStack() as stack:
-        for name in needs:
-            hook = model.get_submodule(name).register_forward_pre_hook(partial(on_input, name))
-            stack.callback(hook.remove)
+        modules = {place: model.get_submodule(place.partition(":")[0]) for place in needs}
+        for name, module in {place.partition(":")[0]: modules[place] for place in needs if ":" in place}.items():
+            stack.enter_context(watched(module, partial(on_scores, name)))
+        for name in (place for place in needs if ":" not in place):
+            stack.callback(modules[name].register_forward_pre_hook(partial(on_input, name)).remove)
         layers = [model.get_submodule(name) for name in blocks.names()]
         head = output_head(model)
-        until = None if head is None or any(model.get_submodule(name) is head for name in needs) else head
+        until = None if head is None or any(module is head for module in modules.values()) else head
         run_blocks(layers, forwards, begin=hand_out, processes=processes, until=until)
     hand_out(blocks.count + 1)
 
@@ -85,7 +102,16 @@ def _rows(module: nn.Module, x: Tensor) -> Tensor:
     return real_tokens(x, 1).reshape(-1, x.shape[-1])
 
 
-def _width(module: nn.Module) -> int:
+def _scores(name: str) -> tuple[str, str]:
+    return f"{name}:query", f"{name}:key"
+
+
+def _layout(model: nn.Module, place: str) -> tuple[int, int]:
+    """The channels of what is gathered for a place, and in how many groups they are."""
+    name, point, _ = place.partition(":")
+    module: Any = model.get_submodule(name)
+    if point:
+        return module.head_dim, module.config.num_key_value_heads
     layer = layer_info(module)
     layout = layer.consumes if layer else None
-    return layout.width(module.get_parameter(layout.parameter)) if layout else 0
+    return layout.width(module.get_parameter(layout.parameter)) if layout else 0, 1

@@ -19,7 +19,7 @@ from wrapq.graph.norms import norm_gain, norm_offset
 from wrapq.graph.tied import tied_parameters
 from wrapq.graph.undo import UndoLog
 from wrapq.runtime.rotation import ONLINE, OnlineRotation
-from wrapq.runtime.smoothing import SMOOTHING, InputSmoothing
+from wrapq.runtime.smoothing import SMOOTHING, InputSmoothing, KeySmoothing
 from wrapq.statistics.transport import InputChange, Rotated, Scaled, Shifted, rotate_blocks_
 from wrapq.wrappers.experts import Expert
 from wrapq.wrappers.model import Specs, add_rotation, add_smoothing
@@ -83,7 +83,8 @@ class GraphRewriter:
         _check_factors(edge, factors)
         if edge.layer is OWN_INPUT:
             for consumer in edge.consumers:
-                self._add_smoothing(consumer.module, factors)
+                smoothing = InputSmoothing(factors.to(self._device(consumer.module), torch.float32))
+                self._add_smoothing(consumer.module, smoothing)
                 self._scale_consumer(consumer, factors)
             return
         if (layout := edge.layer.produces) is None:
@@ -223,6 +224,14 @@ class GraphRewriter:
         raises `ModelError` where they are rotated already."""
         self._add_rotation(name, rotation.to(next(self.model.parameters()).device))
 
+    def smooth_scores_online(self, name: str, mean: Tensor, factors: Tensor) -> None:
+        """Take `mean` from the keys of the attention `name` and divide them by `factors`, both [H_kv, D], with which its
+        queries are multiplied, before its points see them; raises `ModelError` where they are smoothed already."""
+        self._add_smoothing(name, KeySmoothing(*(part.to(self._device(name), torch.float32) for part in (mean, factors))))
+
+    def _device(self, name: str) -> torch.device:
+        return next(self._module(name).parameters()).device
+
     def _module(self, name: str) -> nn.Module:
         return self.model.get_submodule(name)
 
@@ -266,11 +275,9 @@ class GraphRewriter:
             raise ModelError(f"{name} turns what comes to it already")
         self.undo_log.append(add_rotation(self._module(name), rotation))
 
-    def _add_smoothing(self, name: str, factors: Tensor) -> None:
+    def _add_smoothing(self, name: str, smoothing: InputSmoothing | KeySmoothing) -> None:
         if SMOOTHING in self._module(name)._modules:
             raise ModelError(f"{name} divides what comes to it already")
-        like = next(self._module(name).parameters())
-        smoothing = InputSmoothing(factors.to(like.device, torch.float32))
         self.undo_log.append(add_smoothing(self._module(name), smoothing))
 
     def _rotate_producer(self, name: str, layer: LayerInfo, blocks: Tensor, matrix: Tensor) -> None:

@@ -96,18 +96,19 @@ class Transforms:
             reasons = "; ".join(list(dict.fromkeys(targets.skipped.values()))[:3]) or "the model has no place for it"
             remedy = f"remove the stage with ~stack.{stage}"
             yield Problem(source, path, f"{name} has nothing to do: {reasons}", (), remedy)
-        before = [each.planned for each in self._before.values()]
-        if (reason := transform.order_problem(graph, targets.names, before)) is not None:
+        planned = [each.planned for each in self._before.values()]
+        if (reason := transform.order_problem(graph, targets.names, planned)) is not None:
             yield Problem(source, path, f"{name} cannot run there: {reason}")
         inputs = frozenset(i for t in targets.names for i in transform.inputs(graph, t))
         online = frozenset(transform.online(graph, targets.names))
         for name_before, other in self._before.items():
-            mine = inputs if other.planned.transform.migrates else online
+            before = other.planned.transform
+            mine = inputs if before.migrates else online if type(before) is type(transform) else frozenset()
             if not transform.migrates and (both := sorted(other.online & mine)):
                 what = f"{stage} would change the input of {both[0]}, which {name_before} changes at each forward"
                 remedy = f"name {stage} before {name_before}, or give each stage its own rules"
                 yield Problem(source, path, what, (), remedy)
-            if other.planned.transform.migrates and transform.migrates and (both := sorted(other.inputs & inputs)):
+            if before.migrates and transform.migrates and (both := sorted(other.inputs & inputs)):
                 what = f"{name_before} and {stage} would both scale the input of {both[0]}"
                 yield Problem(source, path, what, (), "give each stage its own rules: stack.NAME.rules=[...]")
         self._before[stage] = _Planned(PlannedTransform(transform, targets.names), inputs, online)

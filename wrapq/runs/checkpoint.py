@@ -27,10 +27,10 @@ from wrapq.runtime.choose import choose_kernels
 from wrapq.runtime.kernel import REFERENCE
 from wrapq.runtime.module import QuantizedModule, QuantizedWeight, new_quantized
 from wrapq.runtime.rotation import ONLINE, OnlineRotation
-from wrapq.runtime.smoothing import SMOOTHING, InputSmoothing
+from wrapq.runtime.smoothing import SMOOTHING
 from wrapq.wrappers.attention import Attention, use_attention_points
 from wrapq.wrappers.experts import take_apart
-from wrapq.wrappers.model import add_rotation, add_smoothing
+from wrapq.wrappers.model import add_rotation, add_smoothing, empty_smoothing
 from wrapq.wrappers.wrapper_registry import WRAPPERS
 
 FORMAT = 1
@@ -368,7 +368,7 @@ def _skeleton(path: Path, manifest: Mapping[str, Any], trust: bool) -> nn.Module
     for name in manifest.get("rotated", ()):  # before what stands in for the module takes its parts over
         add_rotation(model.get_submodule(name), OnlineRotation())
     for name in manifest.get("smoothed", ()):
-        add_smoothing(model.get_submodule(name), InputSmoothing())
+        add_smoothing(model.get_submodule(name), empty_smoothing(model.get_submodule(name)))
     for name in sorted(manifest["modules"], key=lambda n: n.count(".")):
         specs = {point: QuantSpec.parse(text) for point, text in manifest["modules"][name].items()}
         module = model.get_submodule(name)

@@ -1,4 +1,4 @@
-"""Smoothing at each forward, for inputs whose maker cannot take the factors into its weights."""
+"""Smoothing at each forward, for tensors whose maker cannot take the factors into its weights."""
 
 from __future__ import annotations
 
@@ -25,6 +25,32 @@ class InputSmoothing(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{len(self.factors)} channels"
+
+
+class KeySmoothing(nn.Module):
+    """Keys `(k - mean) / factors`, and queries `q * factors`: each query's scores move by one number, which softmax does
+    not see.
+
+    Attributes:
+        mean, factors: float32 [H_kv, D], of each head of the keys; the queries that read it share its factors.
+    """
+
+    mean: Tensor
+    factors: Tensor
+
+    def __init__(self, mean: Tensor | None = None, factors: Tensor | None = None) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean)
+        self.register_buffer("factors", factors)
+
+    def forward(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """`query` [B, H, T, D] and `key` [B, H_kv, S, D] smoothed."""
+        mean, factors = self.mean[:, None], self.factors[:, None]
+        own = factors.repeat_interleave(query.shape[1] // key.shape[1], 0)
+        return (query * own).to(query.dtype), ((key - mean) / factors).to(key.dtype)
+
+    def extra_repr(self) -> str:
+        return "{} heads of {} channels".format(*self.factors.shape)
 
 
 def smooth_inputs(module: nn.Module) -> Any:

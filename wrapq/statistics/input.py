@@ -119,6 +119,7 @@ PARTS: dict[str, Part] = {
     "cross": Part(2, _add_cross),
     "mean_shift": Part(1, lambda held, x, moved: held.add_(moved.sum(-2))),
     "mean": Part(1, lambda held, x, _: held.add_(x.sum(-2))),
+    "mean_square": Part(1, lambda held, x, _: held.add_(x.square().sum(-2))),
     "mean_abs": Part(1, lambda held, x, _: held.add_(x.abs().sum(-2))),
     "absmax": Part(1, lambda held, x, _: held.copy_(torch.maximum(held, x.abs().amax(-2))), "max"),
     "least": Part(1, lambda held, x, _: held.copy_(torch.minimum(held, x.amin(-2))), "min", torch.inf),
@@ -143,8 +144,8 @@ class InputStatistics:
     Args:
         needs: what is gathered, and nothing else: `hessian`, `X^T X` [K, K]; `cross`, `(F - X)^T X` [K, K], F being the
             rows that the float model has where the quantized one has X; `mean_shift` [K], the mean of F - X; of each
-            channel [K] `absmax`, its largest magnitude, `least` and `greatest`, its extreme values, `mean`, and
-            `mean_abs`, that of its magnitude; `sample`, at most 512 rows drawn at random. With `float64` in that
+            channel [K] `absmax`, its largest magnitude, `least` and `greatest`, its extreme values, `mean`, `mean_square`
+            and `mean_abs`, that of its magnitude; `sample`, at most 512 rows drawn at random. With `float64` in that
             precision.
 
     Attributes:

@@ -8,8 +8,8 @@ none is stored.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from wrapq.errors import ModelError
 from wrapq.observers.forward_context import in_context
 from wrapq.runtime.rotation import ONLINE
+from wrapq.runtime.smoothing import SMOOTHING
 from wrapq.wrappers.base import Point, Wrapper
 from wrapq.wrappers.wrapper_registry import WRAPPERS
 
 IMPLEMENTATION = "wrapq"
 """The name under which the function is registered with transformers."""
 
+_WATCH = "watch_scores"
 _HEADS_FIRST = 2  # tokens are dimension 2 of [B, H, T, D]
 
 
@@ -32,7 +34,7 @@ class Attention(Wrapper):
     """Scaled dot-product attention with all its tensors as points.
 
     `query`, `key` and `value` are [B, H, T, D] after position encoding, `key` and `value` as the cache holds them,
-    `query` and `key` rotated where an online rotation does; `scores` [B, H, T, S] before the mask is added, `probs`
+    `query` and `key` smoothed and rotated where an online smoothing or rotation does; `scores` [B, H, T, S] before the mask is added, `probs`
     after softmax, `context` [B, T, H, D] their product with value.
     """
 
@@ -67,6 +69,19 @@ def use_attention_points(config: Any) -> None:
     config._attn_implementation = IMPLEMENTATION
 
 
+@contextmanager
+def watched(module: Any, watch: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
+    """While this holds, `watch` sees the queries [B, H, T, D] and keys [B, H_kv, S, D] of a float attention."""
+    before = module.config._attn_implementation
+    use_attention_points(module.config)
+    module.__dict__[_WATCH] = watch
+    try:
+        yield
+    finally:
+        del module.__dict__[_WATCH]
+        module.config._attn_implementation = before
+
+
 def attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -88,6 +103,8 @@ def attention_forward(
     Returns:
         The context [B, T, H, D] and the probabilities [B, H, T, S].
     """
+    if (watch := module.__dict__.get(_WATCH)) is not None:
+        watch(query, key)
     if not isinstance(module, Attention) and softcap is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -96,6 +113,8 @@ def attention_forward(
     if kwargs.get("s_aux") is not None:
         raise ModelError(f"{type(module).__name__} uses attention sinks, which the attention points do not cover")
     q: Callable[..., Tensor] = module.q if isinstance(module, Attention) else lambda point, x, token_dim=1: x
+    if isinstance(module, Attention) and (smooth := module._modules.get(SMOOTHING)) is not None:
+        query, key = smooth(query, key)
     if isinstance(module, Attention) and (rotate := module._modules.get(ONLINE)) is not None:
         query, key = rotate(query), rotate(key)
     repeat = query.shape[1] // key.shape[1]

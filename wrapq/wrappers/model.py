@@ -11,7 +11,7 @@ from wrapq.errors import LifecycleError, ModelError
 from wrapq.quant.spec import QuantSpec
 from wrapq.runtime.module import QuantizedModule
 from wrapq.runtime.rotation import ONLINE, OnlineRotation, rotate_inputs
-from wrapq.runtime.smoothing import SMOOTHING, InputSmoothing, smooth_inputs
+from wrapq.runtime.smoothing import SMOOTHING, InputSmoothing, KeySmoothing, smooth_inputs
 from wrapq.wrappers.attention import Attention, use_attention_points
 from wrapq.wrappers.base import QuantModuleBase
 from wrapq.wrappers.experts import forget_fused, put_together, take_apart
@@ -113,25 +113,36 @@ def add_rotation(module: nn.Module, rotation: OnlineRotation) -> Callable[[], ob
     """Let the float `module` rotate what comes to it at each forward: an attention its queries and keys once it is
     wrapped, any other its input. Returns what undoes it."""
     module.register_module(ONLINE, rotation)
+    return _add_online(module, ONLINE, rotation, rotate_inputs)
+
+
+def add_smoothing(module: nn.Module, smoothing: InputSmoothing | KeySmoothing) -> Callable[[], object]:
+    """Let the float `module` smooth what comes to it at each forward: an attention its queries and keys once it is
+    wrapped, any other its input. Returns what undoes it."""
+    return _add_online(module, SMOOTHING, smoothing, smooth_inputs)
+
+
+def empty_smoothing(module: nn.Module) -> InputSmoothing | KeySmoothing:
+    """The smoothing that `module` would have, its tensors still to be loaded."""
+    return KeySmoothing() if is_attention(module) else InputSmoothing()
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether `module` changes queries and keys instead of its input."""
     wrapper = WRAPPERS.find(module)
-    hook = None if wrapper is not None and issubclass(wrapper, Attention) else rotate_inputs(module)
+    return wrapper is not None and issubclass(wrapper, Attention)
+
+
+def _add_online(
+    module: nn.Module, name: str, change: nn.Module, add_hook: Callable[[nn.Module], Any]
+) -> Callable[[], object]:
+    module.register_module(name, change)
+    hook = None if is_attention(module) else add_hook(module)
 
     def undo() -> None:
-        module._modules.pop(ONLINE)
+        module._modules.pop(name)
         if hook is not None:
             hook.remove()
-
-    return undo
-
-
-def add_smoothing(module: nn.Module, smoothing: InputSmoothing) -> Callable[[], object]:
-    """Let the float `module` divide what comes to it at each forward; returns what undoes it."""
-    module.register_module(SMOOTHING, smoothing)
-    hook = smooth_inputs(module)
-
-    def undo() -> None:
-        module._modules.pop(SMOOTHING)
-        hook.remove()
 
     return undo
 
