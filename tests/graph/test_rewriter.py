@@ -129,3 +129,20 @@ def test_a_norm_folds_although_one_of_its_channels_has_no_gain() -> None:
     GraphRewriter(model, graph).fold(graph.by_producer["0"])
     assert bool((model[0].weight == 1).all()) and not bool(model[0].bias.any())
     assert relative(model(x), expected) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["gemma3", "llama"])
+@torch.no_grad()
+def test_a_norm_of_16_bits_divides_by_what_it_can_hold(family: str, token_batches: list[Tensor]) -> None:
+    model = build_model(family).to(torch.bfloat16)
+    wide = build_model(family)
+    wide.load_state_dict(model.state_dict())
+    before = wide(token_batches[0]).logits
+    rewriter = GraphRewriter(model, find_graph(model))
+    for edge in rewriter.graph.edges:
+        if edge.layer.kind != "norm" or edge.unowned or rewriter.graph.tied_reason(edge.modules):
+            continue
+        rewriter.scale(edge, torch.where(edge.owned, torch.logspace(-1, 2.5, edge.width), 1.0))
+    wide.load_state_dict(model.state_dict())
+    after = wide(token_batches[0]).logits
+    assert float((after - before).norm() / before.norm()) < 0.02, "what the columns are rounded by, and no more"

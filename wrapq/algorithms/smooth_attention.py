@@ -1,13 +1,13 @@
 """Keys made easier to quantize: their mean taken away, and a scale moved from them into the queries.
 
-All tokens share a large part of their keys. A constant added to all keys moves all scores of a query by one number, which
-softmax does not see, so that the mean can be taken away and added nowhere: Zhang et al., "SageAttention: Accurate 8-Bit
-Attention for Plug-and-play Inference Acceleration", arXiv:2410.02367, section 4.2; here it is the mean of the calibration
-data, as keys in a cache need one that stays. Of what is left each channel is divided by a factor with which queries are
-multiplied, as SmoothAttention does (Lin et al., "QServe: W4A8KV4 Quantization and System Co-design for Efficient LLM
-Serving", arXiv:2405.04532, section 4.2). With steps as wide as the keys are large, the error in the scores is
-`sum_j k_j^2 / s_j^2 sum_j q_j^2 s_j^2` for keys that are spread over all channels, as a rotation R3 does; the least is
-at `s_j^4 = E k_j^2 / E q_j^2`.
+All tokens share a large part of their keys. A constant added to all keys moves all scores of a query by one number,
+which softmax does not see, so that the mean can be taken away and added nowhere: Zhang et al., "SageAttention: Accurate
+8-Bit Attention for Plug-and-play Inference Acceleration", arXiv:2410.02367, section 4.2; here it is the mean of the
+calibration data, as keys in a cache need one that stays. Of what is left each channel is divided by a factor with which
+queries are multiplied, as SmoothAttention does (Lin et al., "QServe: W4A8KV4 Quantization and System Co-design for
+Efficient LLM Serving", arXiv:2405.04532, section 4.2). With steps as wide as the keys are large, the error in the scores
+is `sum_j k_j^2 / s_j^2 sum_j q_j^2 s_j^2` for keys that are spread over all channels, as a rotation R3 does; the least
+is at `s_j^4 = E k_j^2 / E q_j^2`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class SmoothAttention(Transform):
     def find_targets(self, graph: Graph, specs: Specs) -> Targets:
         keys = [name for name, points in specs.items() if "key" in points]
         unknown = "the width of its heads is not known"
-        return Targets.where_none({name: None if name in graph.heads else unknown for name in keys})
+        reasons = {name: None if name in graph.heads else unknown for name in keys}
+        return Targets.where_none(reasons or {"keys": "no keys are quantized"})
 
     def inputs(self, graph: Graph, target: str) -> tuple[str, ...]:
         return f"{target}:query", f"{target}:key"

@@ -12,6 +12,7 @@ rounded as they will be, over a sample of calibration rows; and is left alone wh
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import torch
@@ -142,9 +143,12 @@ def smoothed_error(rewriter: GraphRewriter, edge: ChannelEdge, factors: Tensor, 
 
 def round_rows(sample: Tensor, extremes: Tensor, spec: QuantSpec, where: str) -> Tensor:
     """A sample [M, K] of the rows of an input, quantized in the range that its spec's observer finds; `extremes` [2, K]
-    of all rows, which the sample need not hold, are shown to that as well."""
+    of all rows, which the sample need not hold, are shown to that as well. For an observer that looks at the outputs,
+    which takes too long to be tried often, `mse` stands in."""
     if spec.dynamic:
         return dynamic_fake_quantize(sample, spec)
     observer = make_observer(spec)
+    if observer.needs_consumer:
+        observer = make_observer(replace(spec, observer="mse", observer_options=()))
     observer.update(torch.cat([sample, extremes]))
     return observer.qparams(where).fake_quantize(sample)

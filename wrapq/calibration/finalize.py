@@ -21,8 +21,8 @@ from wrapq.graph.mixtures import EXPERT_NAME
 from wrapq.observers.base import Observer
 from wrapq.statistics.cache import StatisticsCache
 from wrapq.statistics.input import InputStatistics, UnusableStatisticsError
-from wrapq.wrappers.base import QuantModuleBase
-from wrapq.wrappers.fused_layers import sharing_global_scale
+from wrapq.wrappers.base import ModuleConsumer, QuantModuleBase
+from wrapq.wrappers.fused_layers import sharing_global_scale, siblings
 from wrapq.wrappers.model import iter_wrapped
 from wrapq.wrappers.quantizer import Quantizer, State, WeightQuantizer
 
@@ -116,7 +116,17 @@ class Finalizer:
         self._keep(point, observer)
         for key, tensor in observer.state_dict().items():
             self.result.statistics[f"{point.where}.{key}"] = tensor.contiguous()
+        if observer.consumer is not None:
+            observer.consumer = ModuleConsumer(self._reading_with(point))
         point.set_qparams(self.assignments.range_setters[point.where].choose(observer, point.where))
+
+    def _reading_with(self, point: Quantizer) -> tuple[QuantModuleBase, ...]:
+        """The modules that inference engines run as one with that of a point, and that quantize the same input alike:
+        such an engine has one range for them."""
+        name, _, kind = point.where.rpartition(".")
+        found = (self.wrapped.get(sibling) for sibling in siblings(name))
+        those = [each for each in found if each is not None and kind in each.quantizers]
+        return tuple(each for each in those if each.point_quantizers()[kind].spec == point.spec)
 
     @cached_property
     def _experts(self) -> Mapping[Quantizer, list[Quantizer]]:

@@ -39,8 +39,8 @@ def collect_statistics(
         model: a float model, not wrapped.
         batches: what runs; those of this process among `processes`, which share the data.
         needs: for each module, by name, the statistics of its input that are wanted; modules with one input share them.
-            `NAME:key` and `NAME:query` are keys and queries after position encoding of the attention NAME, [H_kv, M, D]:
-            of each head of the keys, [M, D] where there is one, with all queries that read it.
+            `NAME:key` and `NAME:query` are keys and queries of the attention NAME after position encoding, [H_kv, M, D]
+            with the queries of each head of the keys, or [M, D] where there is one head.
         done: called with the statistics of the modules of a block, or of those before or after all blocks, by name.
     """
     processes = processes or Processes()

@@ -101,6 +101,7 @@ class CalibrationForward(BatchForward):
     def on_activation(self, point: Quantizer, x: Tensor) -> None:
         """Update the point's observer, and wait until its range is chosen."""
         if point.observer is not None:
+            point.observer.batch = self.index
             with outside_batch():
                 point.observer.update(x)
         if self.quantizes:

@@ -21,6 +21,7 @@ from wrapq.graph.dataflow import find_graph
 from wrapq.graph.head import Head
 from wrapq.graph.rewriter import GraphRewriter
 from wrapq.resolve.stages import algorithm_of
+from wrapq.runtime.prefix import keep_prefix
 from wrapq.statistics.input import InputStatistics
 from wrapq.statistics.transport import transform_statistics
 from wrapq.wrappers.experts import take_apart
@@ -39,11 +40,14 @@ _log = logging.getLogger(__name__)
 
 
 def transform(run: Run, model: nn.Module, samples: Samples | None) -> None:
-    """Run the transforms of the plan on a float model, in place; experts that are quantized are modules afterwards.
+    """Run the transforms of the plan on a float model, in place; experts that are quantized are modules afterwards, and
+    the tokens of a float prefix are told from the others from then on.
 
     Raises:
         ModelError: one of them changed the model's function; the model is as it was before it.
     """
+    if run.plan.recipe.float_prefix:
+        keep_prefix(model, run.plan.recipe.float_prefix)
     stages = [stage for stage in run.plan.stages if stage.phase == "transform" and stage.targets]
     if not stages:
         return

@@ -164,8 +164,8 @@ class Graph:
         return {consumer.module: consumer for edge in self.edges for consumer in edge.consumers}
 
     def after_online(self, changed: Collection[str], by: str) -> Graph:
-        """The graph where the inputs of the modules `changed` are changed at each forward by the stage `by`: from then on
-        nothing can be moved across that, but their own inputs can be divided behind it."""
+        """The graph once the stage `by` changes the inputs of the modules `changed` at each forward: nothing can be
+        moved across that, but their own inputs can be divided behind it."""
         own: dict[str, ChannelEdge] = {}
         for edge in self.own_inputs.values():
             for among in (True, False):

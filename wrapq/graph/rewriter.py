@@ -94,7 +94,7 @@ class GraphRewriter:
         outputs = layout.outputs(producer)
         if edge.layer.kind == "norm":  # its gain is not quite its weight
             offset, data = norm_offset(producer, edge.producer), self._writable(edge.producer, outputs.pop(0)[0])
-            data.copy_((data.double() + offset) * (1 / factors).to(data.device, torch.double) - offset)
+            factors = _divide_gain(data, offset, factors.to(data.device, torch.double))
         for parameter, axis in outputs:
             self._multiply_along(edge.producer, parameter, axis, 1 / factors)
         for consumer in edge.consumers:
@@ -225,9 +225,11 @@ class GraphRewriter:
         self._add_rotation(name, rotation.to(next(self.model.parameters()).device))
 
     def smooth_scores_online(self, name: str, mean: Tensor, factors: Tensor) -> None:
-        """Take `mean` from the keys of the attention `name` and divide them by `factors`, both [H_kv, D], with which its
-        queries are multiplied, before its points see them; raises `ModelError` where they are smoothed already."""
-        self._add_smoothing(name, KeySmoothing(*(part.to(self._device(name), torch.float32) for part in (mean, factors))))
+        """Take `mean` from the keys of the attention `name`, divide them by `factors`, both [H_kv, D], and multiply its
+        queries by those, before its points see them; raises `ModelError` where they are smoothed already."""
+        self._add_smoothing(
+            name, KeySmoothing(*(part.to(self._device(name), torch.float32) for part in (mean, factors)))
+        )
 
     def _device(self, name: str) -> torch.device:
         return next(self._module(name).parameters()).device
@@ -325,6 +327,17 @@ class GraphRewriter:
             return False
         expert = isinstance(self._module(consumer.module.rpartition(".")[0]), Expert)
         return not expert or self._module(consumer.module)._parameters.get(bias) is not None
+
+
+def _divide_gain(weight: Tensor, offset: float, factors: Tensor) -> Tensor:
+    """Divide the gain `weight + offset` [N] of a norm by `factors`; returns, in float64, by what it was divided: 16 bits
+    hold a small gain as `1 + w` badly, and the consumers are to be multiplied by just that."""
+    gain = weight.double() + offset
+    written = (gain / factors - offset).to(weight.dtype)
+    taken = gain / (written.double() + offset)
+    good = torch.isfinite(taken) & (taken != 0)
+    weight.copy_(torch.where(good, written, weight))
+    return torch.where(good, taken, 1.0)
 
 
 def split_heads(edge: ChannelEdge) -> str | None:

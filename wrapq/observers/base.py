@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -27,6 +27,16 @@ from wrapq.quant.spec import QuantSpec
 from wrapq.registry import Configurable, Place, Registry, build
 
 
+class InputConsumer(Protocol):
+    """What multiplies the tensor that an observer sees: as the wrapper of a linear or a convolution does."""
+
+    def matrix(self, x: Tensor) -> Tensor:
+        """`x` [..., K], of real tokens, as the rows [M, K] that are multiplied, or [G, M, K] of G groups."""
+
+    def weight(self) -> Tensor:
+        """The float weight [N, K], or [G, N, K]."""
+
+
 class Observer(Configurable, ABC):
     """A running statistic of one quantization point.
 
@@ -46,17 +56,25 @@ class Observer(Configurable, ABC):
         spec: a static spec.
         options: of the class `Options`. The description of an option says which values it may have, as errors do.
 
+    Attributes:
+        consumer: what multiplies the tensor; None where no weight does.
+        batch: the number of the batch that the next tensor belongs to, by which a sample of its rows is chosen.
+
     Raises:
         SpecError: the spec is dynamic, which leaves nothing to observe.
     """
 
     STATE: tuple[str, ...] = ()
+    needs_consumer: bool = False
+    """Whether it chooses by what multiplies the tensor."""
 
     def __init__(self, spec: QuantSpec, options: Any = None) -> None:
         super().__init__(options)
         if spec.dynamic:
             raise SpecError(f"{spec}: a dynamic spec takes its scales from each tensor and has no observer")
         self.target = spec
+        self.consumer: InputConsumer | None = None
+        self.batch = 0
         # of a local spec only the global scale is fixed, which needs the range of the tensor as a whole
         self.spec = QuantSpec(spec.dtype, observer=spec.observer) if spec.local else spec
         for name in self.STATE:

@@ -57,12 +57,14 @@ class Compare(Observer):
         if choose not in (BEST, *names):
             raise SpecError(f"{spec}: choose is {BEST} or one of {', '.join(names)}, not {choose!r}")
         self.children = {name: make_observer(replace(self.spec, observer=name, observer_options=())) for name in names}
+        self.needs_consumer = any(child.needs_consumer for child in self.children.values())
         self.judge = HistogramObserver(self.spec)
         self.all: dict[str, Observer] = {**self.children, "histogram": self.judge}
         self._report: dict[str, dict[str, float]] = {}
 
     def update(self, x: Tensor) -> None:
         for observer in self.all.values():
+            observer.consumer, observer.batch = self.consumer, self.batch
             observer.update(x)
 
     def merge(self, other: Self) -> None:

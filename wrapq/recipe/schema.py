@@ -250,6 +250,9 @@ class Recipe(_Closed):
     """What activations are observed on."""
     evaluation: Evaluation
     """What quality is measured on."""
+    float_prefix: Annotated[int, Field(ge=0, le=2**53)] = 0
+    """So many first tokens of each sequence whose activations stay float, as a runtime that computes their keys and
+    values once, in float, keeps them."""
     export: Export = Export()
     """Whether the result is also written in another project's format."""
     seed: Seed = 0

@@ -29,10 +29,13 @@ def build_spec(site: Site, point: Point, draft: Draft) -> QuantSpec:
     """The spec that the draft of `point` says; raises `SpecError` when it contradicts itself or does not fit."""
     try:
         spec = QuantSpec.from_fields(draft.fields)
-        if not spec.dynamic:
-            make_observer(spec)
+        observer = None if spec.dynamic else make_observer(spec)
     except UnknownNameError as error:
         raise SpecError(str(error)) from None
+    operands = site.wrapper.operands(site.module) if site.wrapper else ()
+    if observer is not None and observer.needs_consumer and point.name not in operands:
+        what = f"{spec.observer} is for inputs that a weight multiplies, and {point.name} is none"
+        raise SpecError(f"{spec}: {what}; take mse")
     if point.role == "weight":
         _check_weight(site, spec)
     else:

@@ -114,7 +114,9 @@ def plan_stages(
         if isinstance(entry.algorithm, Transform):
             transform, source = entry.algorithm, sources.of(entry.path)
             after = [each.algorithm for each in entries[index + 1 :] if isinstance(each.algorithm, Transform)]
-            targets, online, wrong = transforms.plan(entry.name, entry.stage.algorithm, transform, after, allowed, source)
+            targets, online, wrong = transforms.plan(
+                entry.name, entry.stage.algorithm, transform, after, allowed, source
+            )
             stages.append(_stage(entry, targets, transform.needs, sources, online))
             problems += wrong
             continue

@@ -26,6 +26,7 @@ from wrapq.runs.run_record import RunRecord, read_json
 from wrapq.runtime.choose import choose_kernels
 from wrapq.runtime.kernel import REFERENCE
 from wrapq.runtime.module import QuantizedModule, QuantizedWeight, new_quantized
+from wrapq.runtime.prefix import keep_prefix, prefix_tokens
 from wrapq.runtime.rotation import ONLINE, OnlineRotation
 from wrapq.runtime.smoothing import SMOOTHING
 from wrapq.wrappers.attention import Attention, use_attention_points
@@ -79,6 +80,7 @@ def describe_model(model: nn.Module, tensors: Mapping[str, Tensor], tied: Mappin
         "tied": dict(tied),
         "rotated": [name for name, module in model.named_modules() if ONLINE in module._modules],
         "smoothed": [name for name, module in model.named_modules() if SMOOTHING in module._modules],
+        "float_prefix": prefix_tokens(model),
         "tensors": tensors_digest(tensors),
     }
     _save_code(model, folder)
@@ -378,4 +380,6 @@ def _skeleton(path: Path, manifest: Mapping[str, Any], trust: bool) -> nn.Module
         model.set_submodule(name, quantized)
         if isinstance(quantized, Attention):
             use_attention_points(quantized.config)
+    if tokens := manifest.get("float_prefix", 0):
+        keep_prefix(model, tokens)
     return model

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -20,6 +21,7 @@ from wrapq.quant.packing import pack, unpack
 from wrapq.quant.qparams import QParams
 from wrapq.quant.spec import QuantSpec
 from wrapq.runtime.kernel import Kernel
+from wrapq.runtime.prefix import current_prefix, outside_prefix
 
 _log = logging.getLogger(__name__)
 
@@ -67,9 +69,8 @@ class QuantizedModule(nn.Module):
         spec = self.specs.get(point)
         if spec is None:
             return x
-        if spec.dynamic:
-            return dynamic_fake_quantize(x, spec)
-        return self.qparams(point).fake_quantize(x)
+        quantize = partial(dynamic_fake_quantize, spec=spec) if spec.dynamic else self.qparams(point).fake_quantize
+        return outside_prefix(x, quantize, token_dim)
 
     def repaired(self, x: Tensor, y: Tensor) -> Tensor:
         """`y`, what the weight made of `x`, with what `weight_lora_a` and `weight_lora_b` make of it, if any."""
@@ -192,8 +193,8 @@ class QuantizedWeight(QuantizedModule):
         if self.kernel_type is None or len(args) != 1 or kwargs:
             return super().forward(*args, **kwargs)
         (x,) = args
-        learns = x.requires_grad and torch.is_grad_enabled()
-        if not x.numel() or learns or (kernel := self.kernel()) is None:
+        learns, prefix = x.requires_grad and torch.is_grad_enabled(), current_prefix()
+        if not x.numel() or learns or (prefix is not None and prefix.runs) or (kernel := self.kernel()) is None:
             return super().forward(x)
         y = kernel.run(x)
         if "weight_lora_a" in self._parameters:

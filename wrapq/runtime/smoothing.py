@@ -28,8 +28,8 @@ class InputSmoothing(nn.Module):
 
 
 class KeySmoothing(nn.Module):
-    """Keys `(k - mean) / factors`, and queries `q * factors`: each query's scores move by one number, which softmax does
-    not see.
+    """Keys `(k - mean) / factors`, and queries `q * factors`: all scores of a query move by one number, which softmax
+    does not see.
 
     Attributes:
         mean, factors: float32 [H_kv, D], of each head of the keys; the queries that read it share its factors.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from wrapq.errors import CalibrationError
+from wrapq.observers.rows import keep_rows, numbered
 from wrapq.statistics.cholesky import Factor, factorize
 
 _LEAST_BLOCK, _BLOCKS = 128, 8
@@ -93,25 +94,9 @@ def _add_cross(held: Tensor, x: Tensor, moved: Tensor) -> None:
     add(moved.mT, x)
 
 
-def keep_rows(rows: Tensor, count: int) -> Tensor:
-    """The `count` rows of [..., M, K + 1] that have the largest numbers in the last column."""
-    numbers = rows[..., -1].reshape(-1, rows.shape[-2])[0]
-    return rows.index_select(-2, numbers.topk(min(count, len(numbers))).indices)
-
-
 def _add_rows(held: Tensor, x: Tensor, _: object) -> None:
     count = held.shape[-2]
     held.copy_(keep_rows(torch.cat([held, keep_rows(x, count)], -2), count))
-
-
-def _numbered(x: Tensor, batch: int) -> Tensor:
-    """`x` [..., M, K] with a number between 0 and 1 in one more column, which batch and row decide, and nothing else:
-    so the largest choose at random, and the same rows whatever the order of batches and the process they are in."""
-    row = torch.arange(1, x.shape[-2] + 1, device=x.device)
-    mixed = row * 2654435761 % 2**32 ^ batch * 2246822519 % 2**32
-    mixed = (mixed ^ mixed >> 15) * 739982445 % 2**32
-    numbers = ((mixed ^ mixed >> 12) % 2**24 + 1) / (2**24 + 1)
-    return torch.cat([x, numbers.to(x)[:, None].expand(*x.shape[:-1], 1)], -1)
 
 
 PARTS: dict[str, Part] = {
@@ -144,9 +129,9 @@ class InputStatistics:
     Args:
         needs: what is gathered, and nothing else: `hessian`, `X^T X` [K, K]; `cross`, `(F - X)^T X` [K, K], F being the
             rows that the float model has where the quantized one has X; `mean_shift` [K], the mean of F - X; of each
-            channel [K] `absmax`, its largest magnitude, `least` and `greatest`, its extreme values, `mean`, `mean_square`
-            and `mean_abs`, that of its magnitude; `sample`, at most 512 rows drawn at random. With `float64` in that
-            precision.
+            channel [K] `absmax`, its largest magnitude, `least` and `greatest`, its extreme values, `mean`, and
+            `mean_square` and `mean_abs`, those of its square and magnitude; `sample`, at most 512 rows drawn at random.
+            With `float64` in that precision.
 
     Attributes:
         rows: how many rows were seen.
@@ -184,7 +169,7 @@ class InputStatistics:
         for name in self._sums if x.shape[-2] else ():
             if moved is not None or name not in AGAINST_FLOAT:
                 given = x if as_they_are and name == "hessian" else wide
-                PARTS[name].add(self._sums[name], _numbered(given, batch) if PARTS[name].rows else given, moved)
+                PARTS[name].add(self._sums[name], numbered(given, batch) if PARTS[name].rows else given, moved)
         self._half |= "hessian" in self._sums and x.dim() == 2
 
     def start(self, columns: int, device: torch.device, groups: int = 1) -> None:

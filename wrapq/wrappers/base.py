@@ -112,6 +112,23 @@ class Wrapper(nn.Module):
         return matrix.reshape(layout)
 
 
+@dataclass(frozen=True)
+class ModuleConsumer:
+    """What the weights of wrapped modules with one input multiply."""
+
+    modules: tuple[QuantModuleBase, ...]
+
+    def matrix(self, x: Tensor) -> Tensor:
+        """`x` as rows [M, K], or [G, M, K]."""
+        return self.modules[0].input_matrix(x)
+
+    def weight(self) -> Tensor:
+        """The float weights one below the other, [N, K], or [G, N, K]."""
+        weight = torch.cat([module.float_matrix() for module in self.modules])
+        groups = self.modules[0].wrapper.groups(self.modules[0])
+        return weight if groups == 1 else weight.unflatten(0, (groups, -1))
+
+
 class QuantModuleBase(nn.Module):
     """A wrapped module: the wrapper's forward over the module's own parameters, with a `Quantizer` at each point.
 
@@ -138,6 +155,8 @@ class QuantModuleBase(nn.Module):
         new.quantizers = nn.ModuleDict(
             {p.name: make[p.role](specs[p.name], f"{name}.{p.name}") for p in wrapper.points if p.name in specs}
         )
+        for point in set(wrapper.operands(module)) & set(specs):
+            new.point_quantizers()[point].consumer = ModuleConsumer((new,))
         return new
 
     def point_quantizers(self) -> dict[str, Quantizer]:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
+from functools import partial
 from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from wrapq.errors import LifecycleError, SpecError
-from wrapq.observers.base import Observer, make_observer
+from wrapq.observers.base import Observer, InputConsumer, make_observer
 from wrapq.observers.forward_context import forward_context
 from wrapq.quant.affine import dynamic_fake_quantize
 from wrapq.quant.qparams import QParams
 from wrapq.quant.spec import QuantSpec
+from wrapq.runtime.prefix import current_prefix, outside_prefix
 
 
 class State(enum.Enum):
@@ -33,6 +35,7 @@ class Quantizer(nn.Module):
     Attributes:
         spec: how the point is quantized.
         where: the point's full name in the model, for messages: `model.layers.0.mlp.down_proj.input`.
+        consumer: what multiplies the tensor of the point; None where no weight does.
         enabled: False lets a quantized point pass its tensor on unchanged, to measure what it costs.
         report: what the observer had to say of its choice, by name; the error of each observer where several compete.
     """
@@ -50,6 +53,7 @@ class Quantizer(nn.Module):
         self.spec, self.where, self.enabled = spec, where, True
         self.state = State.FLOAT
         self.observer: Observer | None = None
+        self.consumer: InputConsumer | None = None
         self.report: dict[str, dict[str, float]] = {}
         for name in self.kept:
             self.register_buffer(name, None)
@@ -66,6 +70,8 @@ class Quantizer(nn.Module):
         for name in self.kept:
             setattr(self, name, None)
         self.observer = None if self.spec.dynamic else make_observer(self.spec)
+        if self.observer is not None:
+            self.observer.consumer = self.consumer
         self.state = State.OBSERVING
 
     def set_qparams(self, qparams: QParams) -> None:
@@ -102,14 +108,19 @@ class Quantizer(nn.Module):
         if self.state is State.OBSERVING and not self.spec.dynamic:
             real = real_tokens(x.detach(), token_dim)
             if calibration is None:
-                cast(Observer, self.observer).update(real)
+                observer = cast(Observer, self.observer)
+                observer.update(real)
+                observer.batch += 1
             else:
                 calibration.on_activation(self, real)
         if self.state is not State.QUANTIZED or not self.enabled or not (calibration is None or calibration.quantizes):
             return x
         if torch.is_grad_enabled() and x.requires_grad:
-            return cast(Tensor, _StraightThrough.apply(x, self._quantized))
-        return self._quantized(x)
+            return cast(
+                Tensor,
+                _StraightThrough.apply(x, partial(outside_prefix, quantize=self._quantized, token_dim=token_dim)),
+            )
+        return outside_prefix(x, self._quantized, token_dim)
 
     def _quantized(self, x: Tensor) -> Tensor:
         return dynamic_fake_quantize(x, self.spec) if self.spec.dynamic else self.qparams.fake_quantize(x)
@@ -212,14 +223,14 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def real_tokens(x: Tensor, token_dim: int) -> Tensor:
-    """The part of `x` that belongs to real tokens: padding never enters a statistic.
+    """The part of `x` that belongs to real tokens and no float prefix: nothing else enters a statistic.
 
     Batch is dimension 0 and tokens are `token_dim`, or both are one in a matrix [B * T, K]. A tensor that all of the
     batch share, as they share positions, has a real token where any of them has. One of any other shape is left whole.
     Batch and tokens become one dimension, where the tokens were: of [B, H, T, D] what is left is [H, tokens, D]. Of
     attention scores [B, H, T, S] it is those that are not masked, [H, scores, 1].
     """
-    mask, visible = forward_context().padding, forward_context().visible
+    mask, visible = _counting(), forward_context().visible
     if visible is not None:
         if mask is not None and mask.shape == visible.shape[:2]:
             visible = visible & mask[..., None]
@@ -233,3 +244,12 @@ def real_tokens(x: Tensor, token_dim: int) -> Tensor:
     if x.dim() <= token_dim or (x.shape[0], x.shape[token_dim]) != tuple(mask.shape):
         return x
     return x.movedim(token_dim, 1)[mask].movedim(0, token_dim - 1)
+
+
+def _counting() -> Tensor | None:
+    """The mask [B, T] of the tokens that enter a statistic; None for all."""
+    mask, prefix = forward_context().padding, current_prefix()
+    if prefix is None:
+        return mask
+    rest = ~prefix.positions[:, -prefix.length :]
+    return rest if mask is None else mask.bool() & rest
