@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 from torch import Tensor
 
-from tests.algorithms.transforming import outputs_moved
+from tests.algorithms.transforming import outputs_moved, smooth_specs
 from tests.conftest import HIDDEN, build_model
 from tests.resolve.conftest import MakePlan, make_plan  # noqa: F401
 from wrapq.algorithms.fold_norms import FoldNorms, FoldOptions
 from wrapq.algorithms.learned_rotation import cayley_step, learn_rotation
 from wrapq.algorithms.rotate import Rotate, RotateOptions
+from wrapq.calibration.processes import Processes
+from wrapq.engine.apply_transforms import apply_transform
 from wrapq.errors import CalibrationError
 from wrapq.graph.blocks import Batch
-from wrapq.graph.dataflow import find_graph
+from wrapq.graph.dataflow import Consumer, find_graph
+from wrapq.graph.layers import LayerInfo
 from wrapq.graph.rewriter import GraphRewriter
 from wrapq.quant.hadamard import around_ones, rotation
 from wrapq.quant.spec import QuantSpec
@@ -60,6 +65,29 @@ def test_the_function_stays(family: str, token_batches: list[Tensor]) -> None:
     assert not any(module._forward_pre_hooks for module in rewriter.model.modules())
 
 
+def places(rewriter: GraphRewriter) -> tuple[Mapping[str, LayerInfo], list[Consumer]]:
+    """The writers of the first stream, and what reads it."""
+    stream = rewriter.graph.streams[0]
+    edges = (rewriter.graph.by_producer[norm] for norm in stream.norms)
+    return stream.writers, [consumer for edge in edges for consumer in edge.consumers]
+
+
+def test_where_writers_cannot_be_rotated_the_inputs_are(token_batches: list[Tensor]) -> None:
+    model = build_model("gemma3")
+    rewriter = GraphRewriter(model, find_graph(model), smooth_specs(find_graph(model), "int4:channel"))
+    algorithm = Rotate(RotateOptions(rotations=("R1", "R4"), learn=4))
+    targets = algorithm.find_targets(rewriter.graph, rewriter.specs).names
+    before, batches = model(token_batches[0]).logits, [Batch({"input_ids": ids}) for ids in token_batches]
+    figures = apply_transform(rewriter, algorithm, targets, batches, Processes())
+    torch.testing.assert_close(model(token_batches[0]).logits, before, rtol=1e-3, atol=1e-3)
+    losses = [each for each in figures.values() if "loss_before" in each]
+    assert len(losses) == 1 and losses[0]["loss_after"] <= losses[0]["loss_before"]
+    names = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj")
+    turned = [model.get_submodule(name).online_rotation for name in names]
+    assert len({each.right.data_ptr() for each in turned}) == 1, "one matrix for the whole stream"
+    assert turned[0].right.dtype == torch.float32
+
+
 def test_the_loss_falls(token_batches: list[Tensor]) -> None:
     """From no rotation, in models with two outlier channels, the descent has something to find.
 
@@ -70,9 +98,8 @@ def test_the_loss_falls(token_batches: list[Tensor]) -> None:
     for family in ("llama", "opt", "phi3"):
         rewriter = folded(family, token_batches)
         rewriter.model.get_input_embeddings().weight[:, [3, 40]] *= 30
-        stream, start = rewriter.graph.streams[0], torch.eye(HIDDEN)
-        blocks = torch.arange(HIDDEN)[None]
-        _, figures = learn_rotation(rewriter, stream, blocks, start, family == "opt", 20)
+        blocks, start = torch.arange(HIDDEN)[None], torch.eye(HIDDEN)
+        _, figures = learn_rotation(rewriter, *places(rewriter), blocks, start, 20, keep_ones=family == "opt")
         ratios.append(figures["loss_after"] / figures["loss_before"])
     assert sum(ratios) / len(ratios) < 0.93
 
@@ -82,7 +109,7 @@ def test_it_is_the_same_each_time_and_follows_its_blocks(token_batches: list[Ten
     found = []
     for _ in range(2):
         rewriter = folded("phi3", token_batches)
-        found.append(learn_rotation(rewriter, rewriter.graph.streams[0], blocks, start, False, 20))
+        found.append(learn_rotation(rewriter, *places(rewriter), blocks, start, 20))
     assert torch.equal(found[0][0], found[1][0])
     assert found[0][1] == found[1][1]
     assert found[0][0].shape == (16, 16)

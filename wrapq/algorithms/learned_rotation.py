@@ -9,7 +9,7 @@ texts are not learned by heart.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -21,7 +21,8 @@ from torch.nn.functional import kl_div
 
 from wrapq.errors import CalibrationError
 from wrapq.graph.blocks import Batch, output_hidden_states
-from wrapq.graph.dataflow import ResidualStream
+from wrapq.graph.dataflow import Consumer
+from wrapq.graph.layers import LayerInfo
 from wrapq.graph.rewriter import GraphRewriter
 from wrapq.observers.base import observe_tensor
 from wrapq.quant.affine import dynamic_fake_quantize
@@ -35,21 +36,29 @@ _JUDGING = 2  # batches by which start and end are compared
 
 
 def learn_rotation(
-    rewriter: GraphRewriter, stream: ResidualStream, blocks: Tensor, start: Tensor, keep_ones: bool, steps: int
+    rewriter: GraphRewriter,
+    writers: Mapping[str, LayerInfo],
+    consumers: Sequence[Consumer],
+    blocks: Tensor,
+    start: Tensor,
+    steps: int,
+    keep_ones: bool = False,
 ) -> tuple[Tensor, Mapping[str, float]]:
     """The orthogonal matrix [D, D], float64, to rotate a residual stream by, and the loss before and after.
 
     Args:
         rewriter: with the float model, what will be quantized in it, and calibration data.
-        stream: whose writers and consumers it rotates; their weights are not tied.
+        writers: what writes the stream, where it is rotated there; without, the inputs of the consumers are, at each
+            forward.
+        consumers: what reads the stream; no weight of these is tied.
         blocks: int64 [B, D], the channels that are rotated together.
         start: [D, D], where the descent starts; it is the result where the descent ends no lower.
-        keep_ones: the matrix must leave the vector of ones as it is.
         steps: of the descent; each looks at one batch. Without any batch it raises `CalibrationError`.
+        keep_ones: the matrix must leave the vector of ones as it is.
     """
     if not rewriter.batches:
         raise CalibrationError("a rotation is learned from calibration data, and there is none")
-    task = _Task(rewriter, stream, blocks)
+    task = _Task(rewriter, writers, consumers, blocks)
     start = rotation = start.to(next(rewriter.model.parameters()).device, torch.double)
     for step in range(steps):
         gradient = task.gradient(rotation, step % len(rewriter.batches))
@@ -75,14 +84,18 @@ def cayley_step(rotation: Tensor, gradient: Tensor, length: float, keep_ones: bo
 class _Task:
     """The loss of the quantized model with a rotated stream, as a function of the matrix."""
 
-    def __init__(self, rewriter: GraphRewriter, stream: ResidualStream, blocks: Tensor) -> None:
+    def __init__(
+        self, rewriter: GraphRewriter, writers: Mapping[str, LayerInfo], consumers: Sequence[Consumer], blocks: Tensor
+    ) -> None:
         self.model, self.specs, self.batches, self.blocks = rewriter.model, rewriter.specs, rewriter.batches, blocks
         self._axes: list[tuple[str, str, int]] = []
         """Each parameter that the matrix rotates, and along which axis."""
-        for name, layer in stream.writers.items():
+        self._turned = () if writers else tuple(consumer.module for consumer in consumers)
+        """The modules whose inputs the matrix rotates."""
+        for name, layer in writers.items():
             if layer.produces is not None:
                 self._axes += [(name, *output) for output in layer.produces.outputs(self.model.get_submodule(name))]
-        for consumer in (c for norm in stream.norms for c in rewriter.graph.by_producer[norm].consumers):
+        for consumer in consumers:
             self._axes.append((consumer.module, consumer.layout.parameter, consumer.layout.in_axis))
         with torch.no_grad():
             self._floats = {i: self._log_probabilities(b, {}) for i, b in enumerate(self.batches[:_JUDGING])}
@@ -90,23 +103,22 @@ class _Task:
     @torch.no_grad()
     def judge(self, rotation: Tensor) -> float:
         """The mean loss of the first batches."""
-        weights = self._weights(rotation.float())
-        losses = [float(self._loss(i, weights)) for i in range(len(self._floats))]
+        losses = [float(self._loss(i, rotation.float())) for i in range(len(self._floats))]
         return sum(losses) / len(losses)
 
     @torch.enable_grad()
     def gradient(self, rotation: Tensor, index: int) -> Tensor:
         """That of the loss of one batch, [D, D]."""
         matrix = rotation.float().requires_grad_()
-        return torch.autograd.grad(self._loss(index, self._weights(matrix)), matrix)[0]
+        return torch.autograd.grad(self._loss(index, matrix), matrix)[0]
 
-    def _loss(self, index: int, weights: dict[str, Tensor]) -> Tensor:
+    def _loss(self, index: int, matrix: Tensor) -> Tensor:
         """The divergence of the quantized model from the float one, in nats per token."""
         batch, kept = self.batches[index], self._floats.get(index)
         with torch.no_grad():
             reference = self._log_probabilities(batch, {}) if kept is None else kept
-        with _rounded_inputs(self.model, self.specs):
-            ours = self._log_probabilities(batch, weights)
+        with _rotated_inputs(self.model, self._turned, self.blocks, matrix), _rounded_inputs(self.model, self.specs):
+            ours = self._log_probabilities(batch, self._weights(matrix))
         divergence = kl_div(ours, reference, log_target=True, reduction="none").sum(-1)
         return divergence.mean() if batch.mask is None else divergence[batch.mask.bool()].mean()
 
@@ -128,6 +140,19 @@ class _Task:
                 rounded = _straight_through(wrapper.to_matrix(weight), spec, name)
                 weights[f"{name}.weight"] = wrapper.from_matrix(rounded, weight.shape)
         return weights
+
+
+@contextmanager
+def _rotated_inputs(model: nn.Module, names: Sequence[str], blocks: Tensor, matrix: Tensor) -> Iterator[None]:
+    """While this holds, the modules of `names` rotate their inputs."""
+
+    def rotate_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (rotate_blocks(args[0], -1, blocks, matrix), *args[1:])
+
+    with ExitStack() as hooks:
+        for name in names:
+            hooks.callback(model.get_submodule(name).register_forward_pre_hook(rotate_input).remove)
+        yield
 
 
 @contextmanager

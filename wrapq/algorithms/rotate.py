@@ -22,7 +22,7 @@ from wrapq.algorithms.base import ALGORITHMS
 from wrapq.algorithms.fold_norms import FoldNorms
 from wrapq.algorithms.learned_rotation import learn_rotation
 from wrapq.algorithms.transform import BATCHES, PlannedTransform, Statistics, Targets, Transform, scaled_targets
-from wrapq.graph.dataflow import ChannelEdge, Graph, ResidualStream
+from wrapq.graph.dataflow import ChannelEdge, Consumer, Graph, ResidualStream
 from wrapq.graph.rewriter import GraphRewriter, split_heads
 from wrapq.quant.hadamard import Kind, around_ones, rotation
 from wrapq.registry import Options
@@ -66,6 +66,11 @@ class Rotate(Transform):
     Options = RotateOptions
     options: RotateOptions
     offline = "rotations=[R1,R2]"
+
+    def __init__(self, options: RotateOptions | None = None) -> None:
+        super().__init__(options)
+        self._made: dict[object, OnlineRotation] = {}
+        """Rotations at each forward, by their width or, learned, the stream: those alike share their tensors."""
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -118,11 +123,7 @@ class Rotate(Transform):
 
     def apply(self, rewriter: GraphRewriter, target: str, statistics: Statistics) -> Mapping[str, float]:
         if (module := _rotated_online(rewriter.graph, target)) is not None:
-            head = rewriter.graph.heads.get(module)
-            size = head or self.options.block or rewriter.graph.linears[module]
-            rotate = rewriter.rotate_input_online if head is None else rewriter.rotate_scores_online
-            rotate(module, OnlineRotation.make(size, self.options.matrix, self.options.seed))
-            return {"channels": float(size)}
+            return self._rotate_online(rewriter, module)
         if (stream := rewriter.graph.by_stream.get(target)) is not None:
             return self._rotate_stream(rewriter, stream)
         edge = rewriter.graph.by_producer[target]
@@ -132,6 +133,37 @@ class Rotate(Transform):
 
     def online(self, graph: Graph, targets: Sequence[str]) -> tuple[str, ...]:
         return tuple(name for target in targets if (name := _rotated_online(graph, target)) is not None)
+
+    def _rotate_online(self, rewriter: GraphRewriter, module: str) -> Mapping[str, float]:
+        graph, figures = rewriter.graph, dict[str, float]()
+        head = graph.heads.get(module)
+        size = head or self.options.block or graph.linears[module]
+        stream = self._turned_stream(graph, module) if self.options.learn and head is None else None
+        key = size if stream is None else stream.name
+        if key not in self._made:
+            made = OnlineRotation.make(size, self.options.matrix, self.options.seed)
+            if stream is not None:
+                blocks = torch.arange(stream.width).reshape(-1, size)
+                turned = [c for c in _stream_consumers(graph, stream) if self._turns(graph, rewriter.specs, c.module)]
+                start = made(torch.eye(size, dtype=torch.double))
+                matrix, losses = learn_rotation(rewriter, {}, turned, blocks, start, self.options.learn)
+                figures |= losses
+                made = OnlineRotation.dense(matrix)
+            self._made[key] = made.to(next(rewriter.model.parameters()).device)
+        rotate = rewriter.rotate_input_online if head is None else rewriter.rotate_scores_online
+        rotate(module, self._made[key].sharing())
+        return {"channels": float(size), **figures}
+
+    def _turned_stream(self, graph: Graph, module: str) -> ResidualStream | None:
+        """The stream that a module reads through a norm, where R1 rotates the inputs of what does."""
+        for stream in graph.by_stream.values():
+            if self._unfit_stream(stream, graph) and module in _consumers(graph, stream.norms):
+                return stream
+        return None
+
+    def _turns(self, graph: Graph, specs: Specs, name: str) -> bool:
+        """Whether R1 may rotate the input of a module."""
+        return name in specs and name in graph.linears and self._unfit_input(name, graph) is None
 
     def _rotate_stream(self, rewriter: GraphRewriter, stream: ResidualStream) -> Mapping[str, float]:
         consumers = _consumers(rewriter.graph, stream.norms)
@@ -143,7 +175,10 @@ class Rotate(Transform):
         matrix = (around_ones if centered else rotation)(size, self.options.matrix, self.options.seed)
         figures = {"writers": float(len(stream.writers)), "readers": float(len(consumers))}
         if self.options.learn:
-            matrix, losses = learn_rotation(rewriter, stream, blocks, matrix, centered, self.options.learn)
+            reading = _stream_consumers(rewriter.graph, stream)
+            matrix, losses = learn_rotation(
+                rewriter, stream.writers, reading, blocks, matrix, self.options.learn, keep_ones=centered
+            )
             figures |= losses
         rewriter.rotate_stream(stream, blocks, matrix)
         return figures
@@ -185,6 +220,11 @@ def _values(graph: Graph) -> list[ChannelEdge]:
 def _consumers(graph: Graph, norms: Iterable[str]) -> tuple[str, ...]:
     edges = (graph.by_producer[norm] for norm in norms if norm in graph.by_producer)
     return tuple(consumer.module for edge in edges for consumer in edge.consumers)
+
+
+def _stream_consumers(graph: Graph, stream: ResidualStream) -> list[Consumer]:
+    edges = (graph.by_producer[norm] for norm in stream.norms if norm in graph.by_producer)
+    return [consumer for edge in edges for consumer in edge.consumers]
 
 
 def _rotated_online(graph: Graph, target: str) -> str | None:

@@ -5,8 +5,8 @@ which softmax does not see, so that the mean can be taken away and added nowhere
 8-Bit Attention for Plug-and-play Inference Acceleration", arXiv:2410.02367, section 4.2; here it is the mean of the
 calibration data, as keys in a cache need one that stays. Of what is left each channel is divided by a factor with which
 queries are multiplied, as SmoothAttention does (Lin et al., "QServe: W4A8KV4 Quantization and System Co-design for
-Efficient LLM Serving", arXiv:2405.04532, section 4.2). With steps as wide as the keys are large, the error in the scores
-is `sum_j k_j^2 / s_j^2 sum_j q_j^2 s_j^2` for keys that are spread over all channels, as a rotation R3 does; the least
+Efficient LLM Serving", arXiv:2405.04532, section 4.2). With steps as wide as the keys are large, the scores lose
+`sum_j k_j^2 / s_j^2 sum_j q_j^2 s_j^2` for keys that are spread over all channels, as a rotation R3 does; the least
 is at `s_j^4 = E k_j^2 / E q_j^2`.
 """
 

@@ -330,8 +330,8 @@ class GraphRewriter:
 
 
 def _divide_gain(weight: Tensor, offset: float, factors: Tensor) -> Tensor:
-    """Divide the gain `weight + offset` [N] of a norm by `factors`; returns, in float64, by what it was divided: 16 bits
-    hold a small gain as `1 + w` badly, and the consumers are to be multiplied by just that."""
+    """Divide the gain `weight + offset` [N] of a norm by `factors`; returns, in float64, by what it was divided: 16
+    bits hold a small gain as `1 + w` badly, and the consumers are to be multiplied by just that."""
     gain = weight.double() + offset
     written = (gain / factors - offset).to(weight.dtype)
     taken = gain / (written.double() + offset)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from wrapq.errors import ModelError
 from wrapq.quant.hadamard import Kind, factors, rotation
@@ -44,11 +45,20 @@ class OnlineRotation(nn.Module):
         """The rotation of blocks of `width` channels, the same for the same seed."""
         found = factors(width) if kind == "hadamard" else None
         if found is None:
-            ones = torch.ones(width, dtype=torch.int8)
-            return cls(ones, ones[:1, None].clone(), rotation(width, "orthogonal", seed).float())
+            return cls.dense(rotation(width, "orthogonal", seed))
         generator = torch.Generator().manual_seed(seed)
         signs = torch.randint(2, (width,), generator=generator, dtype=torch.int8) * 2 - 1
         return cls(signs, *(factor.to(torch.int8) for factor in found))
+
+    @classmethod
+    def dense(cls, matrix: Tensor) -> OnlineRotation:
+        """The rotation of blocks by an orthogonal `matrix` [K, K], kept in float32."""
+        ones = torch.ones(len(matrix), dtype=torch.int8)
+        return cls(ones, ones[:1, None].clone(), matrix.float())
+
+    def sharing(self) -> OnlineRotation:
+        """Another one with the very same tensors."""
+        return OnlineRotation(self.signs, self.left, self.right)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [..., K] rotated; raises `ModelError` where K is no multiple of the block."""
@@ -75,5 +85,21 @@ def rotate_inputs(module: nn.Module) -> Any:
     return module.register_forward_pre_hook(_rotated)
 
 
+_TURNED: Any = WeakTensorKeyDictionary()
+"""For inputs that are still in use: their version, the matrices that turned them, and what came of it."""
+
+
 def _rotated(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (module._modules[ONLINE](args[0]), *args[1:])
+    """The arguments with the first one rotated: once for all modules that read one tensor and share their matrices, so
+    that these read one tensor again."""
+    rotation, x = module._modules[ONLINE], args[0]
+    # a result with a gradient keeps its input, inference tensors do not count their changes, and tracing must not see
+    # state that outlives it
+    if x.requires_grad or x.is_inference() or torch.compiler.is_compiling():
+        return (rotation(x), *args[1:])
+    key = (x._version, *(tensor.data_ptr() for tensor in (rotation.signs, rotation.left, rotation.right)))
+    held, rotated = _TURNED.get(x, (None, None))
+    if held != key:
+        rotated = rotation(x)
+        _TURNED[x] = key, rotated
+    return (rotated, *args[1:])

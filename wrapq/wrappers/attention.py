@@ -34,8 +34,8 @@ class Attention(Wrapper):
     """Scaled dot-product attention with all its tensors as points.
 
     `query`, `key` and `value` are [B, H, T, D] after position encoding, `key` and `value` as the cache holds them,
-    `query` and `key` smoothed and rotated where that is done online; `scores` [B, H, T, S] before the mask is added, `probs`
-    after softmax, `context` [B, T, H, D] their product with value.
+    `query` and `key` smoothed and rotated where that is done online; `scores` [B, H, T, S] before the mask is added,
+    `probs` after softmax, `context` [B, T, H, D] their product with value.
     """
 
     kind = "Attention"

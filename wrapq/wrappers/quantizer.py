@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from wrapq.errors import LifecycleError, SpecError
-from wrapq.observers.base import Observer, InputConsumer, make_observer
+from wrapq.observers.base import InputConsumer, Observer, make_observer
 from wrapq.observers.forward_context import forward_context
 from wrapq.quant.affine import dynamic_fake_quantize
 from wrapq.quant.qparams import QParams
