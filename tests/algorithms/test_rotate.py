@@ -131,7 +131,6 @@ def test_the_plan_shows_what_will_be_turned(make_plan: MakePlan) -> None:  # noq
             "fold: {algorithm: fold_norms}\nawq: {algorithm: awq}\nturn: {algorithm: rotate}",
             "rotate cannot run there: it needs norms that only normalize, and a stage before it scaled",
         ),
-        ("turn: {algorithm: rotate, block: 48, rotations: [R1]}", "are no multiple of the block of 48"),
         ("turn: {algorithm: rotate, rotations: [R5]}", "R5"),
     ],
 )

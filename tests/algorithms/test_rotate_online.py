@@ -55,6 +55,14 @@ def test_it_is_the_dense_orthogonal_matrix(width: int, kind: str) -> None:
     torch.testing.assert_close(half(x.bfloat16()).float(), turn(x), rtol=0.05, atol=0.1)
 
 
+@pytest.mark.parametrize(
+    ("block", "width", "size"),
+    [(128, 640, 128), (128, 576, 96), (None, 640, 640), (16, 10, 10), (128, 254, 127), (128, 257, 257), (64, 48, 48)],
+)
+def test_blocks_divide_the_width(block: int | None, width: int, size: int) -> None:
+    assert online("R4", block=block)._size(width) == size
+
+
 def test_factors_are_the_cheapest() -> None:
     assert [len(f) for f in factors(1408) or ()] == [32, 44]
     assert factors(92) is None and hadamard(92) is None
@@ -190,7 +198,6 @@ def test_the_plan_names_the_points(make_plan: MakePlan) -> None:  # noqa: F811
     ("stack", "what"),
     [
         ("turn: {algorithm: rotate, rotations: [R3]}", "rotate has nothing to do: no queries or keys are quantized"),
-        ("turn: {algorithm: rotate, rotations: [R4], block: 100}", "are no multiple of the block of 100"),
         (
             "turn: {algorithm: rotate, rotations: [R4]}\nagain: {algorithm: rotate, rotations: [R4]}",
             "again would change the input of model.layers.0.mlp.down_proj, which turn changes at each forward",

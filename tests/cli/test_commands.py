@@ -115,7 +115,10 @@ def test_evaluate_what_is_no_model(cli: Cli, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("typed", "expected"),
     [
-        ("recipe=w8a8_", {"recipe=w8a8_dynamic", "recipe=w8a8_smoothquant", "recipe=w8a8_static"}),
+        (
+            "recipe=w8a8_",
+            {f"recipe=w8a8_{name}" for name in ("dynamic", "smoothquant", "static", "static_rotated")},
+        ),
         ("scheme", {"scheme="}),
         ("eval", {"evaluation=", "evaluation."}),
     ],

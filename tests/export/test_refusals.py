@@ -257,6 +257,12 @@ def test_rotations_at_each_forward() -> None:
     assert "stack.turn.rotations=[R1,R2]" in said
 
 
+def test_first_tokens_that_stay_float() -> None:
+    said = refusal(*layers("int8:channel:sym", "int8:token:sym:dyn"), "float_prefix=1")
+    assert "float_prefix: compressed-tensors has no word for first tokens that stay float" in said
+    assert "run with float_prefix=0" in said
+
+
 def test_inputs_divided_at_each_forward(tmp_path: Path) -> None:
     smooth = ("+algorithm@stack.smooth=smoothquant", "stack.smooth.feeds=online")
     model = f"model.path={random_model('gpt2', tmp_path)}"

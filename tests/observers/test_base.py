@@ -7,7 +7,7 @@ from wrapq.quant.spec import QuantSpec
 
 
 def test_every_observer_is_found_by_name():
-    assert list(OBSERVERS) == ["compare", "ema", "entropy", "minmax", "mse", "percentile"]
+    assert list(OBSERVERS) == ["compare", "ema", "entropy", "minmax", "mse", "output_error", "percentile"]
 
 
 def test_an_unknown_observer_is_refused_with_the_nearest():

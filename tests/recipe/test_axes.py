@@ -8,12 +8,15 @@ from wrapq.errors import RecipeError
 from wrapq.recipe.axes import Axis, Interval, parse_axes
 
 
+NAMED = ("w4a16_autoround", "w4a16_gptq", "w4a16_rotated_gptq")
+
+
 @pytest.mark.parametrize(
     ("text", "key", "values"),
     [
         ("recipe=w4a16_rtn,w4a16_gptq", "recipe", ("w4a16_rtn", "w4a16_gptq")),
-        ("recipe=glob(w4a16_*t*)", "recipe", ("w4a16_autoround", "w4a16_gptq", "w4a16_rtn")),
-        ("recipe=glob(w4a16_*t*,exclude=*rtn)", "recipe", ("w4a16_autoround", "w4a16_gptq")),
+        ("recipe=glob(w4a16_*t*)", "recipe", (*NAMED, "w4a16_rtn")),
+        ("recipe=glob(w4a16_*t*,exclude=*rtn)", "recipe", NAMED),
         ("scheme@rules.linear=glob([kv*,nf4])", "scheme@rules.linear", ("kv4", "kv8", "nf4")),
         ("calibration.samples=range(8,33,8)", "calibration.samples", ("8", "16", "24", "32")),
         ("+stack.round.damp=choice(0.01,0.1)", "+stack.round.damp", ("0.01", "0.1")),

@@ -40,7 +40,7 @@ zero_point, signed_scale, global_scale, observer""",
         ["recipe=w8a8_statc"],
         """1 mistake in the recipe:
   - override recipe=w8a8_statc: unknown recipe 'w8a8_statc'
-    did you mean: w8a8_static, w8a8_smoothquant, w8a8_dynamic""",
+    did you mean: w8a8_static, w8a8_static_rotated, w8a8_smoothquant""",
     ),
     "beginning of recipes": (
         ["recipe=w4a61"],
@@ -57,7 +57,7 @@ zero_point, signed_scale, global_scale, observer""",
         ["+algorithm@stack.smooth=smoothqaunt"],
         """1 mistake in the recipe:
   - override +algorithm@stack.smooth=smoothqaunt: unknown algorithm 'smoothqaunt'
-    did you mean: smoothquant""",
+    did you mean: smoothquant, smooth_attention""",
     ),
     "stage": (
         ["stack.roudn.damp=0.05"],

@@ -39,7 +39,7 @@ def test_provenance_names_file_and_line() -> None:
 
 
 def test_provenance_names_the_override_that_chose_the_file() -> None:
-    plan = shipped("recipe=w8a8_static", "scheme=w8a16", "~stack.ranges")
+    plan = shipped("recipe=w8a8_static", "scheme=w8a16", "~stack.ranges", "~stack.smooth")
     (said,) = sources(plan, "model.layers.0.mlp.down_proj", "weight")
     assert said == "rule linear, conf/scheme/w8a16.yaml:2 (override scheme=w8a16)"
 

@@ -24,7 +24,7 @@ from wrapq.algorithms.learned_rotation import learn_rotation
 from wrapq.algorithms.transform import BATCHES, PlannedTransform, Statistics, Targets, Transform, scaled_targets
 from wrapq.graph.dataflow import ChannelEdge, Consumer, Graph, ResidualStream
 from wrapq.graph.rewriter import GraphRewriter, split_heads
-from wrapq.quant.hadamard import Kind, around_ones, rotation
+from wrapq.quant.hadamard import Kind, around_ones, factors, rotation
 from wrapq.registry import Options
 from wrapq.runtime.rotation import OnlineRotation
 from wrapq.wrappers.model import Specs
@@ -44,7 +44,9 @@ class RotateOptions(Options):
         "hadamard", description="Hadamard with random signs, where the width has one, or random orthogonal."
     )
     block: int | None = Field(
-        None, ge=2, description="R1 and R4 rotate so many channels at a time, each block alike; all at once if null."
+        None,
+        ge=2,
+        description="R1 and R4 rotate at most so many channels at a time, each block alike; all at once if null.",
     )
     learn: int = Field(
         0, ge=0, description="Steps of gradient descent by which R1 is learned on calibration data, from there on."
@@ -89,13 +91,13 @@ class Rotate(Transform):
             folded = [edge for edge in graph.edges if edge.layer.kind == "norm"] + _values(graph)
             reached = {consumer.module for edge in folded for consumer in edge.consumers}
             others = [name for name in specs if name in graph.linears and name not in reached]
-            reasons |= {f"{name}.input": self._unfit_input(name, graph) for name in others}
+            reasons |= {f"{name}.input": graph.tied_reason([name]) for name in others}
             reasons |= {} if others else {"R4": "no linear is quantized but those that read norms or attention"}
         if "R1" in self.options.rotations:  # last: it may be learned, with the others in place
             unfit = {name: self._unfit_stream(stream, graph) for name, stream in graph.by_stream.items()}
             norms = [norm for name, reason in unfit.items() if reason for norm in graph.by_stream[name].norms]
             turned = [name for name in _consumers(graph, norms) if name in specs and name in graph.linears]
-            reasons |= {f"{name}.input": self._unfit_input(name, graph) for name in turned}
+            reasons |= {f"{name}.input": graph.tied_reason([name]) for name in turned}
             reasons |= {name: reason and f"{reason} (R1 rotates what reads it)" for name, reason in unfit.items()}
         return Targets.where_none(reasons)
 
@@ -137,7 +139,7 @@ class Rotate(Transform):
     def _rotate_online(self, rewriter: GraphRewriter, module: str) -> Mapping[str, float]:
         graph, figures = rewriter.graph, dict[str, float]()
         head = graph.heads.get(module)
-        size = head or self.options.block or graph.linears[module]
+        size = head or self._size(graph.linears[module])
         stream = self._turned_stream(graph, module) if self.options.learn and head is None else None
         key = size if stream is None else stream.name
         if key not in self._made:
@@ -154,6 +156,14 @@ class Rotate(Transform):
         rotate(module, self._made[key].sharing())
         return {"channels": float(size), **figures}
 
+    def _size(self, width: int) -> int:
+        """The channels that are rotated at a time: as many as `block` allows that divide `width`, if any, or some less
+        for which there is a Hadamard matrix."""
+        most = min(self.options.block or width, width)
+        sizes = [size for size in range(most, 1, -1) if width % size == 0] or [width]
+        near = [size for size in sizes if 4 * size >= sizes[0]]
+        return next((size for size in near if self.options.matrix == "orthogonal" or factors(size)), sizes[0])
+
     def _turned_stream(self, graph: Graph, module: str) -> ResidualStream | None:
         """The stream that a module reads through a norm, where R1 rotates the inputs of what does."""
         for stream in graph.by_stream.values():
@@ -163,13 +173,13 @@ class Rotate(Transform):
 
     def _turns(self, graph: Graph, specs: Specs, name: str) -> bool:
         """Whether R1 may rotate the input of a module."""
-        return name in specs and name in graph.linears and self._unfit_input(name, graph) is None
+        return name in specs and name in graph.linears and graph.tied_reason([name]) is None
 
     def _rotate_stream(self, rewriter: GraphRewriter, stream: ResidualStream) -> Mapping[str, float]:
         consumers = _consumers(rewriter.graph, stream.norms)
         for name in (*stream.writers, *consumers):
             rewriter.untie(name)
-        size = self.options.block or stream.width
+        size = self._size(stream.width)
         blocks = torch.arange(stream.width).reshape(-1, size)
         centered = any(rewriter.graph.by_producer[norm].layer.centered for norm in stream.norms)
         matrix = (around_ones if centered else rotation)(size, self.options.matrix, self.options.seed)
@@ -182,13 +192,6 @@ class Rotate(Transform):
             figures |= losses
         rewriter.rotate_stream(stream, blocks, matrix)
         return figures
-
-    def _unfit_input(self, name: str, graph: Graph) -> str | None:
-        if (reason := graph.tied_reason([name])) is not None:
-            return reason
-        if self.options.block and graph.linears[name] % self.options.block:
-            return f"its {graph.linears[name]} channels are no multiple of the block of {self.options.block}"
-        return None
 
     def _unfit_stream(self, stream: ResidualStream, graph: Graph) -> str | None:
         if stream.other_consumers:
@@ -208,8 +211,6 @@ class Rotate(Transform):
                 return f"what the norm {norm} gives is read in groups"
             if not all(torch.equal(consumer.columns, torch.arange(stream.width)) for consumer in edge.consumers):
                 return f"a part of what the norm {norm} gives is read"
-        if self.options.block and stream.width % self.options.block:
-            return f"its {stream.width} channels are no multiple of the block of {self.options.block}"
         return None
 
 

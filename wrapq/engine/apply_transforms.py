@@ -19,6 +19,7 @@ from wrapq.errors import ModelError, and_more
 from wrapq.graph.blocks import Batch, output_hidden_states
 from wrapq.graph.dataflow import find_graph
 from wrapq.graph.head import Head
+from wrapq.graph.online import after_online
 from wrapq.graph.rewriter import GraphRewriter
 from wrapq.resolve.stages import algorithm_of
 from wrapq.runtime.prefix import keep_prefix
@@ -141,7 +142,7 @@ def apply_transform(
     """
     online = algorithm.online(rewriter.graph, targets)
     figures = _applied(rewriter, algorithm, targets, batches, processes)
-    rewriter.graph = rewriter.graph.after_online(online, type(algorithm).__name__)
+    rewriter.graph = after_online(rewriter.graph, online, type(algorithm).__name__)
     return figures
 
 

@@ -73,6 +73,9 @@ def translate(plan: Plan, reader: str) -> Translation:
         elif module.wrapper != _ATTENTION:
             what = f"compressed-tensors quantizes linear layers and the cache, not {module.type}"
             translation.refuse(module, what, _REMEDY)
+    if plan.recipe.float_prefix:
+        what = "compressed-tensors has no word for first tokens that stay float, and readers would quantize them"
+        translation.refused[("", what, "run with float_prefix=0, or with export=none")] = ["float_prefix"]
     _cache(plan, translation, reader)
     _corrections(plan, translation)
     _online(plan, translation)

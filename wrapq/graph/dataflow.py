@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar, cast
@@ -163,37 +163,12 @@ class Graph:
         """Each layer that consumes channels, as in the last edge that ends in it."""
         return {consumer.module: consumer for edge in self.edges for consumer in edge.consumers}
 
-    def after_online(self, changed: Collection[str], by: str) -> Graph:
-        """The graph once the stage `by` changes the inputs of the modules `changed` at each forward: nothing can be
-        moved across that, but their own inputs can be divided behind it."""
-        own: dict[str, ChannelEdge] = {}
-        for edge in self.own_inputs.values():
-            for among in (True, False):
-                if consumers := tuple(c for c in edge.consumers if (c.module in changed) == among):
-                    producer = f"{consumers[0].module}.input"
-                    own[producer] = replace(edge, producer=producer, consumers=consumers)
-        edges = tuple(_without_consumers(edge, changed, by) for edge in self.edges)
-        return replace(self, edges=edges, own_inputs=own)
-
     def tied_reason(self, names: Iterable[str]) -> str | None:
         """The first of the modules `names` that is tied to others, as a reason to leave it alone; None without one."""
         return next((f"{name} is tied to {', '.join(self.tied[name])}" for name in names if name in self.tied), None)
 
 
-def _without_consumers(edge: ChannelEdge, changed: Collection[str], by: str) -> ChannelEdge:
-    """`edge`, which owns no channel that a module of `changed` reads."""
-    if not (those := [consumer for consumer in edge.consumers if consumer.module in changed]):
-        return edge
-    owned = edge.owned.clone()
-    for consumer in those:
-        owned[consumer.columns[consumer.columns >= 0]] = False
-    rest = [replace(c, columns=_owned_columns(c.columns, owned)) for c in edge.consumers]
-    kept = tuple(c for c in rest if bool((c.columns >= 0).any()) or not bool(owned.any()))
-    others = (*edge.other_consumers, *(f"{c.module}, whose input {by} changes at each forward" for c in those))
-    return replace(edge, owned=owned, consumers=kept, other_consumers=others)
-
-
-def _owned_columns(columns: Tensor, owned: Tensor) -> Tensor:
+def owned_columns(columns: Tensor, owned: Tensor) -> Tensor:
     """`columns`, with -1 for channels that are not `owned` [N]."""
     return torch.where((columns >= 0) & owned[columns.clamp(min=0)], columns, -1)
 
@@ -328,7 +303,7 @@ def _edge(
         owned[seen] = False
     consumers = []
     for each, own in zip(inputs, columns, strict=True):
-        kept = _owned_columns(own, owned)
+        kept = owned_columns(own, owned)
         if bool((kept >= 0).any()) or not bool(owned.any()):
             consumers.append(Consumer(each.name, each.layer, kept))
     layer, ops = cast(LayerInfo, producer.layer), frozenset[str]().union(*(each.ops for each in inputs))

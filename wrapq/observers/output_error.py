@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from wrapq.errors import SpecError
-from wrapq.observers.base import OBSERVERS, InputConsumer, all_finite
+from wrapq.observers.base import OBSERVERS, InputConsumer, all_finite, keep_rows, numbered
 from wrapq.observers.minmax import MinMax
-from wrapq.observers.rows import keep_rows, numbered
 from wrapq.quant.affine import fake_quantize_elements, range_to_qparams
 from wrapq.quant.spec import QuantSpec
 
@@ -24,7 +23,7 @@ _FINE = tuple(2 ** (step / 8) for step in (2, -2, 1, -1))
 
 
 @OBSERVERS.register("output_error")
-class OutputError(MinMax):
+class LeastOutputError(MinMax):
     """The range `[f low, g high]` for which the rows of a sample, quantized, move the output of the module that reads
     them least: `sum |(Q(x) - x) W^T|^2 / |x W^T|^2`, each row relative to its own output, since norms behind many
     layers make small rows large again. One side after the other is tried at 1 to 1/64 of what was seen, then in smaller

@@ -12,6 +12,7 @@ from torch import nn
 from wrapq.algorithms.transform import PlannedTransform, Targets, Transform
 from wrapq.errors import ModelError, Problem, and_more
 from wrapq.graph.dataflow import Graph, find_graph
+from wrapq.graph.online import after_online
 from wrapq.wrappers.model import Specs
 
 
@@ -85,7 +86,7 @@ class Transforms:
             return (), (), []
         problems = list(self._problems(stage, name, transform, used, graph, source))
         online = transform.online(graph, used.names)
-        self._left = graph.after_online(online, stage)
+        self._left = after_online(graph, online, stage)
         return used.names, online, problems
 
     def _problems(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from wrapq.errors import CalibrationError
-from wrapq.observers.rows import keep_rows, numbered
+from wrapq.observers.base import keep_rows, numbered
 from wrapq.statistics.cholesky import Factor, factorize
 
 _LEAST_BLOCK, _BLOCKS = 128, 8
