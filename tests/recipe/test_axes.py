@@ -7,7 +7,6 @@ import pytest
 from wrapq.errors import RecipeError
 from wrapq.recipe.axes import Axis, Interval, parse_axes
 
-
 NAMED = ("w4a16_autoround", "w4a16_gptq", "w4a16_rotated_gptq")
 
 
