@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 
 from wrapq.algorithms.base import ALGORITHMS, Rounded, Rounder
 from wrapq.algorithms.columns import Solved, gptq
+from wrapq.algorithms.descent import descend
 from wrapq.algorithms.seqmse import best_ranges, output_error, search_ranges, tile, unread_observer, weight_error
 from wrapq.observers.base import observe_tensor
 from wrapq.quant.qparams import QParams
@@ -45,6 +46,7 @@ class GPTQOptions(Options):
         le=1,
         description="How much of the error in the layer's input the weights make up for, as GPTAQ does.",
     )
+    sweeps: int = Field(0, ge=0, description="How often all codes are gone through again afterwards, one by one.")
     precision: Literal["float32", "float64"] = Field("float32", description="What the Hessian is summed in.")
     block_size: int = Field(128, ge=1, description="Columns between two updates of all that are still open.")
 
@@ -76,7 +78,10 @@ class GPTQ(Rounder):
             weight = weight + self.options.asymmetric * torch.cat(moved)
         ranges = self._ranges(weight, spec, hessian, where)
         report = {"damp": max(f.damp for f in factors), "dead_columns": float(sum(f.dead.sum() for f in factors))}
-        return Rounded(*best_of_each_row(self._solved(weight, ranges, factors), ranges), report)
+        codes, qparams = best_of_each_row(self._solved(weight, ranges, factors), ranges)
+        if self.options.sweeps:
+            codes = descend(weight, codes, qparams, _damped(hessian, factors), self.options.sweeps)
+        return Rounded(codes, qparams, report)
 
     def _solved(self, weight: Tensor, ranges: Sequence[QParams], factors: Sequence[Factor]) -> list[Solved]:
         """`weight` in each of `ranges`, the rows of each group with its own factor."""
@@ -96,6 +101,13 @@ class GPTQ(Rounder):
         observed = [] if spec.observer == DEFAULT_OBSERVER else [observe_tensor(weight, spec, where)]
         measures, together = [output_error(hessian, spec), weight_error], hessian.dim() == 3
         return [*observed, *best_ranges(weight, spec, where, measures, CANDIDATES, SMALLEST, together)]
+
+
+def _damped(hessian: Tensor, factors: Sequence[Factor]) -> Tensor:
+    """`hessian` [K, K] or [G, K, K] with the damping that its factors took."""
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+    damp = diagonal.new_tensor([factor.damp for factor in factors]).reshape(diagonal.shape[:-1])
+    return hessian + torch.diag_embed((damp * diagonal.mean(-1))[..., None].expand_as(diagonal))
 
 
 def best_of_each_row(tried: Sequence[Solved], ranges: Sequence[QParams]) -> tuple[Tensor, QParams]:
