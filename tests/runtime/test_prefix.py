@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+import wrapq
 from tests.conftest import build_model
 from wrapq import PTQConfig, calibrate, convert, load, padding, prepare
+from wrapq.resolve.plan import Plan
 from wrapq.runs.checkpoint import save_model
 from wrapq.runs.folder import RunFolder
 from wrapq.runtime.choose import choose_kernels
@@ -116,3 +118,15 @@ def test_a_failed_forward_leaves_nothing_behind(token_batches: list[Tensor]) -> 
         model(torch.full_like(ids, 10**6))
     assert current_prefix() is None
     assert torch.equal(model(ids).logits, expected)
+
+
+def test_a_recipe_asks_for_it(tmp_path: Path) -> None:
+    few = ["calibration.samples=8", "evaluation.tokens=1024", "tracking=none", f"paths.outputs={tmp_path}"]
+    result = wrapq.run("w8a8_static", [*few, "float_prefix=1"])
+    plan = Plan.model_validate_json((result.folder / "plan.json").read_text())
+    assert any("the first token of each sequence" in note for note in plan.notes)
+    model = load(result.folder)
+    assert prefix_tokens(model) == 1
+    without = wrapq.run("w8a8_static", few)
+    assert prefix_tokens(load(without.folder)) == 0
+    assert result.metrics["quantized"]["kl"] != without.metrics["quantized"]["kl"]

@@ -11,6 +11,7 @@ from wrapq.data.sources.base import SOURCES
 from wrapq.errors import CalibrationError, PlanError, Problem, ProblemsError, RecipeError, SpecError, and_more
 from wrapq.export.base import EXPORTERS, FORMAT, NONE, make_exporter
 from wrapq.graph.blocks import Blocks, find_blocks
+from wrapq.graph.mixtures import EXPERT_NAME
 from wrapq.graph.towers import find_towers
 from wrapq.recipe.preset_index import RECIPE
 from wrapq.recipe.provenance import Provenance
@@ -81,11 +82,19 @@ def resolve(recipe: Recipe, sources: Mapping[str, Provenance] | None = None, tru
         untouched=untouched,
         stages=stages,
         estimate=estimated,
-        notes=(*told, *notes, *transforms.notes),
+        notes=(*told, *notes, *_prefix_notes(recipe.float_prefix, modules), *transforms.notes),
         presets=where.origins(),
     )
     check_export(plan)
     return plan
+
+
+def _prefix_notes(tokens: int, modules: Sequence[ModulePlan]) -> Iterator[str]:
+    if tokens:
+        first = "token" if tokens == 1 else f"{tokens} tokens"
+        yield f"float_prefix: the activations of the first {first} of each sequence stay float"
+        if experts := tuple(module.name for module in modules if EXPERT_NAME.fullmatch(module.name)):
+            yield f"float_prefix: {and_more(experts)} quantize all tokens: an expert does not know which it is given"
 
 
 def check_names(recipe: Recipe, sources: Sources) -> list[StackEntry]:
