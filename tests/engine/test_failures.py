@@ -102,9 +102,9 @@ def test_points_that_no_forward_reaches_are_left_float_and_named(tmp_path: Path)
     model = model_with_unused_modules(tmp_path / "bart")
     overrides = [*SMALL, "model=hf", f"model.path={model}", "tracking=none", f"paths.outputs={tmp_path / 'out'}"]
     composed = compose(["recipe=w8a8_static", *overrides])
-    (note,) = resolve(composed.recipe, composed.sources).notes
+    notes = resolve(composed.recipe, composed.sources).notes
     first = "model.decoder.layers.0.encoder_attn.k_proj and 7 more"
-    assert note == f"{first}: no forward of tokens comes there, so that activations stay float"
+    assert f"{first}: no forward of tokens comes there, so that activations stay float" in notes
     assert wrapq.run("w8a8_static", overrides).sizes["quantized"] > 0
 
 

@@ -44,11 +44,14 @@ def literal(x: Tensor) -> dict[str, Tensor]:
     """The definitions, in float64."""
     x = x.double()
     ends = {"absmax": x.abs().amax(0), "least": x.amin(0), "greatest": x.amax(0)}
-    return {"hessian": x.t() @ x, **ends, "mean": x.mean(0), "mean_abs": x.abs().mean(0)}
+    means = {"mean": x.mean(0), "mean_abs": x.abs().mean(0), "mean_square": x.square().mean(0)}
+    return {"hessian": x.t() @ x, **ends, **means}
 
 
 @pytest.mark.parametrize(
-    "needs", [("absmax",), ("mean", "mean_abs"), ("hessian", "absmax", "least", "greatest", "mean", "float64")], ids=str
+    "needs",
+    [("absmax",), ("mean", "mean_abs", "mean_square"), ("hessian", "absmax", "least", "greatest", "mean", "float64")],
+    ids=str,
 )
 def test_gathers_what_was_declared_and_nothing_else(needs: tuple[str, ...]):
     rows = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)) - 1
@@ -113,7 +116,7 @@ def test_a_walk_gives_each_weight_the_statistics_of_its_input(schedule: str, tok
     layer.q_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().flatten(0, 1)))
     for ids in token_batches:
         original(input_ids=ids, use_cache=False)
-    rounder = Keeping("absmax", "least", "greatest", "mean", "mean_abs", "hessian")
+    rounder = Keeping("absmax", "least", "greatest", "mean", "mean_abs", "mean_square", "hessian")
     gptq_walker(model, rounder).run(as_batches(token_batches), schedule)
     given = [rounder.given[f"model.layers.0.self_attn.{name}_proj.weight"] for name in "qkv"]
     assert given[0] is given[1] is given[2]

@@ -81,7 +81,9 @@ class SmoothQuant(Transform):
 
     def apply(self, rewriter: GraphRewriter, target: str, statistics: Statistics) -> Mapping[str, float]:
         edge = rewriter.graph.edge(target)
-        x = largest_per_channel(edge, {name: stats.get("absmax", name) for name, stats in statistics.items()})
+        x = largest_per_channel(
+            edge, {name: stats.get("absmax", f"{name}.input") for name, stats in statistics.items()}
+        )
         w = largest_per_channel(edge, {c.module: rewriter.consumer_weight(c).abs().amax(0) for c in edge.consumers})
         alpha, figures = self.options.alpha, dict[str, float]()
         if alpha == "search":
@@ -132,10 +134,10 @@ def smoothed_error(rewriter: GraphRewriter, edge: ChannelEdge, factors: Tensor, 
         scales, sample = consumer.expand(factors).to(weight), stats.get("sample", where).to(weight)
         given, rounded = sample, weight
         if (spec := specs.get("weight")) is not None and not spec.dynamic:
-            rounded = round_scaled(weight, scales, spec, where)
+            rounded = round_scaled(weight, scales, spec, f"{where}.weight")
         if (spec := specs.get("input")) is not None:
             extremes = torch.stack([stats.get(part, where).to(weight) for part in ("least", "greatest")])
-            given = round_rows(sample / scales, extremes / scales, spec, where) * scales
+            given = round_rows(sample / scales, extremes / scales, spec, f"{where}.input") * scales
         lost = (given @ rounded.t() - sample @ weight.t()).square().sum(dtype=torch.float64)
         total += float(lost) * stats.rows / len(sample)
     return total

@@ -215,14 +215,14 @@ class GraphRewriter:
         if layer is None or layer.consumes is None:
             raise ModelError(f"{name} does not multiply its input")
         last = self._writable(name, layer.consumes.parameter).movedim(layer.consumes.in_axis, -1)
-        self._add_rotation(name, rotation.to(last.device))
+        self._add_rotation(name, rotation)
         last.copy_(rotation(last.double()))
         self.input_changes[name].append(rotation)
 
     def rotate_scores_online(self, name: str, rotation: OnlineRotation) -> None:
         """Rotate queries and keys of the attention `name` before its points see them, so that their products stay;
         raises `ModelError` where they are rotated already."""
-        self._add_rotation(name, rotation.to(next(self.model.parameters()).device))
+        self._add_rotation(name, rotation)
 
     def smooth_scores_online(self, name: str, mean: Tensor, factors: Tensor) -> None:
         """Take `mean` from the keys of the attention `name`, divide them by `factors`, both [H_kv, D], and multiply its
