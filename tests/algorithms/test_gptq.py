@@ -149,6 +149,25 @@ def test_a_singular_hessian_is_damped_until_it_factorizes():
     assert torch.isfinite(rounded.qparams.dequantize(rounded.integers, torch.float32)).all()
 
 
+@pytest.mark.parametrize("columns", [128, 129, 500])
+def test_a_hessian_is_factored_whatever_its_size(columns):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(2 * columns, columns, generator=generator) * torch.rand(columns, generator=generator)
+    hessian = rows.t() @ rows
+    factor = factorize(hessian, 0.01, True)
+    damped = hessian.double() + 0.01 * hessian.double().diagonal().mean() * torch.eye(columns)
+    expected = torch.linalg.inv(damped[factor.order][:, factor.order])
+    torch.testing.assert_close((factor.upper.t() @ factor.upper).double(), expected, rtol=1e-3, atol=1e-6)
+    assert factor.damp == 0.01 and not factor.upper.tril(-1).any()
+
+
+@pytest.mark.parametrize("negative", [0, 200, 299])
+def test_a_hessian_that_is_indefinite_anywhere_is_damped_more(negative):
+    hessian = torch.eye(300)
+    hessian[negative, negative] = -0.05
+    assert factorize(hessian, 0.01, False).damp > 0.05 > 0.01 == factorize(torch.eye(300), 0.01, False).damp
+
+
 def test_all_zero_inputs_give_rounding_to_nearest():
     weight, hessian = torch.randn(8, 32), InputStatistics()
     hessian.add(torch.zeros(10, 32))
