@@ -9,6 +9,7 @@ filled again, the same objects, before the forward goes on.
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +31,7 @@ from wrapq.wrappers.model import iter_quantizers
 from wrapq.wrappers.quantizer import WeightQuantizer
 
 _LEAST_BYTES = 1 << 14  # what is smaller stays in memory
-_UNUSED = 0.04  # of the process's memory: how much may be freed without being given back to the system
+_UNUSED = 1 << 27  # bytes that may be freed without being given back to the system: rounding soon takes them again
 _Held = tuple[torch.UntypedStorage, list[Tensor]]  # a storage, and the tensors that view it
 
 
@@ -115,7 +116,7 @@ class Offload(TorchDispatchMode):
     def _give_back(self) -> None:
         """Let glibc return what it keeps of freed memory between tensors that live on, which is up to as much again as
         those; but not what the waiting forwards have needed before and will again: fresh memory is slow."""
-        if (trim := _malloc_trim()) is not None and _resident() > (1 + _UNUSED) * self._most:
+        if (trim := _malloc_trim()) is not None and _resident() > self._most + _UNUSED:
             trim(0)
             self._most = max(self._most, _resident())
 
@@ -167,8 +168,8 @@ def _malloc_trim() -> Callable[[int], int] | None:
 
 
 def _resident() -> int:
-    """Pages of memory that the process has."""
-    return int(Path("/proc/self/statm").read_text().split()[1])
+    """Bytes of memory that the process has."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _fill(path: Path, pieces: list[tuple[int, torch.device]], away: list[_Away]) -> None:
