@@ -11,22 +11,26 @@ from pathlib import Path
 from typing import Any
 
 PEER, INTERPRETER = "llmcompressor==0.14.0.1", "WRAPQ_PEER_PYTHON"
-_SCRIPT = Path(__file__).with_name("oneshot.py")
+NNCF = ("nncf==3.4.0", "openvino==2026.4.1")
+ONESHOT, STATIC = (Path(__file__).with_name(name) for name in ("oneshot.py", "static.py"))
 
 
-def peer_python(folder: Path) -> Path:
-    """The interpreter named by `WRAPQ_PEER_PYTHON`, or that of a virtual environment made in `folder` for the peer."""
+def peer_python(folder: Path, also: Sequence[str] = ()) -> Path:
+    """The interpreter named by `WRAPQ_PEER_PYTHON`, or that of a virtual environment made in `folder` for the peer, and
+    for the packages `also`."""
     if given := os.environ.get(INTERPRETER):
         return Path(given)
     python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "-q", PEER], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "-q", PEER, *also], check=True)
     return python
 
 
-def run_oneshots(python: Path, jobs: Sequence[dict[str, Any]], folder: Path) -> Iterator[dict[str, Any]]:
-    """Run `jobs` (see `oneshot.py`) in one process of the peer, and give each answer as it comes.
+def run_oneshots(
+    python: Path, jobs: Sequence[dict[str, Any]], folder: Path, script: Path = ONESHOT
+) -> Iterator[dict[str, Any]]:
+    """Run `jobs` (see the `script`) in one process of the peer, and give each answer as it comes.
 
     Raises:
         RuntimeError: the process ended before its last answer, with the end of what it said.
@@ -37,7 +41,7 @@ def run_oneshots(python: Path, jobs: Sequence[dict[str, Any]], folder: Path) -> 
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_HUB_OFFLINE": "1"}
     answers = 0
-    command = [str(python), "-P", str(_SCRIPT), str(asked)]
+    command = [str(python), "-P", str(script), str(asked)]
     with (
         said.open("w+") as log,
         subprocess.Popen(command, env=environment, cwd=folder, stdout=subprocess.PIPE, stderr=log, text=True) as peer,

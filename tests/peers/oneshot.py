@@ -3,8 +3,11 @@
 JOBS is a JSON list of mappings: `model`, `dtype`, `out` and `recipe` (YAML); for a recipe that looks at data `tokens`,
 a `.safetensors` file of ids [S, T], and if need be `batch_size` and `pipeline`; `dense: true` to save the weights as
 they are after quantization, under the names of the float model, in `out/model.safetensors` alone; `logits`, another
-file of ids, to save what the model that is left in memory computes for them [S, T, V], in `out/logits.safetensors`.
-Each job is answered by a line `RESULT {"out": ..., "seconds": ...}`, or by `RESULT {"out": ..., "error": ...}`.
+file of ids, to save what the model that is left in memory computes for them [S, T, V], in `out/logits.safetensors`;
+`states`, one more, to save what its body computes [S, T, K] and the weight of its head [V, K], from which those logits
+can be had a part at a time, in `out/states.safetensors`; none of these for the files that it would save for a user.
+Each job is answered by a line `RESULT {"out": ..., "seconds": ..., "cpu": ...}`, which are those of `oneshot` alone, or
+by `RESULT {"out": ..., "error": ...}`.
 """
 
 import json
@@ -21,12 +24,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 
-def run(job: dict) -> float:
+def run(job: dict) -> dict:
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=getattr(torch, job["dtype"]))
     torch.manual_seed(0)
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     oneshot(model=model, recipe=job["recipe"], **calibration(job))
-    seconds = time.perf_counter() - start
+    took = {"seconds": round(time.perf_counter() - start, 2), "cpu": round(time.process_time() - cpu, 2)}
     out = Path(job["out"])
     if job.get("dense"):
         out.mkdir(parents=True, exist_ok=True)
@@ -34,9 +37,12 @@ def run(job: dict) -> float:
     elif "logits" in job:
         out.mkdir(parents=True, exist_ok=True)
         save_file({"logits": logits(model, job)}, out / "logits.safetensors")
+    elif "states" in job:
+        out.mkdir(parents=True, exist_ok=True)
+        save_file(states(model, job), out / "states.safetensors")
     else:
         model.save_pretrained(out, save_compressed=True)
-    return seconds
+    return took
 
 
 def calibration(job: dict) -> dict:
@@ -63,6 +69,14 @@ def logits(model: torch.nn.Module, job: dict) -> torch.Tensor:
 
 
 @torch.no_grad()
+def states(model: torch.nn.Module, job: dict) -> dict[str, torch.Tensor]:
+    """What the quantized body computes for the ids of `job["states"]`, and the weight of the head."""
+    ids = next(iter(load_file(job["states"]).values())).long()
+    found = [model.model(input_ids=part, use_cache=False)[0] for part in ids.split(job.get("batch_size", 8))]
+    return {"states": torch.cat(found), "head": model.lm_head.weight.detach().clone()}
+
+
+@torch.no_grad()
 def dense_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The weights that quantized linear layers multiply with, and those of norms."""
     norms = {n: p.detach().clone() for n, p in model.named_parameters() if n.endswith("norm.weight")}  # may be scaled
@@ -78,7 +92,7 @@ if __name__ == "__main__":
         IntermediatesCache.pin_memory = lambda self, *args, **kwargs: None
     for given in json.loads(Path(sys.argv[1]).read_text()):
         try:
-            answer = {"seconds": round(run(given), 2)}
+            answer = run(given)
         except Exception as error:  # one recipe's failure is a result too
             answer = {"error": f"{type(error).__name__}: {error}"}
         print("RESULT " + json.dumps({"out": given["out"]} | answer), flush=True)
