@@ -139,13 +139,15 @@ class Texts:
         source = make_source("text", {"path": str(self.paths[name])})
         return build_samples(source, AutoTokenizer.from_pretrained(self.model), count, length, seed).input_ids
 
-    def overrides(self, seed: int, outputs: Path) -> list[str]:
-        """By which a run of wrapq has the same tokens."""
-        texts = [word for name, path in self.paths.items() for word in (f"{name}=text", f"{name}.path={path}")]
-        calibration = [f"calibration.samples={SAMPLES}", f"calibration.seq_len={LENGTH}", f"calibration.seed={seed}"]
-        evaluation = [f"evaluation.tokens={EVALUATED}", f"evaluation.seq_len={WINDOW}"]
-        where = ["tracking=none", "model=hf", f"model.path={self.model}", f"paths.outputs={outputs}"]
-        return [*where, *texts, *calibration, f"calibration.batch_size={BATCH}", *evaluation]
+    def overrides(self, outputs: Path, seed: int | None) -> list[str]:
+        """By which a run of wrapq has the same tokens; those to calibrate on, unless `seed` is None."""
+        words = ["tracking=none", "model=hf", f"model.path={self.model}", f"paths.outputs={outputs}"]
+        for name, path in list(self.paths.items())[seed is None :]:
+            words += [f"{name}=text", f"{name}.path={path}"]
+        if seed is not None:
+            words += [f"calibration.samples={SAMPLES}", f"calibration.seq_len={LENGTH}", f"calibration.seed={seed}"]
+            words += [f"calibration.batch_size={BATCH}"]
+        return [*words, f"evaluation.tokens={EVALUATED}", f"evaluation.seq_len={WINDOW}"]
 
     def load(self, dtype: torch.dtype) -> nn.Module:
         return AutoModelForCausalLM.from_pretrained(self.model, dtype=dtype).eval()
@@ -174,10 +176,11 @@ class Judge:
         return meter.result()
 
 
-def ours(texts: Texts, overrides: Sequence[str], seed: int, folder: Path) -> dict[str, Any]:
+def ours(texts: Texts, key: tuple[str, str], seed: int, folder: Path) -> dict[str, Any]:
     """What a run of wrapq measures; a model that collapsed has figures too."""
     start = time.perf_counter()
-    command = [sys.executable, "-m", "wrapq", "run", *overrides, *texts.overrides(seed, folder)]
+    overrides = texts.overrides(folder, None if key in WITHOUT_DATA else seed)
+    command = [sys.executable, "-m", "wrapq", "run", *WRAPQ[key], *overrides]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     facts = [json.loads(path.read_text()) for path in folder.glob("*/*/run.json")]
     if not facts or "quantized" not in facts[0].get("stages", {}):
@@ -271,7 +274,7 @@ def speed(texts: Texts, pairs: int, python: Path, folder: Path) -> None:
     for number in range(pairs):
         clock, outputs = StepClock(), folder / f"ours-{number}"
         load, rates = os.getloadavg()[0], [matrix_rate()]
-        run("w4a16_gptq", [*texts.overrides(0, outputs), f"evaluation.tokens={WINDOW}"], clock)
+        run("w4a16_gptq", [*texts.overrides(outputs, 0), f"evaluation.tokens={WINDOW}"], clock)
         rates.append(matrix_rate())
         least = floor(texts.load(torch.bfloat16), tokens, statistics.mean(rates))
         (answer,) = run_oneshots(python, [job | {"out": str(folder / f"theirs-{number}")}], folder)
@@ -311,7 +314,7 @@ def main() -> None:
                     continue
                 with tempfile.TemporaryDirectory() as folder:
                     if key in WRAPQ:
-                        row |= ours(texts, WRAPQ[key], seed, Path(folder))
+                        row |= ours(texts, key, seed, Path(folder))
                     else:
                         row |= theirs(texts, judge, key, seed, Path(folder), python)
                 rows.append(row)

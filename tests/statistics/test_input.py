@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,14 @@ from wrapq.errors import CalibrationError
 from wrapq.quant.spec import QuantSpec
 from wrapq.statistics.cache import StatisticsCache
 from wrapq.statistics.cholesky import inverse_of_triangle
-from wrapq.statistics.input import AGAINST_FLOAT, PARTS, InputStatistics, UnusableStatisticsError, keep_rows
+from wrapq.statistics.input import (
+    AGAINST_FLOAT,
+    PARTS,
+    InputStatistics,
+    UnusableStatisticsError,
+    keep_rows,
+    matrix_units,
+)
 from wrapq.statistics.store import Store
 from wrapq.statistics.transport import Rotated, Scaled, rotate_blocks_, transform_statistics
 
@@ -161,6 +169,23 @@ def test_the_inverse_of_a_triangle(size: int) -> None:
     expected = torch.linalg.inv(lower)
     torch.testing.assert_close(inverse_of_triangle(lower), expected, rtol=1e-10, atol=1e-12)
     assert not inverse_of_triangle(lower).triu(1).any()
+
+
+@pytest.mark.parametrize("needs", [("hessian",), ("hessian", "absmax")])
+def test_inputs_in_bfloat16_are_summed_in_float32_by_the_matrix_units_of_a_cpu_too(needs):
+    rows = (torch.randn(3000, 300, generator=torch.Generator().manual_seed(0)) + 0.5).bfloat16()
+    before, found = torch.backends.mkldnn.matmul.fp32_precision, []
+    for using in (nullcontext(), matrix_units()):
+        statistics = InputStatistics(needs)
+        with using:
+            for part in rows.split(700):
+                statistics.add(part)
+        found.append(statistics.get("hessian", "w"))
+    exact = rows.double().t() @ rows.double()
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    for hessian in found:
+        assert hessian.dtype == torch.float32
+        assert (hessian - exact).abs().max() < 1e-5 * exact.abs().max()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -12,6 +12,7 @@ import torch
 from wrapq.calibration.processes import Processes
 from wrapq.errors import ModelError
 from wrapq.recipe.schema import Settings
+from wrapq.statistics.input import matrix_units
 
 
 def find_device(settings: Settings, processes: Processes | None = None) -> torch.device:
@@ -36,12 +37,12 @@ def find_device(settings: Settings, processes: Processes | None = None) -> torch
 
 @contextmanager
 def use_machine(settings: Settings, seed: int, processes: Processes | None = None) -> Iterator[torch.device]:
-    """Set the seed and the number of threads, and yield `find_device(settings, processes)`.
+    """Set the seed and the number of threads, use `matrix_units`, and yield `find_device(settings, processes)`.
 
     On exit the number of threads and the random states are restored: the process may belong to somebody else.
     """
     device = find_device(settings, processes)
-    with _preserved():
+    with _preserved(), matrix_units():
         if settings.runtime.threads:
             torch.set_num_threads(settings.runtime.threads)
         torch.manual_seed(seed)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
@@ -36,27 +37,58 @@ def _add_gram(held: Tensor, x: Tensor, moved: Tensor | None) -> None:
     if x.dim() == 3:
         held.baddbmm_(x.mT, x)
         return
-    if x.dtype != held.dtype:
+    if x.dtype != held.dtype and x.is_cuda:
         held.add_(torch.mm(x.t(), x, out_dtype=held.dtype))
+        return
+    if x.dtype != held.dtype:
+        matmul, before = torch.backends.mkldnn.matmul, torch.backends.mkldnn.matmul.fp32_precision
+        matmul.fp32_precision = "bf16"  # which of these numbers takes nothing away
+        try:
+            _add_gram(held, x.to(held.dtype), moved)
+        finally:
+            matmul.fp32_precision = before
         return
     width = _block(held)
     for start in range(0, len(held), width):
         held[start : start + width, start:].addmm_(x[:, start : start + width].t(), x[:, start:])
 
 
+_owned = False
+
+
+@contextmanager
+def matrix_units() -> Iterator[None]:
+    """While this holds, a CPU's matrix units may sum Hessians: for each of them torch is told, for all of the process,
+    that numbers in float32 may be taken for bfloat16, which is for a run to do, not for a library call."""
+    global _owned
+    before, _owned = _owned, True
+    try:
+        yield
+    finally:
+        _owned = before
+
+
+def _sums_halves(x: Tensor) -> bool:
+    """Whether what is in 16 bits is multiplied as it is, and the products summed in float32, in which each is exact."""
+    return x.dtype in (torch.bfloat16, torch.float16) and (x.is_cuda or _owned) and _has_units(x.device, x.dtype)
+
+
 @cache
-def _sums_halves(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `device` multiplies numbers of 16 bits and sums the products in float32, in which each is exact: a GPU's
-    tensor cores do, many times faster than float32. Which versions of torch do is not to be asked."""
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+def _has_units(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `device` can do that: a GPU's tensor cores do, many times faster than float32, a CPU's twice as fast.
+    Which versions of torch do is not to be asked."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    if device.type == "cpu" and (dtype != torch.bfloat16 or not capabilities.get("amx_bf16")):
         return False
     x = torch.randn(2048, 64, generator=torch.Generator(device).manual_seed(0), device=device).to(dtype)
+    gram = torch.zeros(64, 64, device=device)
     try:
-        gram = torch.mm(x.t(), x, out_dtype=torch.float32)
-    except (TypeError, RuntimeError):
+        _add_gram(gram, x, None)
+    except (AttributeError, TypeError, RuntimeError):
         return False
+    _mirror(gram)
     exact = x.double().t() @ x.double()
-    return gram.dtype == torch.float32 and bool((gram - exact).abs().max() < 1e-5 * exact.abs().max())
+    return bool((gram - exact).abs().max() < 1e-5 * exact.abs().max())
 
 
 def _mirror(held: Tensor) -> None:
@@ -163,7 +195,7 @@ class InputStatistics:
         self.start(x.shape[-1], x.device, len(x) if x.dim() == 3 else 1)
         self._factors.clear()
         self.rows += x.shape[-2]
-        as_they_are = x.dim() == 2 and self.dtype == torch.float32 and _sums_halves(x.device, x.dtype)
+        as_they_are = x.dim() == 2 and self.dtype == torch.float32 and _sums_halves(x)
         wide = x if as_they_are and self._sums.keys() == {"hessian"} else x.to(self.dtype)
         moved = None if reference is None or not AGAINST_FLOAT & self.needs else reference.to(self.dtype) - wide
         for name in self._sums if x.shape[-2] else ():
