@@ -6,7 +6,8 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import conv2d, pad
 
 import wrapq
 from tests.algorithms.test_gptq import literal_gptq
@@ -15,12 +16,22 @@ from wrapq.observers.base import observe_tensor
 from wrapq.quant.spec import QuantSpec
 
 CONFIG = PTQConfig(weight="int4:channel:sym", activation=None)
+
+
+class PadsItself(nn.Conv2d):
+    """A convolution whose forward pads by what no attribute says, as in networks that come from TensorFlow."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv2d(pad(x, (0, 1, 0, 1)), self.weight, self.bias, self.stride, (0, 1), self.dilation, self.groups)
+
+
 CONVOLUTIONS = {
     "1d": (nn.Conv1d(3, 8, 5, padding=2, stride=2), (4, 3, 40)),
     "2d": (nn.Conv2d(3, 8, 3), (4, 3, 12, 10)),
     "2d-uneven": (nn.Conv2d(2, 8, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(2, 1)), (4, 2, 14, 11)),
     "2d-same": (nn.Conv2d(3, 8, (2, 3), padding="same", padding_mode="reflect"), (4, 3, 9, 9)),
     "2d-unbatched": (nn.Conv2d(3, 8, 3, padding=1, padding_mode="circular"), (3, 20, 21)),
+    "2d-pads-itself": (PadsItself(3, 8, 3, stride=2), (4, 3, 12, 10)),
     "3d": (nn.Conv3d(2, 8, (2, 3, 3), stride=(1, 2, 2)), (2, 2, 5, 11, 11)),
 }
 
@@ -71,7 +82,7 @@ class Branches(nn.Module):
         super().__init__()
         self.convolutions = nn.ModuleList(convolutions)
 
-    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+    def forward(self, x: Tensor) -> list[Tensor]:
         return [conv(x) for conv in self.convolutions]
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from wrapq.graph.batch_norm import is_affine
 from wrapq.graph.mixtures import is_fused_experts, is_router
 from wrapq.wrappers.experts import is_transposed
+from wrapq.wrappers.leaf import Conv
 from wrapq.wrappers.wrapper_registry import WRAPPERS
 
 
@@ -73,7 +74,7 @@ class LayerInfo:
         consumes: the weight that multiplies the layer's input channels; None where there is none.
         opaque: its forward depends on data, so that the tracer replaces it by one that returns an empty output.
         centered: a norm that subtracts the mean, as LayerNorm does.
-        pads: a convolution that pads with zeros, so that a constant in its input is not a constant in its output.
+        pads: a convolution that pads with zeros, or may, so that a constant in its input is none in its output.
     """
 
     kind: str
@@ -110,6 +111,7 @@ def layer_info(module: Any) -> LayerInfo | None:
     if kind == "Conv":
         layout = replace(_LINEAR, groups=module.groups)
         pads = module.padding_mode == "zeros" and module.padding != "valid" and any(module.padding)
+        pads = pads or Conv.prepares_input(module)
         return LayerInfo("conv", layout, layout, pads=pads)
     if kind == "Embedding":
         return LayerInfo("embedding", _EMBEDDING, None)

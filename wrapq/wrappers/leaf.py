@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from torch.overrides import TorchFunctionMode
 
+from wrapq.errors import CalibrationError
+from wrapq.runtime.module import original_class
 from wrapq.wrappers.base import INPUT, OUTPUT, WEIGHT, Point, Wrapper
 from wrapq.wrappers.wrapper_registry import WRAPPERS
 
@@ -61,6 +65,22 @@ class Conv1D(Linear):
         return matrix.t()
 
 
+class _ReachedKernel(Exception):  # noqa: N818 - no error: it ends a forward
+    pass
+
+
+class _UntilKernel(TorchFunctionMode):
+    """Ends a forward at its first convolution, and keeps what that is given."""
+
+    given: dict[str, Any] | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in (torch.conv1d, torch.conv2d, torch.conv3d):
+            return func(*args, **(kwargs or {}))
+        self.given = dict(zip(("input", "weight", "bias", "stride", "padding"), args, strict=False)) | (kwargs or {})
+        raise _ReachedKernel
+
+
 @WRAPPERS.register("torch.nn.modules.conv.Conv1d", "torch.nn.modules.conv.Conv2d", "torch.nn.modules.conv.Conv3d")
 class Conv(Leaf):
     """Convolutions; as a matrix the weight is [output channels, input channels of a group x kernel]."""
@@ -84,16 +104,26 @@ class Conv(Leaf):
 
     @classmethod
     def reads(cls, module: nn.Module) -> tuple[object, ...]:
-        """The kernel and how it moves over the image."""
+        """The kernel and how it moves over the image; the module itself where its own class decides that."""
         conv = cast(nn.Conv2d, module)
-        return conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.padding_mode, conv.groups
+        own = module if cls.prepares_input(module) else None
+        return conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.padding_mode, conv.groups, own
+
+    @classmethod
+    def prepares_input(cls, module: nn.Module) -> bool:
+        """Whether the class of a convolution has a forward of its own, which may pad by what no attribute says: as in
+        networks that come from TensorFlow, whose padding depends on the size of the image."""
+        forward = cast(Any, original_class(module)).forward
+        return forward not in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 
     def input_matrix(self, x: Tensor) -> Tensor:
         """The patches [M, K] that the kernel meets, M positions in all images `x` [B, C, ...] or [C, ...]; [G, M, K] of
         G groups of channels."""
         conv, dims = cast(nn.Conv2d, self), len(cast(nn.Conv2d, self).kernel_size)
-        mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-        x = pad(x if x.dim() == dims + 2 else x[None], conv._reversed_padding_repeated_twice, mode=mode)
+        padding, mode = conv._reversed_padding_repeated_twice, cast(str, conv.padding_mode)
+        if self.prepares_input(self):
+            x, padding, mode = *self._met_by_kernel(x), "zeros"
+        x = pad(x if x.dim() == dims + 2 else x[None], padding, mode="constant" if mode == "zeros" else mode)
         for axis, (size, stride, dilation) in enumerate(
             zip(conv.kernel_size, conv.stride, conv.dilation, strict=True), start=2
         ):
@@ -102,6 +132,18 @@ class Conv(Leaf):
         if conv.groups == 1:
             return x.flatten(dims + 1).flatten(0, dims)
         return x.unflatten(dims + 1, (conv.groups, -1)).movedim(dims + 1, 0).flatten(dims + 2).flatten(1, dims + 1)
+
+    def _met_by_kernel(self, x: Tensor) -> tuple[Tensor, list[int]]:
+        """What the forward of the convolution's own class makes of `x`, and with how many zeros that is padded."""
+        with suppress(_ReachedKernel), _UntilKernel() as until:
+            super(Leaf, self).forward(x)
+        if until.given is None:
+            raise CalibrationError(f"the forward of {original_class(self).__name__} calls no convolution of torch")
+        conv, padding = cast(nn.Conv2d, self), until.given.get("padding", 0)
+        if isinstance(padding, str):
+            return until.given["input"], conv._reversed_padding_repeated_twice
+        sizes = [padding] * len(conv.kernel_size) if isinstance(padding, int) else padding
+        return until.given["input"], [size for each in reversed(sizes) for size in (each, each)]
 
 
 @WRAPPERS.register("torch.nn.modules.sparse.Embedding")
