@@ -12,14 +12,15 @@ from wrapq.engine.calibrate import offloading
 from wrapq.engine.context import Run
 from wrapq.engine.goals import SURVIVAL, collapsed, judge, lost
 from wrapq.engine.measure import Quality, Stages, measure_stages
-from wrapq.metrics import FLOAT, METRICS, QUANTIZED, STAGES, WEIGHTS, Measured
-from wrapq.resolve.plan import Plan
+from wrapq.metrics import FLOAT, KL, METRICS, QUANTIZED, STAGES, WEIGHTS, Measured
+from wrapq.resolve.plan import Plan, StagePlan
 from wrapq.wrappers.quantizer import Quantizer, WeightQuantizer
 
 _AGREEMENT = "top1_agreement"
 _TOKENS = 256  # of one sample
 _LOUD = 3.0  # dB: half as much noise as signal
 _SHOWN = 3
+_FEW, _ENOUGH = 8192, 64  # tokens, and the default number of samples
 _OWN_KEYS = ("weight", "input", "output")  # of a rule; other points stand under `points`
 
 
@@ -28,7 +29,7 @@ def explain_collapse(run: Run, walker: Walker, samples: Samples, quality: Qualit
     change. A kind is the points of one name in all blocks, such as `mlp.down_proj.input`."""
     if not collapsed(judge(run.plan.recipe.goals, Measured(quality.stages).figures())):
         return
-    stage = next(stage for stage in list(quality.stages)[1:] if _lost_by(quality, stage))
+    stage = WEIGHTS if _by_weights(quality) else QUANTIZED
     kinds: dict[str, list[Quantizer]] = {}
     for point in walker.points():
         if WEIGHTS not in quality.stages or isinstance(point, WeightQuantizer) == (stage == WEIGHTS):
@@ -42,18 +43,27 @@ def explain_collapse(run: Run, walker: Walker, samples: Samples, quality: Qualit
     with run.step("diagnose", "Looking for what made it collapse"), offloading(run, walker.model) as offload:
         found = measure_stages(walker.model, sample, 1, lambda: None, walker.options.loader, offload, stages=stages)
     agreement = {name: metrics[_AGREEMENT] for name, metrics in list(found.stages.items())[1:]}
-    for text in (_where(run.plan, stage, kinds, quality.curves), *_by_what(kinds, agreement)):
+    points = {point.where for each in kinds.values() for point in each}
+    by = [s for s in run.plan.stages if s.phase != "transform" and points & set(s.targets)]
+    for text in (_where(stage, by, quality.curves), *_by_little(run.plan, by), *_by_what(kinds, agreement)):
         run.note(f"collapsed: {text}")
 
 
-def _where(
-    plan: Plan, stage: str, kinds: Mapping[str, Sequence[Quantizer]], curves: Mapping[str, Sequence[float]]
-) -> str:
-    points = {point.where for each in kinds.values() for point in each}
-    by = [s.name for s in plan.stages if s.phase != "transform" and points & set(s.targets)]
-    text = f"with {STAGES[stage]}" + (f", by stage {', '.join(by)}" if by else "")
+def _where(stage: str, by: Sequence[StagePlan], curves: Mapping[str, Sequence[float]]) -> str:
+    text = f"with {STAGES[stage]}" + (f", by stage {', '.join(s.name for s in by)}" if by else "")
     loud = next((i for i, sqnr in enumerate(curves.get("layer/sqnr_db", ())) if sqnr < _LOUD), None)
     return text if loud is None else f"{text}; from block {loud} on the outputs are at least a third noise"
+
+
+def _by_little(plan: Plan, by: Sequence[StagePlan]) -> Iterator[str]:
+    """What rounds the weights of matrix products and looks at no data, which costs the most at few bits, or at little."""
+    multiplying = {f"{module.name}.weight" for module in plan.modules if module.multiplies}
+    for stage in (s for s in by if s.phase == "round" and not s.needs and multiplying & set(s.targets)):
+        change = f"algorithm@stack.{stage.name}=gptq"
+        yield f"{stage.algorithm} looks at no data: try {change}, which rounds by what comes out of a layer"
+    tokens = plan.estimate.calibration_tokens
+    if 0 < tokens < _FEW and any(stage.needs for stage in by):
+        yield f"{tokens:,} calibration tokens are few: try calibration.samples={_ENOUGH}"
 
 
 def _by_what(kinds: Mapping[str, Sequence[Quantizer]], agreement: Mapping[str, float]) -> Iterator[str]:
@@ -70,8 +80,12 @@ def _by_what(kinds: Mapping[str, Sequence[Quantizer]], agreement: Mapping[str, f
     yield f"try '+rules.kept={{match: {{name: \"{module}\"}}, {key}}}', or a finer spec for these points"
 
 
-def _lost_by(quality: Quality, stage: str) -> bool:
-    return bool(lost(Measured({FLOAT: quality.stages[FLOAT], QUANTIZED: quality.stages[stage]}).figures()))
+def _by_weights(quality: Quality) -> bool:
+    """Whether the weights alone did it, or more of it than the activations did."""
+    if (weights := quality.stages.get(WEIGHTS)) is None:
+        return False
+    ruined = lost(Measured({FLOAT: quality.stages[FLOAT], QUANTIZED: weights}).figures())
+    return bool(ruined) or weights[KL] > quality.stages[QUANTIZED][KL] / 2
 
 
 def _is_none_of(points: frozenset[int], point: Quantizer) -> bool:
