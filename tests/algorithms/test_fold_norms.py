@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.conftest import build_model
 from tests.graph.test_dataflow import weightless
 from tests.resolve.conftest import MakePlan, make_plan, refusal  # noqa: F401
-from wrapq import load
+from wrapq import PTQConfig, calibrate, load, prepare
 from wrapq.algorithms.fold_norms import FoldNorms, FoldOptions
 from wrapq.graph.dataflow import find_graph
 from wrapq.graph.norms import norm_gain
@@ -82,6 +82,15 @@ def test_rules_choose_the_places(make_plan: MakePlan) -> None:  # noqa: F811
 )
 def test_stacks_that_cannot_work(rules: str, stack: str, more: str, what: str, refusal: object) -> None:  # noqa: F811
     assert what in refusal(rules, stack, more=more)  # type: ignore[operator]
+
+
+def test_a_fold_of_which_a_rotation_needs_nothing_is_no_mistake() -> None:
+    """The norms of an encoder write into the stream: R1 rotates what reads it, and there is nothing to fold."""
+    model = prepare(build_model("bert"), PTQConfig(weight="int8:channel", activation=None))
+    batches = [{"input_ids": torch.arange(3, 19)[None]}]
+    report = calibrate(model, batches, {"fold": "fold_norms", "rotate": "rotate", "round": "rtn"})
+    assert any(note.startswith("fold: ") and "no rotation needs it folded" in note for note in report.notes)
+    assert not report.transforms["fold"] and report.transforms["rotate"]
 
 
 def test_a_run_folds_saves_and_loads(make_plan: MakePlan, tmp_path: Path) -> None:  # noqa: F811

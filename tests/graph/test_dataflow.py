@@ -71,6 +71,7 @@ def test_norms_of_an_encoder_write_the_residual_stream() -> None:
     assert graph.by_producer["bert.embeddings.LayerNorm"].other_consumers == ("a sum",)
     assert graph.by_producer["cls.predictions.transform.LayerNorm"].fully_owned
     assert "bert.embeddings.word_embeddings" in graph.tied["cls.predictions.decoder"]
+    assert graph.heads == {f"bert.encoder.layer.{index}.attention.self": 16 for index in range(2)}
 
 
 def test_experts_and_their_router_read_one_norm() -> None:

@@ -75,10 +75,10 @@ class Transforms:
         if allowed is not None:
             names = tuple(t for t in targets.names if allowed & {t, *transform.inputs(graph, t)})
             targets = targets._replace(names=names)
-        needless = transform.needless(graph, targets.names, later)
+        needless = transform.needless(graph, (*targets.names, *targets.skipped), later)
         used = targets._replace(names=tuple(name for name in targets.names if name not in needless))
         reasons: dict[str, list[str]] = {}
-        for place, reason in (*targets.skipped.items(), *needless.items()):
+        for place, reason in {**targets.skipped, **needless}.items():
             reasons.setdefault(reason, []).append(place)
         for reason, places in reasons.items():
             self.notes.append(f"{stage}: {name} leaves {and_more(places)} alone: {reason}")

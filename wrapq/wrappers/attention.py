@@ -54,7 +54,7 @@ class Attention(Wrapper):
 
     @classmethod
     def width(cls, module: nn.Module, point: str) -> int | None:
-        size = getattr(module, "head_dim", None)
+        size = getattr(module, "head_dim", getattr(module, "attention_head_size", None))
         return size if isinstance(size, int) and point not in ("scores", "probs") else None
 
 
