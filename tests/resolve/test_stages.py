@@ -95,6 +95,17 @@ def test_following_the_float_model_through_a_block_that_is_rounded_at_once_is_re
     assert "other follows the float model through block 0, which whole rounds at once" in said
 
 
+def test_what_a_block_rounder_cannot_round_is_refused_with_the_rule_that_leaves_it_float(
+    make_plan: MakePlan, refusal: Callable[..., str]
+) -> None:
+    rules, stack = "linear: {match: {type: Linear}, weight: int8:channel}", "round: {algorithm: autoround}"
+    said = refusal(rules, stack)
+    assert "autoround rounds the weights of blocks, and lm_head lies in none" in said
+    left = "+rules.outside={match: {name: [lm_head]}, quantize: false}"
+    assert f"leave these float: '{left}'" in said
+    assert all(module.block is not None for module in make_plan(rules, stack, left).modules)
+
+
 def test_a_stage_without_targets_is_refused(refusal: Callable[..., str]) -> None:
     said = refusal("linear: {match: {type: Linear}, weight: int8:channel}", BOTH)
     assert "stack.ranges: ranges has nothing to do: no rule gives it a static activation to decide" in said

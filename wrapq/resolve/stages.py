@@ -17,6 +17,8 @@ from wrapq.resolve.selectors import Site
 from wrapq.resolve.transforms import Transforms
 from wrapq.statistics.input import AGAINST_FLOAT
 
+_SHOWN = 8
+
 
 @dataclass(frozen=True)
 class StackEntry:
@@ -204,8 +206,9 @@ def _misfits(
             yield sources.problem(entry.path, what, (), remedy)
     in_blocks = BLOCK in algorithm.needs and any(module.block is not None for module in modules)
     if outside := [module.name for module, _ in points if in_blocks and module.block is None]:
-        what = f"{name} rounds the weights of blocks, and {', '.join(outside[:3])} lies in none"
-        yield sources.problem(entry.path, what, (), split)
+        what = f"{name} rounds the weights of blocks, and {and_more(outside)} lies in none"
+        left = f"+rules.outside={{match: {{name: [{', '.join(outside[:_SHOWN])}]}}, quantize: false}}"
+        yield sources.problem(entry.path, what, (), f"{split}; or leave these float: '{left}'")
     if others := [m for m, _ in points if isinstance(algorithm, Corrector) and not algorithm.takes(m.wrapper)]:
         what = f"{name} does not correct {others[0].type} ({others[0].name})"
         yield sources.problem(entry.path, what, (), f"name the rules of linear layers: stack.{entry.name}.rules=[...]")
