@@ -26,7 +26,7 @@ from wrapq.registry import Options
 from wrapq.statistics.cholesky import Factor
 from wrapq.statistics.input import InputStatistics
 
-CANDIDATES, SMALLEST = 5, 0.8
+CANDIDATES, SMALLEST = 9, 0.6
 """The ranges that are tried: clipping more suits rounding to nearest, while here the open columns bear the error."""
 
 

@@ -56,7 +56,7 @@ def _where(stage: str, by: Sequence[StagePlan], curves: Mapping[str, Sequence[fl
 
 
 def _by_little(plan: Plan, by: Sequence[StagePlan]) -> Iterator[str]:
-    """What rounds the weights of matrix products and looks at no data, which costs the most at few bits, or at little."""
+    """What rounds the weights of matrix products and looks at no data, which costs most at few bits, or at little."""
     multiplying = {f"{module.name}.weight" for module in plan.modules if module.multiplies}
     for stage in (s for s in by if s.phase == "round" and not s.needs and multiplying & set(s.targets)):
         change = f"algorithm@stack.{stage.name}=gptq"

@@ -41,7 +41,8 @@ def _add_gram(held: Tensor, x: Tensor, moved: Tensor | None) -> None:
         held.add_(torch.mm(x.t(), x, out_dtype=held.dtype))
         return
     if x.dtype != held.dtype:
-        matmul, before = torch.backends.mkldnn.matmul, torch.backends.mkldnn.matmul.fp32_precision
+        matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+        before = matmul.fp32_precision
         matmul.fp32_precision = "bf16"  # which of these numbers takes nothing away
         try:
             _add_gram(held, x.to(held.dtype), moved)
@@ -77,7 +78,7 @@ def _sums_halves(x: Tensor) -> bool:
 def _has_units(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `device` can do that: a GPU's tensor cores do, many times faster than float32, a CPU's twice as fast.
     Which versions of torch do is not to be asked."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: Mapping[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     if device.type == "cpu" and (dtype != torch.bfloat16 or not capabilities.get("amx_bf16")):
         return False
     x = torch.randn(2048, 64, generator=torch.Generator(device).manual_seed(0), device=device).to(dtype)
