@@ -26,7 +26,7 @@ from wrapq.runs.lock import read_lock
 def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run."""
     outputs = tmp_path_factory.mktemp("outputs")
-    words = ["run", "recipe=w8a8_static", *SMALL, "tracking=none", f"runtime.load={request.param}"]
+    words = ["run", "recipe=w8a8_static", "~stack.smooth", *SMALL, "tracking=none", f"runtime.load={request.param}"]
     done = forked.wrapq([*words, f"paths.outputs={outputs}"], outputs)
     assert done.returncode == 0, done.stderr
     return only_run(outputs)

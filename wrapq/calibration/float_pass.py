@@ -21,7 +21,7 @@ from wrapq.graph.blocks import Batch, find_blocks, output_head
 from wrapq.graph.layers import layer_info
 from wrapq.observers.forward_context import forward_context, outside_batch
 from wrapq.statistics.input import InputStatistics
-from wrapq.wrappers.attention import watched
+from wrapq.wrappers.attention import Attention, watched
 from wrapq.wrappers.quantizer import real_tokens
 
 
@@ -111,7 +111,8 @@ def _layout(model: nn.Module, place: str) -> tuple[int, int]:
     name, point, _ = place.partition(":")
     module: Any = model.get_submodule(name)
     if point:
-        return module.head_dim, module.config.num_key_value_heads
+        heads = getattr(module.config, "num_key_value_heads", None) or module.config.num_attention_heads
+        return Attention.width(module, "key") or 0, heads
     layer = layer_info(module)
     layout = layer.consumes if layer else None
     return layout.width(module.get_parameter(layout.parameter)) if layout else 0, 1
