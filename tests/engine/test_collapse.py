@@ -55,14 +55,13 @@ def test_it_is_said_with_what_did_it_and_no_alias_moves(new_store: Callable[[Pat
 
 @pytest.mark.slow
 def test_what_weights_alone_lost_is_told_with_what_rounds_better(tmp_path: Path) -> None:
-    done = run("rules.linear.weight=int2:channel", f"paths.outputs={tmp_path}", "tracking=none")
+    plain = ("~stack.smooth", "algorithm@stack.round=rtn")
+    done = run(*plain, "rules.linear.weight=int2:channel", f"paths.outputs={tmp_path}", "tracking=none")
     said = " ".join(done.output.split())
     assert done.exit_code == 12, said
     assert "collapsed: with weights quantized, by stage round" in said
     assert "collapsed: rtn looks at no data: try algorithm@stack.round=gptq" in said
-    learned = run(
-        "algorithm@stack.round=gptq", "rules.linear.weight=int2:channel", f"paths.outputs={tmp_path}", "tracking=none"
-    )
+    learned = run("~stack.smooth", "rules.linear.weight=int2:channel", f"paths.outputs={tmp_path}", "tracking=none")
     said = " ".join(learned.output.split())
     assert learned.exit_code == 12 and "collapsed: 1,024 calibration tokens are few: try calibration.samples=64" in said
 
