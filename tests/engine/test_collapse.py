@@ -56,7 +56,7 @@ def test_it_is_said_with_what_did_it_and_no_alias_moves(new_store: Callable[[Pat
 @pytest.mark.slow
 def test_what_weights_alone_lost_is_told_with_what_rounds_better(tmp_path: Path) -> None:
     plain = ("~stack.smooth", "algorithm@stack.round=rtn")
-    done = run(*plain, "rules.linear.weight=int2:channel", f"paths.outputs={tmp_path}", "tracking=none")
+    done = run(*plain, "rules.linear.weight=int2:tensor", f"paths.outputs={tmp_path}", "tracking=none")
     said = " ".join(done.output.split())
     assert done.exit_code == 12, said
     assert "collapsed: with weights quantized, by stage round" in said
