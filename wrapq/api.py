@@ -17,7 +17,8 @@ from wrapq.algorithms.ranges import Ranges
 from wrapq.algorithms.transform import Transform
 from wrapq.calibration.assignments import Assignments
 from wrapq.calibration.processes import Processes
-from wrapq.calibration.walker import Schedule, Walker
+from wrapq.calibration.token_weights import gather_token_weights, linears_by_gradient
+from wrapq.calibration.walker import Schedule, Walker, WalkOptions
 from wrapq.engine.apply_transforms import Figures, apply_transform, checked
 from wrapq.errors import CalibrationError, LifecycleError, PlanError, Problem, SpecError
 from wrapq.graph.blocks import Batch, without_cache
@@ -198,7 +199,9 @@ def calibrate(
     figures, notes = _transform(model, transforms, given) if transforms else ({}, [])
     if transforms:  # which put new wrappers in
         assignments = Assignments.from_stack(model, algorithms.values())
-    walker = Walker(model, assignments)
+    modules = linears_by_gradient(model, assignments)
+    weights = gather_token_weights(model, enumerate(given), modules) if modules else {}
+    walker = Walker(model, assignments, WalkOptions(token_weights=weights))
     walker.run(given, schedule)
     deciding, result = {**assignments.rounders, **assignments.range_setters}, walker.result
     return Calibrated(deciding, result.reports, result.fallbacks, result.statistics, figures, notes)

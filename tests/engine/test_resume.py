@@ -90,6 +90,18 @@ def test_killed_after_the_last_block(tmp_path, undisturbed, pattern, killed, res
     assert len(list(folder.glob("model.safetensors"))) == (resumed == "whole")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("store", ["runtime.cache_gb=1", "runtime.cache_gb=0"], ids=["kept", "gathered again"])
+def test_gradients_of_tokens_are_those_of_the_float_model_again(tmp_path, store):
+    more = ["stack.round.gradient=true", store]
+    for outputs in (tmp_path / "killed", tmp_path / "undisturbed"):
+        outputs.mkdir()
+    run_and_kill(tmp_path / "killed", "resume/points-2.safetensors", *more)
+    assert "resumed before block" in succeed(tmp_path / "killed", "--resume", *more)
+    succeed(tmp_path / "undisturbed", *more)
+    assert digests(tmp_path / "killed") == digests(tmp_path / "undisturbed")
+
+
 def test_changed_recipe_is_refused(tmp_path):
     run_and_kill(tmp_path, "resume/points-2.safetensors")
     other = forked.wrapq(command(tmp_path, "--resume", "stack.round.damp=0.05"))

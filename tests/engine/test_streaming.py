@@ -111,8 +111,9 @@ def test_activations_on_disk_between_blocks(tmp_path: Path, threads: None) -> No
     [
         (("export=compressed_tensors",), "the export compressed_tensors is made and compared with the whole model"),
         (("runtime.load=strem",), "streaming"),
+        (("stack.round.gradient=true",), "gradients go back through the float model as a whole"),
     ],
-    ids=["an export", "a misspelt way"],
+    ids=["an export", "a misspelt way", "gradients"],
 )
 def test_what_cannot_be_streamed_is_refused_before_anything_is_written(
     more: tuple[str, ...], message: str, tmp_path: Path

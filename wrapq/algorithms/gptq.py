@@ -47,6 +47,9 @@ class GPTQOptions(Options):
         description="How much of the error in the layer's input the weights make up for, as GPTAQ does.",
     )
     sweeps: int = Field(0, ge=0, description="How often all codes are gone through again afterwards, one by one.")
+    gradient: bool = Field(
+        False, description="Count tokens by how much the model's loss depends on what the layer makes of them."
+    )
     precision: Literal["float32", "float64"] = Field("float32", description="What the Hessian is summed in.")
     block_size: int = Field(128, ge=1, description="Columns between two updates of all that are still open.")
 
@@ -61,7 +64,11 @@ class GPTQ(Rounder):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        more = (("cross", self.options.asymmetric), ("float64", self.options.precision == "float64"))
+        more = (
+            ("cross", self.options.asymmetric),
+            ("gradient", self.options.gradient),
+            ("float64", self.options.precision == "float64"),
+        )
         return ("hessian", *(need for need, wanted in more if wanted))
 
     def unsupported(self, spec: QuantSpec) -> str | None:

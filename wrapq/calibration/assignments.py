@@ -14,7 +14,7 @@ from wrapq.algorithms.transform import Transform
 from wrapq.calibration.grouped_conv import unsupported
 from wrapq.errors import PlanError, Problem
 from wrapq.statistics.cache import CachedPoint
-from wrapq.statistics.input import PRECISIONS
+from wrapq.statistics.input import MODES
 from wrapq.wrappers.model import iter_wrapped
 from wrapq.wrappers.quantizer import Quantizer, WeightQuantizer
 
@@ -95,8 +95,8 @@ class Assignments:
         algorithms = self.of(point)
         named = [(type(a).__module__, type(a).__qualname__, a.options.model_dump(mode="json")) for a in algorithms]
         needs = frozenset(need for algorithm in algorithms for need in algorithm.needs)
-        precision = " ".join(["", *sorted(needs & PRECISIONS)])
-        kinds = {part: f"{part}{precision}" for part in sorted(needs - PRECISIONS)}
+        modes = " ".join(["", *sorted(needs & MODES)])
+        kinds = {part: f"{part}{modes}" for part in sorted(needs - MODES)}
         return CachedPoint(point.where, [str(point.spec), named], kinds or {"observer": f"observer {point.spec}"})
 
     def by_block(self, point: Quantizer) -> bool:

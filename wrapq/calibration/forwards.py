@@ -113,12 +113,17 @@ class CalibrationForward(BatchForward):
         if not (needs := self.walk.assignments.needs(weight)):
             return
         point = module.point_quantizers().get("input")
-        form = str(point.spec) if point else "", module.wrapper.reads(module)
+        form = (
+            str(point.spec) if point else "",
+            module.wrapper.reads(module),
+            weight.where if "gradient" in needs else "",
+        )
         statistics, shared = self.statistics_of(raw, form, needs, self.walk.inputs, weight.where)
         if not shared:
             rows = module.input_matrix(real_tokens(x.detach(), 1))
             with outside_batch():
-                statistics.add(rows, self.reference.rows(weight, rows) if self.reference else None)
+                reference = self.reference.rows(weight, rows) if self.reference else None
+                statistics.add(rows, reference, weights=self._row_weights(weight, rows))
         if not self.quantizes:
             return
         # all batches brought their part before that weight was rounded: waiting would only hold what they made since;
@@ -126,3 +131,10 @@ class CalibrationForward(BatchForward):
         complete = shared and statistics.complete and self.reference is None
         if not (complete and self.walk.finalize_at_once(weight)):
             self.walk.wait_at(weight)
+
+    def _row_weights(self, weight: WeightQuantizer, rows: Tensor) -> Tensor | None:
+        """How much each of `rows` [M, K] counts; where others were routed to it than in the float model, all alike."""
+        found = self.walk.options.token_weights.get(weight.where, {}).get(self.index)
+        if found is None or len(found) == len(rows):
+            return found
+        return found.mean().expand(len(rows))

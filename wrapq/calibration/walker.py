@@ -21,6 +21,7 @@ from wrapq.calibration.forwards import CalibrationForward, FloatReferenceForward
 from wrapq.calibration.offload import Offload
 from wrapq.calibration.processes import Processes
 from wrapq.calibration.scheduler import Barrier, run_blocks, single_use, wait_for
+from wrapq.calibration.token_weights import TokenWeights
 from wrapq.errors import CalibrationError
 from wrapq.graph.blocks import Batch, Blocks, find_blocks, output_head
 from wrapq.observers.forward_context import outside_batch
@@ -59,6 +60,7 @@ class WalkOptions:
         loader: loads the blocks that are not in memory.
         offload: keeps what waiting forwards hold within a limit of memory; None keeps all of it there.
         checkpoints: where the walk is put aside after each block and taken up again; None does neither.
+        token_weights: of the weights whose algorithms need them.
     """
 
     processes: Processes = field(default_factory=Processes)
@@ -66,6 +68,7 @@ class WalkOptions:
     loader: BlockLoader = IN_MEMORY
     offload: Offload | None = None
     checkpoints: CheckpointStore | None = None
+    token_weights: TokenWeights = field(default_factory=dict)
 
 
 class Walker:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from wrapq.calibration.assignments import Assignments
 from wrapq.calibration.block_loader import IN_MEMORY, StreamedBlocks
 from wrapq.calibration.offload import Offload
+from wrapq.calibration.token_weights import TokenWeights, gather_token_weights, linears_by_gradient
 from wrapq.calibration.walker import Schedule, Walker, WalkOptions
 from wrapq.data.samples import Samples
 from wrapq.engine.context import Run
@@ -23,7 +25,7 @@ from wrapq.resolve.stages import algorithm_of
 from wrapq.runs.folder import SCRATCH
 from wrapq.runs.lock import code_digest, device_class, environment
 from wrapq.runs.resume import ResumeStore
-from wrapq.statistics.cache import StatisticsCache, StoreUse
+from wrapq.statistics.cache import StatisticsCache, StoreUse, digest
 from wrapq.statistics.store import Store
 from wrapq.wrappers.attention import Attention
 from wrapq.wrappers.experts import Experts
@@ -60,6 +62,7 @@ def walk(
         store = Store(run.settings.paths.cache_folder(), runtime.cache_gb * 1e9)
         options["cache"] = StatisticsCache(store, float_root(run, model) | data)
     assignments = Assignments.from_stages((algorithm_of(stage), stage.targets) for stage in run.plan.stages)
+    options["token_weights"] = _token_weights(run, model, batches, assignments, options.get("cache"))
     with offloading(run, model) as offload:
         walker = Walker(model, assignments, WalkOptions(run.processes, offload=offload, **options))
         if (checkpoint := walker.checkpoint) is not None:
@@ -67,6 +70,29 @@ def walk(
         with run.step(step, title, *walker.steps()) as advance:
             walker.run(batches, schedule, advance)
     return walker
+
+
+def _token_weights(
+    run: Run, model: nn.Module, batches: Sequence[Batch], assignments: Assignments, cache: StatisticsCache | None
+) -> TokenWeights:
+    """Those of the linear layers that want them, from the cache where it has them; before any point is restored, since
+    they are of the float model."""
+    if not (modules := linears_by_gradient(model, assignments)):
+        return {}
+    with run.step("gradients", "Gathering gradients", len(batches), "batch") as advance:
+        key = digest("token weights", [cache.root, run.processes.rank, sorted(modules)]) if cache else ""
+        if cache is not None and (stored := cache.store.get(key)) is not None:
+            split = ((name.rpartition(" "), tensor) for name, tensor in stored.tensors.items())
+            found: dict[str, dict[int, Tensor]] = {name: {} for name in modules}
+            for (name, _, number), tensor in split:
+                found[name][int(number)] = tensor.to(run.device)
+            return found
+        started = time.perf_counter()
+        weights = gather_token_weights(model, run.processes.share(batches), modules, advance)
+        if cache is not None:
+            named = {f"{name} {number}": tensor for name, each in weights.items() for number, tensor in each.items()}
+            cache.write(key, named, {"kind": "weights of tokens"}, time.perf_counter() - started)
+    return weights
 
 
 def float_root(run: Run, model: nn.Module) -> dict[str, str]:

@@ -19,6 +19,7 @@ from wrapq.graph.blocks import Blocks, find_blocks
 from wrapq.recipe.schema import Settings
 from wrapq.resolve.plan import Plan
 from wrapq.resolve.shards import Shards
+from wrapq.resolve.stages import algorithm_of
 from wrapq.runs.checkpoint import (
     WEIGHTS,
     Saved,
@@ -58,6 +59,9 @@ def check_streaming(plan: Plan, settings: Settings, processes: Processes) -> Non
         problems.append((what, "set evaluation.compare_schedules=false, or use runtime.load=whole"))
     if processes.count > 1:
         problems.append(("several processes cannot stream one model yet", "use one process, or runtime.load=whole"))
+    if any("gradient" in algorithm_of(stage).needs for stage in plan.stages):
+        what = "gradients go back through the float model as a whole"
+        problems.append((what, "leave runtime.load as it is, or set gradient: false in the stage"))
     if any(stage.phase == "transform" for stage in plan.stages):
         what = "transforms change the float model as a whole before the first block is calibrated"
         problems.append((what, "leave runtime.load as it is, or remove the transforms"))

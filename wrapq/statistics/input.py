@@ -132,6 +132,7 @@ def _add_rows(held: Tensor, x: Tensor, _: object) -> None:
     held.copy_(keep_rows(torch.cat([held, keep_rows(x, count)], -2), count))
 
 
+_PRODUCTS = ("hessian", "cross")
 PARTS: dict[str, Part] = {
     "hessian": Part(2, _add_gram),
     "cross": Part(2, _add_cross),
@@ -149,8 +150,9 @@ PARTS: dict[str, Part] = {
 AGAINST_FLOAT = frozenset({"cross", "mean_shift"})
 """Those for which the float model runs beside the quantized one."""
 
-PRECISIONS = frozenset({"float64"})
-"""What it may declare besides: how the sums are kept; float32 without it."""
+MODES = frozenset({"float64", "gradient"})
+"""What it may declare besides: that sums are kept in float64, not float32; that in products rows count by how much the
+model's loss depends on them."""
 
 
 class InputStatistics:
@@ -190,25 +192,29 @@ class InputStatistics:
             self._half = False
         return self._sums
 
-    def add(self, x: Tensor, reference: Tensor | None = None, batch: int = 0) -> None:
+    def add(self, x: Tensor, reference: Tensor | None = None, batch: int = 0, weights: Tensor | None = None) -> None:
         """Add the rows of `x` [M, K], or [G, M, K], which `batch` brings, and of the float model's `reference`, of the
-        same shape, where the cross term is asked for."""
+        same shape, where the cross term is asked for. In products of rows each counts `weights` [M] times."""
         self.start(x.shape[-1], x.device, len(x) if x.dim() == 3 else 1)
         self._factors.clear()
         self.rows += x.shape[-2]
-        as_they_are = x.dim() == 2 and self.dtype == torch.float32 and _sums_halves(x)
+        as_they_are = x.dim() == 2 and self.dtype == torch.float32 and weights is None and _sums_halves(x)
         wide = x if as_they_are and self._sums.keys() == {"hessian"} else x.to(self.dtype)
         moved = None if reference is None or not AGAINST_FLOAT & self.needs else reference.to(self.dtype) - wide
         for name in self._sums if x.shape[-2] else ():
             if moved is not None or name not in AGAINST_FLOAT:
                 given = x if as_they_are and name == "hessian" else wide
+                if weights is not None and name in _PRODUCTS:
+                    root = weights.to(wide)[:, None].sqrt()
+                    PARTS[name].add(self._sums[name], wide * root, None if moved is None else moved * root)
+                    continue
                 PARTS[name].add(self._sums[name], numbered(given, batch) if PARTS[name].rows else given, moved)
         self._half |= "hessian" in self._sums and x.dim() == 2
 
     def start(self, columns: int, device: torch.device, groups: int = 1) -> None:
         """Make the sums, of K `columns` for each of the `groups`, unless they are there."""
         several = (groups,) if groups > 1 else ()
-        for name in sorted(self.needs - PRECISIONS) if not self._sums else ():  # all processes in one order
+        for name in sorted(self.needs - MODES) if not self._sums else ():  # all processes in one order
             rows, start = PARTS[name].rows, PARTS[name].start
             shape = (*several, *((rows, columns + 1) if rows else (columns,) * PARTS[name].dims))
             self._sums[name] = torch.full(shape, start, dtype=self.dtype, device=device)
