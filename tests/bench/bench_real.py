@@ -56,10 +56,17 @@ ROTATE = (
 SMOOTH = "+algorithm@stack.smooth=smoothquant"
 WRAPQ: dict[tuple[str, str], Sequence[str]] = {
     ("W4 g128 GPTQ", "wrapq"): ["recipe=w4a16_gptq"],
+    ("W4 g128 GPTQ", "wrapq, by gradients"): ["recipe=w4a16_gptq_gradient"],
     ("W4 g128 GPTQ", "wrapq, rotated"): ["recipe=w4a16_rotated_gptq"],
     ("W4 g128 AWQ", "wrapq"): ["recipe=w4a16_awq"],
     ("W3 g128 GPTQ", "wrapq"): ["recipe=w3a16_gptq"],
-    ("W3 g128 GPTQ", "wrapq, rotated"): ["recipe=w4a16_rotated_gptq", "scheme@rules.linear=w3a16"],
+    ("W3 g128 GPTQ", "wrapq, by gradients"): ["recipe=w3a16_gptq", "stack.round.gradient=true"],
+    ("W3 g128 GPTQ", "wrapq, rotated"): [
+        "recipe=w4a16_rotated_gptq",
+        "scheme@rules.linear=w3a16",
+        "stack.round.asymmetric=1",
+        "stack.round.sweeps=0",
+    ],
     ("W8A8 dynamic", "wrapq"): ["recipe=w8a8_dynamic"],
     ("W8A8 dynamic", "wrapq, smoothed"): ["recipe=w8a8_dynamic", SMOOTH, "stack.smooth.feeds=all"],
     ("W8A8 dynamic", "wrapq, rotated"): ["recipe=w8a8_dynamic", *ROTATE],
