@@ -199,8 +199,7 @@ def calibrate(
     figures, notes = _transform(model, transforms, given) if transforms else ({}, [])
     if transforms:  # which put new wrappers in
         assignments = Assignments.from_stack(model, algorithms.values())
-    modules = linears_by_gradient(model, assignments)
-    weights = gather_token_weights(model, enumerate(given), modules) if modules else {}
+    weights = gather_token_weights(model, enumerate(given), linears_by_gradient(model, assignments))
     walker = Walker(model, assignments, WalkOptions(token_weights=weights))
     walker.run(given, schedule)
     deciding, result = {**assignments.rounders, **assignments.range_setters}, walker.result

@@ -59,12 +59,15 @@ def gather_token_weights(
     Args:
         model: a wrapped language model of transformers, no point of which is quantized yet.
         batches: with their numbers, by which words are drawn.
-        modules: by the full names of their weights; those that run twice in a forward, or not at all, have none.
+        modules: by the full names of their weights; those that run twice in a forward, or not at all, have none. Where
+            there are none nothing is run.
         advance: called after each batch, for progress.
 
     Raises:
         CalibrationError: the model gives no logits, or gradients that are not finite.
     """
+    if not modules:
+        return {}
     gathered: dict[str, dict[int, Tensor]] = {name: {} for name in modules}
     head, visits, count = Head(model), dict[str, list[_Visit]](), 0
     with ExitStack() as stack:
