@@ -125,17 +125,18 @@ def ours(tmp_path_factory: pytest.TempPathFactory, tokens: Path) -> Reader:
     folder = tmp_path_factory.mktemp("ours")
     data = ["calibration=tokens", f"calibration.path={tokens}", f"calibration.samples={SAMPLES}"]
     data += [f"calibration.seq_len={LENGTH}", "calibration.schedule=parallel"]
-    small, plain = (
-        ["evaluation.tokens=512", "evaluation.seq_len=128", "tracking=none"],
-        ["~stack.smooth", "~stack.round"],
-    )
+    small = ["evaluation.tokens=512", "evaluation.seq_len=128", "tracking=none"]
+    nearest = ["~stack.smooth", "algorithm@stack.round=rtn"]
 
     @cache
     def export(name: str, dtype: str) -> Tensors:
         if name == "KV8":
-            recipe, own = "w8a8_static", ["~rules.linear", "~rules.head", CACHE_RULE, *plain, *data]
+            recipe, own = (
+                "w8a8_static",
+                ["~rules.linear", "~rules.head", "~stack.smooth", "~stack.round", CACHE_RULE, *data],
+            )
         else:
-            recipe, own = ("w8a8_static", [*plain, *data]) if SCHEMES[name].data else ("w4a16_rtn", [])
+            recipe, own = ("w8a8_static", [*nearest, *data]) if SCHEMES[name].data else ("w4a16_rtn", [])
             own = [f"scheme@rules.linear={name.lower()}", *own]
         target = ["export=compressed_tensors", "export.reader=transformers", f"paths.outputs={folder}/{dtype}/{name}"]
         exported = wrapq.run(recipe, [f"model.dtype={dtype}", *own, *small, *target]).exported
