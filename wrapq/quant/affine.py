@@ -42,9 +42,9 @@ from wrapq.quant.spec import QuantSpec
 TINY = torch.finfo(torch.float32).tiny
 LARGEST = torch.finfo(torch.bfloat16).max
 """The largest magnitude that a dequantized number may have: finite in float32 and in bfloat16."""
-_PIECE = 1 << 24  # elements that are worked on at once
 FARTHEST = 2.0**14
 """How many steps a range with a float zero point may lie from zero: float32 resolves one to 1/512 there."""
+_PIECE, _GPU_PIECE = 1 << 22, 1 << 26  # elements that are worked on at once
 E4M3_MAX, E4M3_LEAST = DTYPES["fp8_e4m3"].largest, 2.0**-9
 
 
@@ -256,7 +256,7 @@ def effective_scale(scale: Tensor, global_scale: Tensor | None) -> Tensor:
 
 def quantize_elements(x: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: DType) -> Tensor:
     """As `quantize`, for parameters that broadcast to `x` as they are."""
-    if x.numel() > _PIECE and len(x) > 1:
+    if x.numel() > _piece(x) and len(x) > 1:
         codes = torch.empty(x.shape, dtype=storage_dtype(dtype), device=x.device)
         for part, scales, zeros in _pieces(x, scale, zero_point):
             codes[part] = quantize_elements(x[part], scales, zeros, dtype)
@@ -271,7 +271,7 @@ def dequantize_elements(
     q: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: DType, result: torch.dtype
 ) -> Tensor:
     """As `dequantize`, for codes of `dtype` and parameters that broadcast to them as they are."""
-    if q.numel() > _PIECE and len(q) > 1:
+    if q.numel() > _piece(q) and len(q) > 1:
         whole = torch.empty(q.shape, dtype=result, device=q.device)
         for part, scales, zeros in _pieces(q, scale, zero_point):
             whole[part] = dequantize_elements(q[part], scales, zeros, dtype, result)
@@ -284,7 +284,15 @@ def dequantize_elements(
 
 def fake_quantize_elements(x: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: DType) -> Tensor:
     """As `fake_quantize`, for parameters that broadcast to `x` as they are."""
-    return _cast(round_to_grid(_divide(x, scale), zero_point, dtype).mul_(scale), x.dtype)
+    if x.numel() <= _piece(x):
+        return _cast(round_to_grid(_divide(x, scale), zero_point, dtype).mul_(scale), x.dtype)
+    if scale.numel() == 1 and x.dim() > 2 and x.is_contiguous():  # rows of their own, such as the logits of a position
+        scale, zero_point = scale.flatten(), None if zero_point is None else zero_point.flatten()
+        return fake_quantize_elements(x.flatten(0, -2), scale, zero_point, dtype).view(x.shape)
+    whole = torch.empty_like(x)
+    for part, scales, zeros in _pieces(x, scale, zero_point):
+        whole[part] = _cast(round_to_grid(_divide(x[part], scales), zeros, dtype).mul_(scales), x.dtype)
+    return whole
 
 
 def round_to_grid(steps: Tensor, zero_point: Tensor | None, dtype: DType) -> Tensor:
@@ -313,12 +321,20 @@ def _round_to_codes(steps: Tensor, zero_point: Tensor | None, low: Tensor | int,
     return steps.clamp_(low, high)  # type: ignore[arg-type]
 
 
+def row_parts(x: Tensor) -> Iterator[slice]:
+    """The first axis of `x` in parts that are worked on at once, in one where `x` is small or has no other axis: whole,
+    what is made on the way would take several times the memory of `x`."""
+    rows = max(1, _piece(x) * len(x) // x.numel()) if x.dim() > 1 and x.numel() > _piece(x) else max(1, len(x))
+    yield from (slice(start, start + rows) for start in range(0, len(x), rows))
+
+
+def _piece(x: Tensor) -> int:
+    return _PIECE if x.device.type == "cpu" else _GPU_PIECE
+
+
 def _pieces(x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-    """Rows of `x` of about `_PIECE` elements, with the parameters of each: whole, what is made on the way would take
-    several times the memory of `x`."""
-    rows = max(1, _PIECE * len(x) // x.numel())
-    for start in range(0, len(x), rows):
-        part = slice(start, start + rows)
+    """`row_parts` of `x`, with the parameters of each."""
+    for part in row_parts(x):
         scales, zeros = (
             each if each is None or each.dim() < x.dim() or len(each) == 1 else each[part]
             for each in (scale, zero_point)

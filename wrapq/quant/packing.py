@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from wrapq.errors import SpecError
-from wrapq.quant.affine import storage_dtype
+from wrapq.quant.affine import row_parts, storage_dtype
 from wrapq.quant.dtypes import DType
 
 WORD = 32
@@ -29,6 +29,13 @@ def pack(q: Tensor, dtype: DType) -> Tensor:
     low, high = (int(bound) for bound in torch.aminmax(q)) if q.numel() else (0, 0)
     if low < dtype.least_code or high > dtype.largest_code:
         raise SpecError(f"{dtype} holds {dtype.least_code} to {dtype.largest_code}, not {low} to {high}")
+    packed = torch.empty(*q.shape[:-1], packed_columns(q.shape[-1], dtype), dtype=torch.int32, device=q.device)
+    for part in row_parts(q):
+        packed[part] = _pack(q[part], dtype)
+    return packed
+
+
+def _pack(q: Tensor, dtype: DType) -> Tensor:
     elements, words = _period(dtype)
     columns = q.shape[-1]
     blocks = -(-columns // elements)
@@ -40,7 +47,7 @@ def pack(q: Tensor, dtype: DType) -> Tensor:
         out[..., word] |= value << offset
         if spill:
             out[..., word + 1] |= value >> (dtype.bits - spill)
-    return out.flatten(-2)[..., : packed_columns(columns, dtype)].contiguous()
+    return out.flatten(-2)[..., : packed_columns(columns, dtype)]
 
 
 def unpack(packed: Tensor, dtype: DType, columns: int) -> Tensor:
@@ -48,6 +55,13 @@ def unpack(packed: Tensor, dtype: DType, columns: int) -> Tensor:
     where W is not that of `columns`."""
     if packed.shape[-1] != (needed := packed_columns(columns, dtype)):
         raise SpecError(f"{columns} columns of {dtype} are {needed} words, not {packed.shape[-1]}")
+    codes = torch.empty(*packed.shape[:-1], columns, dtype=storage_dtype(dtype), device=packed.device)
+    for part in row_parts(codes):
+        codes[part] = _unpack(packed[part], dtype, columns)
+    return codes
+
+
+def _unpack(packed: Tensor, dtype: DType, columns: int) -> Tensor:
     elements, words = _period(dtype)
     blocks = -(-columns // elements)
     padded = torch.nn.functional.pad(packed, (0, blocks * words - packed.shape[-1]))
@@ -59,7 +73,7 @@ def unpack(packed: Tensor, dtype: DType, columns: int) -> Tensor:
         if spill:
             value |= (parts[..., word + 1] & ((1 << spill) - 1)) << low_bits
         out[..., element] = value.add_(dtype.least_code)
-    return out.flatten(-2)[..., :columns].contiguous()
+    return out.flatten(-2)[..., :columns]
 
 
 def _period(dtype: DType) -> tuple[int, int]:
