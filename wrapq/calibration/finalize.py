@@ -82,6 +82,10 @@ class Finalizer:
             if point.spec.dynamic:
                 point.freeze()
 
+    def forget_ties(self) -> None:
+        """Let go of what tied weights share, once all are rounded."""
+        self._tied.clear()
+
     def all_finalized(self) -> bool:
         """Whether no point is left that is finalized from data."""
         return all(not self.assignments.needs_data(p) or p.state is State.QUANTIZED for p in self.modules)

@@ -8,13 +8,9 @@ filled again, the same objects, before the forward goes on.
 
 from __future__ import annotations
 
-import ctypes
-import os
-import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -26,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from wrapq.errors import OutputError
+from wrapq.large_pages import give_back, resident
 from wrapq.observers.forward_context import forward_context
 from wrapq.wrappers.model import iter_quantizers
 from wrapq.wrappers.quantizer import WeightQuantizer
@@ -116,9 +113,9 @@ class Offload(TorchDispatchMode):
     def _give_back(self) -> None:
         """Let glibc return what it keeps of freed memory between tensors that live on, which is up to as much again as
         those; but not what the waiting forwards have needed before and will again: fresh memory is slow."""
-        if (trim := _malloc_trim()) is not None and _resident() > self._most + _UNUSED:
-            trim(0)
-            self._most = max(self._most, _resident())
+        if (resident() or 0) > self._most + _UNUSED:
+            give_back()
+            self._most = max(self._most, resident() or 0)
 
     def _divide(self, held: list[_Held]) -> tuple[list[_Held], int]:
         """What goes to disk, the oldest first, and how many bytes stay in memory."""
@@ -158,18 +155,6 @@ class Offload(TorchDispatchMode):
                 away.append(_Away(tensor, piece, int(tensor.storage_offset()), tensor.shape, tensor.stride()))
                 tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         return away
-
-
-@cache
-def _malloc_trim() -> Callable[[int], int] | None:
-    if sys.platform != "linux":
-        return None
-    return cast("Callable[[int], int] | None", getattr(ctypes.CDLL(None), "malloc_trim", None))  # musl has none
-
-
-def _resident() -> int:
-    """Bytes of memory that the process has."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _fill(path: Path, pieces: list[tuple[int, torch.device]], away: list[_Away]) -> None:

@@ -148,6 +148,7 @@ class Walker:
             with self._loaded(index, points):
                 for point in points:
                     self._finalizer.finalize(point)
+        self._finalizer.forget_ties()
 
     def wait_at(self, point: Quantizer) -> None:
         """Suspend the forward that calls this until the point is finalized."""

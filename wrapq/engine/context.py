@@ -13,6 +13,7 @@ import torch
 
 from wrapq.calibration.processes import Processes
 from wrapq.engine.progress import Progress
+from wrapq.large_pages import give_back
 from wrapq.recipe.schema import Settings
 from wrapq.resolve.model_source import ModelSource
 from wrapq.resolve.plan import Plan
@@ -75,6 +76,7 @@ class Run:
         start = time.perf_counter()
         with self.progress.task(title, total, unit) as advance:
             yield advance
+        give_back()
         self.seconds[name] = time.perf_counter() - start
 
     def note(self, text: str) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from wrapq.calibration.walker import Walker
+from wrapq.quant.affine import row_parts
 from wrapq.wrappers.quantizer import WeightQuantizer
 
 BINS = 33  # odd, so that zero has a bin of its own
@@ -22,7 +23,8 @@ def value_histograms(walker: Walker, weights: bool = True) -> dict[str, dict[str
     """For each rounded weight of a calibrated model, unless `weights` is False, its histogram; for each static
     activation what calibration saw."""
     rounded = [q for q in walker.points() if isinstance(q, WeightQuantizer) and q.integers is not None]
-    histograms = {quantizer.where: _of_weight(quantizer) for quantizer in rounded} if weights else {}
+    dtype = next((p.dtype for p in walker.model.parameters() if p.is_floating_point()), torch.float32)
+    histograms = {quantizer.where: _of_weight(quantizer, dtype) for quantizer in rounded} if weights else {}
     return {"weights": histograms, "activations": _of_activations(walker.result.statistics)}
 
 
@@ -38,14 +40,16 @@ def block_curves(walker: Walker) -> dict[str, list[float]]:
     return curves
 
 
-def _of_weight(quantizer: WeightQuantizer) -> dict[str, Any]:
+def _of_weight(quantizer: WeightQuantizer, dtype: torch.dtype) -> dict[str, Any]:
     """A histogram from minus to plus the largest magnitude, of every n-th element where there are very many."""
-    kept = quantizer.dequantized  # from the measurement just made; else made here, and not kept
-    matrix = quantizer.qparams.dequantize(cast(Tensor, quantizer.integers), torch.float32) if kept is None else kept
-    values = matrix.flatten()
-    absmax = float(values.abs().max()) if values.numel() else 0.0
-    values = values[:: 1 + values.numel() // MOST]
-    return {"absmax": absmax, "counts": histogram(values, absmax)}
+    codes, absmax, some = cast(Tensor, quantizer.integers), 0.0, [torch.empty(0)]
+    step, skipped = 1 + codes.numel() // MOST, 0
+    for part in row_parts(codes):
+        values = quantizer.rows(torch.arange(len(codes), device=codes.device)[part], dtype).flatten()
+        absmax = max(absmax, float(values.abs().max()) if values.numel() else 0.0)
+        some.append(values[skipped::step].float().cpu())
+        skipped = (skipped - values.numel()) % step
+    return {"absmax": absmax, "counts": histogram(torch.cat(some), absmax)}
 
 
 def histogram(values: Tensor, absmax: float) -> list[int]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from wrapq.calibration.block_loader import IN_MEMORY, BlockLoader
+from wrapq.calibration.finalize import release
 from wrapq.calibration.offload import Offload
 from wrapq.calibration.scheduler import run_blocks
 from wrapq.calibration.walker import Walker
@@ -26,6 +27,7 @@ from wrapq.errors import ModelError
 from wrapq.evaluation.quality import LayerErrorMeter, StageMeter
 from wrapq.graph.blocks import find_blocks, giving, replaced_forward
 from wrapq.graph.head import Head
+from wrapq.large_pages import give_back
 from wrapq.metrics import FLOAT, QUANTIZED, WEIGHTS
 from wrapq.observers.forward_context import forward_context, in_context, outside_batch
 from wrapq.wrappers.model import iter_quantizers
@@ -109,6 +111,7 @@ def measure_stages(
         else:
             for forward in forwards:
                 forward()
+    release(iter_quantizers(model))
     results = {stage: _result(meter, stage) for stage, meter in measuring.meters.items()}
     return Quality(results, measuring.errors.curves("layer/"))
 
@@ -159,13 +162,18 @@ class _Measuring:
 
     def _compare(self, ids: Tensor, counted: Tensor | None) -> None:
         """Judge the logits of all stages, part by part of the positions."""
-        for part in self._head.parts(ids.shape, overlap=1):
+        parts = list(self._head.parts(ids.shape, overlap=1))
+        if len(parts) > 1:  # of a large vocabulary, whose head needs the room
+            release(chain.from_iterable(points for block, points in self._points.items() if block is not None))
+            give_back()
+        for part in parts:
             reference, some = None, None if counted is None else counted[:, part]
             for stage, hidden in self._hidden.items():
                 self._enable(self._points.get(None, ()), stage)
                 logits = self._head.logits(hidden, part)
                 self.meters[stage].update(reference, logits, ids[:, part], some)
                 reference = logits if reference is None else reference
+                del logits  # before the next ones are made
         self._hidden.clear()
 
     def _float_hidden(self, ids: Tensor, mask: Tensor | None) -> Any:

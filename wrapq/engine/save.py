@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from wrapq.calibration.block_loader import BlockLoader
 from wrapq.calibration.scheduler import run_blocks
+from wrapq.calibration.finalize import release
 from wrapq.calibration.walker import Walker
 from wrapq.data.samples import Samples
 from wrapq.engine.context import Run
@@ -24,6 +25,7 @@ from wrapq.engine.streaming_checkpoint import INDEX, load_streamed, save_streame
 from wrapq.errors import ModelError
 from wrapq.export.base import make_exporter
 from wrapq.graph.blocks import find_blocks
+from wrapq.large_pages import give_back
 from wrapq.observers.forward_context import in_context
 from wrapq.runs.checkpoint import Saved, load, manifest_digest, name_files, save_model, tensors_digest
 from wrapq.runs.folder import HISTOGRAMS, LOCK, MANIFEST, MODULES, PLAN, QPARAMS, RECIPE, STATISTICS, WEIGHTS
@@ -45,13 +47,16 @@ def save_and_export(run: Run, walker: Walker, evaluation: Samples, quality: Qual
         values = value_histograms(walker, weights=not streaming)
         expected = _first_logits(model, evaluation, loader)
         run.digests["outputs"] = tensors_digest({"logits": expected})
-        model = model if streaming else convert_model(model)
+        if not streaming:
+            release(walker.points())
+            model = convert_model(model, frees=True)
     title = "Converting, saving and checking block by block" if streaming else "Saving and checking the saved model"
     files = streamed_files(walker.blocks) if streaming else [WEIGHTS]
     trust = run.settings.runtime.trust_remote_code
     with run.step("save", title), folder.all_or_none(MANIFEST, *files):
         saved = save_streamed(model, loader, folder) if streaming else save_model(model, folder)
         _save_record(run, saved, walker, values, quality)
+        give_back()  # a tokenizer of many words takes as much memory as a model
         if streaming:
             found, loader = load_streamed(folder.path, run.device, walker.blocks, trust)
         else:

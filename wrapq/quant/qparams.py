@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -73,6 +73,16 @@ class QParams:
         if self.permutation is None:
             return affine.fake_quantize(x, self.scale, self.zero_point, self.spec, self.global_scale)
         return affine.fake_quantize_elements(x, *self._per_column(x), self.spec.dtype)
+
+    def of_rows(self, rows: Tensor) -> QParams:
+        """Those of some `rows`, int64 [M], of the matrix [N, K] that these are of."""
+        spec, parts = self.spec, self._parts()
+        if spec.granularity == "block" and spec.block_size is not None:  # each row in blocks of its own
+            rows, spec = rows // spec.block_size[0], replace(spec, block_size=(1, spec.block_size[1]))
+        for name in {"scale", "zero_point"} & parts.keys():
+            if parts[name].dim() > 1 and len(parts[name]) > 1:  # else all rows share it
+                parts[name] = parts[name].index_select(0, rows)
+        return QParams(spec, **parts)
 
     def to(self, device: torch.device | str) -> QParams:
         """The same parameters on `device`."""

@@ -74,9 +74,11 @@ _FORWARDS = {
 def is_not(kind: str, module: QuantizedWeight, devices: Collection[str] = ()) -> str | None:
     """Why `module` does not compute what a plain module of `kind` does, on one of `devices` if given; None when it
     does."""
+    from wrapq.runtime.module import original_class  # which knows kernels
+
     if module.wrapper.kind != kind:
         return Inapplicable(f"{module.wrapper.__name__} is not {kind}")
-    own = next(cls for cls in type(module).__bases__[-1].__mro__ if "forward" in vars(cls))
+    own = next(cls for cls in original_class(module).__mro__ if "forward" in vars(cls))
     if _FORWARDS.get(f"{own.__module__}.{own.__qualname__}") != kind:
         return f"{own.__qualname__} has a forward of its own"
     device = module.weight_device.type

@@ -8,7 +8,8 @@ and attributes, whose class puts a forward of ours in front of the original clas
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -28,21 +29,29 @@ _log = logging.getLogger(__name__)
 _PARTS = ("packed", "shape", "scale", "zero_point", "permutation", "global_scale")
 """What a point's tensors are called after the point."""
 _CONTAINERS = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
-_CLASSES: dict[tuple[str, tuple[type, ...]], type] = {}
+_CLASSES: dict[tuple[str, tuple[type, ...], type | None], type] = {}
+_ORIGINALS: dict[type, type] = {}
 
 
-def combined_class(prefix: str, *bases: type) -> type:
-    """The class `prefix + name of the last base`, deriving from `bases` in that order; one for each combination."""
-    key = (prefix, bases)
+def combined_class(prefix: str, *bases: type, beneath: type | None = None) -> type:
+    """The class `prefix + name of the last base`, deriving from `bases` in that order; one for each combination.
+
+    `beneath` derives from one class of torch, and stands right in front of it where the last of `bases` derives from it
+    too: what a model's own class makes of a forward of torch's stays, and that forward is another.
+    """
+    key = (prefix, bases, beneath)
     if key not in _CLASSES:
-        _CLASSES[key] = type(f"{prefix}{bases[-1].__name__}", bases, {"__module__": bases[0].__module__})
+        *front, original = bases
+        if beneath is not None and issubclass(original, beneath.__bases__):
+            bases = (*front, beneath) if issubclass(beneath, original) else (*bases, beneath)
+        cls = type(f"{prefix}{original.__name__}", bases, {"__module__": bases[0].__module__})
+        _CLASSES[key], _ORIGINALS[cls] = cls, original
     return _CLASSES[key]
 
 
 def original_class(module: nn.Module) -> type:
     """The class that `module` has, or had before one of ours was put in front of it."""
-    cls = type(module)
-    return cls.__bases__[-1] if cls in _CLASSES.values() else cls
+    return _ORIGINALS.get(type(module), type(module))
 
 
 def shadow(module: nn.Module, cls: type) -> Any:
@@ -52,6 +61,19 @@ def shadow(module: nn.Module, cls: type) -> Any:
     for name in _CONTAINERS:
         copy.__dict__[name] = module.__dict__[name].copy()
     return copy
+
+
+WITHOUT = "_without_weight"
+
+
+@contextmanager
+def without_weight(module: nn.Module) -> Iterator[None]:
+    """While this holds a quantized weight of `module`, if asked for, is on the meta device."""
+    module.__dict__[WITHOUT] = True
+    try:
+        yield
+    finally:
+        del module.__dict__[WITHOUT]
 
 
 class QuantizedModule(nn.Module):
@@ -137,8 +159,21 @@ class QuantizedWeight(QuantizedModule):
     @property
     def weight(self) -> Tensor:
         """The weight in the original module's layout and dtype, dequantized anew at each call."""
+        if WITHOUT in self.__dict__:
+            return torch.empty(self.weight_layout, dtype=self.weight_dtype, device="meta")
         matrix = self.qparams("weight").dequantize(self.codes(), self.weight_dtype)
         return self.wrapper.from_matrix(matrix, self.weight_layout)
+
+    def without_weight(self) -> AbstractContextManager[None]:
+        """While this holds `weight` has its shape and dtype, and no numbers."""
+        return without_weight(self)
+
+    def weight_rows(self, ids: Tensor) -> Tensor | None:
+        """The rows [M, K] of the weight for `ids` [M], to the bit; None where a kernel holds its integers."""
+        if (packed := self._buffers.get("weight_packed")) is None:
+            return None
+        codes = unpack(packed.index_select(0, ids), self.specs["weight"].dtype, self.weight_columns)
+        return self.qparams("weight").of_rows(ids).dequantize(codes, self.weight_dtype)
 
     def codes(self) -> Tensor:
         """The integers [N, K] of the weight."""
@@ -253,7 +288,7 @@ def new_quantized(module: nn.Module, wrapper: Any, specs: Mapping[str, QuantSpec
     """A stand-in for the float `module`, which is not changed, without integers or parameters yet: the forward of the
     class `wrapper` runs, with the spec of every quantized point."""
     base = QuantizedWeight if "weight" in specs else QuantizedModule
-    new = shadow(module, combined_class("Quantized", base, wrapper, type(module)))
+    new = shadow(module, combined_class("Quantized", base, wrapper, type(module), beneath=wrapper.beneath))
     new.__dict__["specs"], new.__dict__["wrapper"] = dict(specs), wrapper
     if "weight" in specs:
         weight = new._parameters.pop("weight")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
@@ -12,7 +13,16 @@ from torch import Tensor, nn
 from wrapq.errors import LifecycleError
 from wrapq.observers.forward_context import forward_context
 from wrapq.quant.spec import QuantSpec
-from wrapq.runtime.module import QuantizedModule, add_low_rank, added_bias, combined_class, new_quantized, shadow
+from wrapq.runtime.module import (
+    WITHOUT,
+    QuantizedModule,
+    add_low_rank,
+    added_bias,
+    combined_class,
+    new_quantized,
+    shadow,
+    without_weight,
+)
 from wrapq.wrappers.quantizer import Quantizer, State, WeightQuantizer
 
 
@@ -55,11 +65,17 @@ class Wrapper(nn.Module):
     """The name that a rule's `type` may use for every class this wrapper stands in for."""
     replaces_forward: ClassVar[bool] = False
     """The wrapper computes the module's function itself instead of calling `super().forward`."""
+    beneath: ClassVar[type[nn.Module] | None] = None
+    """A class that replaces a forward of torch's, which that of a module's own class may call; see `combined_class`."""
     matches: ClassVar[Callable[[nn.Module], bool] | None] = None
     """Whether an unregistered module is of this kind, by looking at it."""
 
     def q(self, point: str, x: Tensor, token_dim: int = 1) -> Tensor:
         """`x` [..., K] as the point called `point` lets it through; tokens lie along `token_dim`."""
+        raise NotImplementedError
+
+    def without_weight(self) -> AbstractContextManager[None]:
+        """While this holds a quantized `weight` has its shape and dtype, and no numbers."""
         raise NotImplementedError
 
     def on_weight_input(self, raw: Tensor, x: Tensor) -> Tensor:
@@ -148,7 +164,7 @@ class QuantModuleBase(nn.Module):
         if unknown := sorted(set(specs) - set(names)):
             where = f"{name} ({type(module).__name__})"
             raise LifecycleError(f"{where} has no point {unknown[0]!r}; it has: {', '.join(names)}")
-        new = shadow(module, combined_class("Quant", cls, wrapper, type(module)))
+        new = shadow(module, combined_class("Quant", cls, wrapper, type(module), beneath=wrapper.beneath))
         # not in the table of children, where it would appear in the state dict a second time
         new.__dict__["original"], new.__dict__["wrapper"] = module, wrapper
         make = {"weight": WeightQuantizer, "activation": Quantizer}
@@ -178,7 +194,18 @@ class QuantModuleBase(nn.Module):
         weight = cast(Tensor, super().__getattr__("weight"))
         if (quantizer := self._weight_in_force()) is None:
             return weight
+        if WITHOUT in self.__dict__:
+            return torch.empty(weight.shape, dtype=weight.dtype, device="meta")
         return self.wrapper.from_matrix(quantizer.matrix(weight.dtype), weight.shape)
+
+    def without_weight(self) -> AbstractContextManager[None]:
+        """See `Wrapper`."""
+        return without_weight(self)
+
+    def weight_rows(self, ids: Tensor) -> Tensor | None:
+        """The rows [M, K] of the weight to compute with for `ids` [M], to the bit; None where it is the float one."""
+        quantizer = self._weight_in_force()
+        return None if quantizer is None else quantizer.rows(ids, self.float_weight().dtype)
 
     @property
     def bias(self) -> Tensor | None:
@@ -221,9 +248,17 @@ class QuantModuleBase(nn.Module):
             calibration.on_weight_input(self, raw, x)
         return x
 
-    def converted(self) -> QuantizedModule:
-        """The module that holds integers and parameters instead of float weights, with the same outputs; raises
-        `LifecycleError` naming a point that is not quantized."""
+    def free_weight(self, keep_float: bool) -> None:
+        """Let go of the rounded weight and, unless that is kept, of the numbers in the float one: `converted` has been
+        called, and nothing else is from here on."""
+        quantizer, weight = self.point_quantizers()["weight"], self.float_weight()
+        cast(WeightQuantizer, quantizer).integers = cast(WeightQuantizer, quantizer).dequantized = None
+        if not keep_float:
+            weight.data = weight.new_zeros(()).expand(weight.shape)
+
+    def converted(self, tied: QuantizedModule | None = None) -> QuantizedModule:
+        """The module that holds integers and parameters instead of float weights, with the same outputs; the very ones
+        of `tied` where that has this weight. Raises `LifecycleError` naming a point that is not quantized."""
         quantizers = self.point_quantizers()
         for quantizer in quantizers.values():
             quantizer.freeze()
@@ -231,7 +266,10 @@ class QuantModuleBase(nn.Module):
         new.__dict__["_modules"] = {k: v for k, v in self._modules.items() if k != "quantizers"}
         for name, quantizer in quantizers.items():
             if isinstance(quantizer, WeightQuantizer):
-                new.set_weight(quantizer.integers, quantizer.qparams)
+                if tied is None:
+                    new.set_weight(quantizer.integers, quantizer.qparams)
+                else:
+                    new.share_weight(tied)
                 new.set_correction(quantizer.bias, quantizer.lora_a, quantizer.lora_b)
             elif not quantizer.spec.dynamic:
                 new.set_qparams(name, quantizer.qparams)

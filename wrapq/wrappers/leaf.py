@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, ClassVar, cast
@@ -146,11 +147,27 @@ class Conv(Leaf):
         return until.given["input"], [size for each in reversed(sizes) for size in (each, each)]
 
 
+_WITH_TABLE: set[type] = set()
+"""The classes of embeddings that compute with their whole table, as far as any has run."""
+
+
+class LookedUpRows(nn.Embedding):
+    """A look-up that dequantizes the rows of its ids alone: a whole table takes more memory than all else of many a
+    model."""
+
+    weight_rows: Callable[[Tensor], Tensor | None]
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name of it
+        rows = self.weight_rows(input.flatten()) if self.max_norm is None else None
+        return super().forward(input) if rows is None else rows.view(*input.shape, -1)
+
+
 @WRAPPERS.register("torch.nn.modules.sparse.Embedding")
 class Embedding(Wrapper):
     """A table [V, D] looked up by token; its input is an index and has no point."""
 
     kind = "Embedding"
+    beneath = LookedUpRows
     points = (WEIGHT, OUTPUT)
 
     @classmethod
@@ -159,7 +176,20 @@ class Embedding(Wrapper):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The quantized rows [B, T, D] of ids [B, T], or of whatever a subclass makes its ids from."""
-        return self.q("output", super().forward(*args, **kwargs))
+        return self.q("output", self._rows(super().forward, *args, **kwargs))
+
+    def _rows(self, forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """What the class's own `forward` gives. It may ask the weight what it is, which lies on the meta device
+        meanwhile; one that computes with all of it is run again, with the whole table."""
+        if (own := original_class(cast(nn.Module, self))) not in _WITH_TABLE:
+            with suppress(Exception), self.without_weight():
+                rows = forward(*args, **kwargs)
+                if not rows.is_meta:
+                    return rows
+            rows = forward(*args, **kwargs)  # raises what was wrong with the ids
+            _WITH_TABLE.add(own)
+            return rows
+        return forward(*args, **kwargs)
 
 
 @WRAPPERS.register("torch.nn.modules.normalization.LayerNorm")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -76,8 +77,12 @@ def unwrap_model(model: nn.Module) -> nn.Module:
     return put_together(model)
 
 
-def convert_model(model: nn.Module) -> nn.Module:
+def convert_model(model: nn.Module, frees: bool = False) -> nn.Module:
     """Replace every wrapped module by the one that holds integers, with the same outputs.
+
+    Args:
+        frees: let each weight go, float and rounded, as soon as it is packed, although others still hold what it was
+            wrapped in; unless modules that are not wrapped compute with it.
 
     Raises:
         LifecycleError: naming every point that is not quantized and saw no data; the model is left as it was.
@@ -88,13 +93,25 @@ def convert_model(model: nn.Module) -> nn.Module:
     if failures := unready(iter_quantizers(model)):
         more = f"\n  and {len(failures) - 10} more" if len(failures) > 10 else ""
         raise LifecycleError("cannot convert:\n  " + "\n  ".join(failures[:10]) + more)
+    rounding = {id(module) for module in wrapped.values() if module.weight_quantizer is not None}
+    needed = {id(p) for module in model.modules() if id(module) not in rounding for p in module._parameters.values()}
     shared: dict[int, QuantizedModule] = {}
-    converted: dict[str, Any] = {name: module.converted() for name, module in wrapped.items()}
+    converted: dict[str, Any] = {}
     for name, module in wrapped.items():
-        if module.weight_quantizer is not None:
-            converted[name].share_weight(shared.setdefault(id(module._parameters["weight"]), converted[name]))
+        if module.weight_quantizer is None:
+            converted[name] = module.converted()
+        else:
+            key = id(module.float_weight())
+            converted[name] = module.converted(shared.get(key))
+            shared.setdefault(key, converted[name])
+            if frees:
+                module.free_weight(keep_float=key in needed)
+    before = {id(tensor) for tensor in chain(model.parameters(), model.buffers())} if frees else ()
     model = _place(model, converted)
     forget_fused(model)
+    for tensor in chain(model.parameters(), model.buffers()):
+        if id(tensor) in before and tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()  # one that lies in a file mapped into memory holds all of it there
     return model
 
 

@@ -194,6 +194,10 @@ class WeightQuantizer(Quantizer):
             self.dequantized = self.qparams.dequantize(cast(Tensor, self.integers), dtype)
         return self.dequantized
 
+    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """The rows [M, K] of the dequantized weight for `ids`, int64 [M], to the bit."""
+        return self.qparams.of_rows(ids).dequantize(cast(Tensor, self.integers).index_select(0, ids), dtype)
+
     def release(self) -> None:
         """Forget the dequantized weight until it is asked for again."""
         self.dequantized = None
