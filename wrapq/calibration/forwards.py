@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,10 @@ class Unobserved:
         pass
 
 
+class EndOfForward(Exception):  # noqa: N818 - no error
+    """Raised in a forward where nobody looks at what it would give from there on."""
+
+
 class BatchForward(Unobserved):
     """One batch's run through the model; see `wrapq.observers.forward_context.CalibrationHooks`.
 
@@ -41,7 +46,7 @@ class BatchForward(Unobserved):
         self._last: tuple[Tensor, object, InputStatistics] | None = None
 
     def __call__(self) -> None:
-        with in_context(calibration=self, padding=self.batch.mask, batch=self.index):
+        with suppress(EndOfForward), in_context(calibration=self, padding=self.batch.mask, batch=self.index):
             self.model(**self.batch.inputs)
 
     def statistics_of(
@@ -100,12 +105,16 @@ class CalibrationForward(BatchForward):
 
     def on_activation(self, point: Quantizer, x: Tensor) -> None:
         """Update the point's observer, and wait until its range is chosen."""
+        self.observe(point, x)
+        if self.quantizes:
+            self.walk.wait_at(point)
+
+    def observe(self, point: Quantizer, x: Tensor) -> None:
+        """Update the point's observer, where it has one still."""
         if point.observer is not None:
             point.observer.batch = self.index
             with outside_batch():
                 point.observer.update(x)
-        if self.quantizes:
-            self.walk.wait_at(point)
 
     def on_weight_input(self, module: Any, raw: Tensor, x: Tensor) -> None:
         """Gather what the weight's algorithms need of `x`, once for all weights that read one tensor in one form."""

@@ -18,12 +18,13 @@ from wrapq.calibration.block_loader import IN_MEMORY, BlockLoader
 from wrapq.calibration.block_reconstruction import ReconstructionBarrier, reconstruct_model
 from wrapq.calibration.finalize import Finalizer, WalkResult, release
 from wrapq.calibration.forwards import CalibrationForward, FloatReferenceForward
+from wrapq.calibration.last_head import observed_in_parts
 from wrapq.calibration.offload import Offload
 from wrapq.calibration.processes import Processes
 from wrapq.calibration.scheduler import Barrier, run_blocks, single_use, wait_for
 from wrapq.calibration.token_weights import TokenWeights
 from wrapq.errors import CalibrationError
-from wrapq.graph.blocks import Batch, Blocks, find_blocks, output_head
+from wrapq.graph.blocks import Batch, Blocks, find_blocks, output_head, replaced_forward
 from wrapq.observers.forward_context import outside_batch
 from wrapq.statistics.cache import StatisticsCache
 from wrapq.statistics.input import AGAINST_FLOAT
@@ -181,7 +182,8 @@ class Walker:
             for i, layer in enumerate(layers)
             if self._finalizer.open_by_block(self._points.get(i, ()))
         ]
-        with ExitStack() as stack:
+        waiting = [point for point in self._barriers if self._waits(point)]
+        with ExitStack() as stack, replaced_forward(observed_in_parts(self.model, waiting)):
             for hook in self._hooks(layers):
                 stack.callback(hook.remove)
             run_blocks(
@@ -203,9 +205,12 @@ class Walker:
     def _idle_head(self) -> nn.Module | None:
         """The head of a language model, unless its points wait for data."""
         head = output_head(self.model)
-        needing = (p for p in self._barriers if p.state is not State.QUANTIZED and self.assignments.needs_data(p))
-        busy = {id(self.model.get_submodule(point.where.rpartition(".")[0])) for point in needing}
+        busy = {id(self.model.get_submodule(p.where.rpartition(".")[0])) for p in self._barriers if self._waits(p)}
         return None if head is None or busy & {id(module) for module in head.modules()} else head
+
+    def _waits(self, point: Quantizer) -> bool:
+        """Whether the point is finalized from data that is still to come."""
+        return point.state is not State.QUANTIZED and self.assignments.needs_data(point)
 
     def _forwards(self, batches: Sequence[Batch]) -> list[Callable[[], None]]:
         sequential = self._schedule == "sequential"
@@ -272,7 +277,7 @@ class Walker:
         cached = [[self.assignments.cached_point(point) for point in points] for points in self._points.values()]
         cache.begin(cached, self._schedule == "parallel")
         for index, points in self._points.items():
-            waiting = [p for p in points if p.state is not State.QUANTIZED and self.assignments.needs_data(p)]
+            waiting = [point for point in points if self._waits(point)]
             with self._loaded(index, points):
                 if waiting and not self._finalizer.load(waiting):
                     if self._schedule == "sequential":  # what comes after depends on it

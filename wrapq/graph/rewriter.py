@@ -18,6 +18,7 @@ from wrapq.graph.layers import LayerInfo, WeightLayout, along, layer_info
 from wrapq.graph.norms import norm_gain, norm_offset
 from wrapq.graph.tied import tied_parameters
 from wrapq.graph.undo import UndoLog
+from wrapq.quant.affine import row_parts
 from wrapq.runtime.rotation import ONLINE, OnlineRotation
 from wrapq.runtime.smoothing import SMOOTHING, InputSmoothing, KeySmoothing
 from wrapq.statistics.transport import InputChange, Rotated, Scaled, Shifted, rotate_blocks_
@@ -216,7 +217,8 @@ class GraphRewriter:
             raise ModelError(f"{name} does not multiply its input")
         last = self._writable(name, layer.consumes.parameter).movedim(layer.consumes.in_axis, -1)
         self._add_rotation(name, rotation)
-        last.copy_(rotation(last.double()))
+        for part in row_parts(last):
+            last[part] = rotation(last[part].double()).to(last.dtype)
         self.input_changes[name].append(rotation)
 
     def rotate_scores_online(self, name: str, rotation: OnlineRotation) -> None:
@@ -267,7 +269,10 @@ class GraphRewriter:
     def _multiply(self, name: str, parameter: str, factors: Tensor) -> None:
         data = self._writable(name, parameter)
         wide = torch.promote_types(data.dtype, torch.float32)
-        data.copy_(data.to(wide) * factors.to(data.device, wide))
+        factors = factors.to(data.device, wide)
+        for part in row_parts(data):  # a copy of a whole table of words in float32 takes as much as a model
+            by_row = factors.dim() == data.dim() and len(factors) > 1
+            data[part] = data[part].to(wide) * (factors[part] if by_row else factors)
 
     def _multiply_along(self, name: str, parameter: str, axis: int, factors: Tensor) -> None:
         self._multiply(name, parameter, along(factors, axis, self._parameter(name, parameter).dim()))

@@ -65,6 +65,8 @@ class Observer(Configurable, ABC):
     """
 
     STATE: tuple[str, ...] = ()
+    in_parts: bool = False
+    """Whether a tensor may come in parts, one after the other: what is gathered is then the same."""
     needs_consumer: bool = False
     """Whether it chooses by what multiplies the tensor."""
 

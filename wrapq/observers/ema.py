@@ -31,6 +31,7 @@ class Ema(MinMax):
     Options = EmaOptions
     options: EmaOptions
 
+    in_parts = False
     STATE = (*MinMax.STATE, "first_low", "first_high", "updates")
     first_low: Tensor
     first_high: Tensor

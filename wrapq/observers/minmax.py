@@ -15,6 +15,7 @@ class MinMax(Observer):
     """Smallest and largest element seen; merging is exact and the order of the data does not matter."""
 
     STATE: tuple[str, ...] = ("low", "high")
+    in_parts = True
     low: Tensor
     high: Tensor
 

@@ -33,6 +33,7 @@ class LeastOutputError(MinMax):
         SpecError: the spec has more than one scale.
     """
 
+    in_parts = False
     STATE = (*MinMax.STATE, "rows")
     needs_consumer = True
     rows: Tensor

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from wrapq.errors import CalibrationError
+from wrapq.quant.affine import row_parts
 from wrapq.runtime.rotation import OnlineRotation
 from wrapq.statistics.input import InputStatistics
 
@@ -58,7 +59,10 @@ def rotate_blocks_(x: Tensor, axis: int, blocks: Tensor, matrix: Tensor) -> None
     """Multiply each of the `blocks` [B, D] of the channels along `axis` of `x` by `matrix` [D, D] from the right, in
     place, in float64."""
     last, blocks = x.movedim(axis, -1), blocks.to(x.device)
-    last[..., blocks] = (last[..., blocks].double() @ matrix.to(x.device, torch.double)).to(x.dtype)
+    matrix = matrix.to(x.device, torch.double)
+    for part in row_parts(last):
+        rows = last[part]
+        rows[..., blocks] = (rows[..., blocks].double() @ matrix).to(x.dtype)
 
 
 def rotate_blocks(x: Tensor, axis: int, blocks: Tensor, matrix: Tensor) -> Tensor:
