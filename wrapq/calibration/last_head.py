@@ -42,7 +42,7 @@ def _observe(head: Any, point: Quantizer, x: Tensor) -> Tensor:
     calibration, rows = forward_context().calibration, _ELEMENTS // head.out_features
     many = x.dim() == 3 and x.shape[:2].numel() > rows
     if not many or not isinstance(calibration, BatchForward) or point.state is not State.OBSERVING or current_prefix():
-        return type(head).forward(head, x)  # type: ignore[no-any-return]
+        return type(head).forward(head, x)
     met = head.on_weight_input(x, head.q("input", x))
     if isinstance(calibration, CalibrationForward):
         real = real_tokens(met.detach(), 1)

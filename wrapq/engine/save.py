@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from wrapq.calibration.block_loader import BlockLoader
-from wrapq.calibration.scheduler import run_blocks
 from wrapq.calibration.finalize import release
+from wrapq.calibration.scheduler import run_blocks
 from wrapq.calibration.walker import Walker
 from wrapq.data.samples import Samples
 from wrapq.engine.context import Run

@@ -157,7 +157,7 @@ class LookedUpRows(nn.Embedding):
 
     weight_rows: Callable[[Tensor], Tensor | None]
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name of it
+    def forward(self, input: Tensor) -> Tensor:
         rows = self.weight_rows(input.flatten()) if self.max_norm is None else None
         return super().forward(input) if rows is None else rows.view(*input.shape, -1)
 
