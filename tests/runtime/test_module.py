@@ -9,7 +9,8 @@ from torch import nn
 
 from wrapq import PTQConfig, convert, prepare
 from wrapq.quant.packing import unpack
-from wrapq.runtime.module import QuantizedModule, combined_class, original_class, shadow
+from wrapq.runtime.module import QuantizedModule
+from wrapq.runtime.stand_in import combined_class, original_class, shadow
 
 
 def quantized(

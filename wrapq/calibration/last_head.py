@@ -17,8 +17,8 @@ from wrapq.calibration.forwards import BatchForward, CalibrationForward, EndOfFo
 from wrapq.graph.blocks import output_head
 from wrapq.graph.head import ELEMENTS
 from wrapq.observers.forward_context import forward_context
-from wrapq.runtime.module import original_class
 from wrapq.runtime.prefix import current_prefix
+from wrapq.runtime.stand_in import original_class
 from wrapq.wrappers.base import QuantModuleBase
 from wrapq.wrappers.quantizer import Quantizer, State, real_tokens
 

@@ -12,7 +12,8 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from wrapq.graph.towers import find_towers
-from wrapq.runtime.module import QuantizedWeight, original_class
+from wrapq.runtime.module import QuantizedWeight
+from wrapq.runtime.stand_in import original_class
 
 
 @dataclass(frozen=True)

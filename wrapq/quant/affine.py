@@ -286,8 +286,8 @@ def fake_quantize_elements(x: Tensor, scale: Tensor, zero_point: Tensor | None, 
     """As `fake_quantize`, for parameters that broadcast to `x` as they are."""
     if x.numel() <= _piece(x):
         return _cast(round_to_grid(_divide(x, scale), zero_point, dtype).mul_(scale), x.dtype)
-    if scale.numel() == 1 and x.dim() > 2 and x.is_contiguous():  # rows of their own, such as the logits of a position
-        scale, zero_point = scale.flatten(), None if zero_point is None else zero_point.flatten()
+    if scale.numel() == 1 and x.dim() > 2 and x.is_contiguous():  # many rows, such as the logits of a position each
+        scale, zero_point = scale.view(-1), zero_point if zero_point is None else zero_point.view(-1)
         return fake_quantize_elements(x.flatten(0, -2), scale, zero_point, dtype).view(x.shape)
     whole = torch.empty_like(x)
     for part, scales, zeros in _pieces(x, scale, zero_point):
@@ -335,11 +335,8 @@ def _piece(x: Tensor) -> int:
 def _pieces(x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
     """`row_parts` of `x`, with the parameters of each."""
     for part in row_parts(x):
-        scales, zeros = (
-            each if each is None or each.dim() < x.dim() or len(each) == 1 else each[part]
-            for each in (scale, zero_point)
-        )
-        yield part, cast(Tensor, scales), zeros
+        own = (t if t is None or t.dim() < x.dim() or len(t) == 1 else t[part] for t in (scale, zero_point))
+        yield part, cast(Tensor, next(own)), next(own)
 
 
 def _divide(x: Tensor, scale: Tensor) -> Tensor:

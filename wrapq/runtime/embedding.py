@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from wrapq.quant.packing import unpack
-from wrapq.quant.qparams import QParams
 from wrapq.runtime.kernel import KERNELS, Kernel, has_plain_scales, is_not
 
 if TYPE_CHECKING:
@@ -38,14 +37,9 @@ class EmbeddingRows(Kernel):
         self.qparams = module.qparams("weight")
 
     def run(self, x: Tensor) -> Tensor:
-        ids, parameters = x.reshape(-1), self.qparams
-        spec, scale, zero_point = parameters.spec, parameters.scale.detach(), parameters.zero_point
-        if spec.granularity != "tensor":
-            scale = scale[ids]
-            zero_point = None if zero_point is None else zero_point[ids]
-        integers = unpack(self.packed[ids], spec.dtype, self.columns)
-        rows = QParams(spec, scale, zero_point, parameters.permutation).dequantize(integers, self.dtype)
-        return rows.view(*x.shape, self.columns)
+        ids = x.reshape(-1)
+        integers = unpack(self.packed[ids], self.qparams.spec.dtype, self.columns)
+        return self.qparams.of_rows(ids).dequantize(integers, self.dtype).view(*x.shape, self.columns)
 
     def codes(self) -> Tensor:
         return unpack(self.packed, self.qparams.spec.dtype, self.columns)

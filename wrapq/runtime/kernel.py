@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from wrapq.registry import Registry
+from wrapq.runtime.stand_in import original_class
 
 if TYPE_CHECKING:
     from wrapq.quant.spec import QuantSpec
@@ -74,8 +75,6 @@ _FORWARDS = {
 def is_not(kind: str, module: QuantizedWeight, devices: Collection[str] = ()) -> str | None:
     """Why `module` does not compute what a plain module of `kind` does, on one of `devices` if given; None when it
     does."""
-    from wrapq.runtime.module import original_class  # which knows kernels
-
     if module.wrapper.kind != kind:
         return Inapplicable(f"{module.wrapper.__name__} is not {kind}")
     own = next(cls for cls in original_class(module).__mro__ if "forward" in vars(cls))

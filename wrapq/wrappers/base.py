@@ -13,16 +13,8 @@ from torch import Tensor, nn
 from wrapq.errors import LifecycleError
 from wrapq.observers.forward_context import forward_context
 from wrapq.quant.spec import QuantSpec
-from wrapq.runtime.module import (
-    WITHOUT,
-    QuantizedModule,
-    add_low_rank,
-    added_bias,
-    combined_class,
-    new_quantized,
-    shadow,
-    without_weight,
-)
+from wrapq.runtime.module import QuantizedModule, add_low_rank, added_bias, new_quantized
+from wrapq.runtime.stand_in import WITHOUT, combined_class, shadow, without_weight
 from wrapq.wrappers.quantizer import Quantizer, State, WeightQuantizer
 
 
@@ -199,7 +191,7 @@ class QuantModuleBase(nn.Module):
         return self.wrapper.from_matrix(quantizer.matrix(weight.dtype), weight.shape)
 
     def without_weight(self) -> AbstractContextManager[None]:
-        """See `Wrapper`."""
+        """While this holds a quantized `weight` has its shape and dtype, and no numbers."""
         return without_weight(self)
 
     def weight_rows(self, ids: Tensor) -> Tensor | None:

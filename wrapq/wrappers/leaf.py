@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from torch.overrides import TorchFunctionMode
 
 from wrapq.errors import CalibrationError
-from wrapq.runtime.module import original_class
+from wrapq.runtime.stand_in import original_class
 from wrapq.wrappers.base import INPUT, OUTPUT, WEIGHT, Point, Wrapper
 from wrapq.wrappers.wrapper_registry import WRAPPERS
 
