@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from wrapq.large_pages import resident
+
 _MODES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _HUGE = """
 import torch
@@ -32,6 +34,24 @@ def test_large_tensors_are_in_large_pages_unless_the_user_says_no(given: str | N
     done = subprocess.run([sys.executable, "-c", _HUGE], env=environment, capture_output=True, text=True, check=True)
     kibibytes = int(done.stdout)
     assert kibibytes == 0 if given else kibibytes > 32 << 10  # of 64 MiB
+
+
+_FREED = """
+from wrapq.large_pages import give_back, resident
+kept, freed = [], []
+for _ in range(20000):  # each too small to be given back by itself
+    freed.append(bytearray(10000)), kept.append(bytearray(100))
+before = resident()
+freed.clear()
+give_back()
+print(before - resident())
+"""
+
+
+@pytest.mark.skipif(resident() is None, reason="this C library keeps what is freed")
+def test_freed_memory_goes_back_to_the_system():
+    done = subprocess.run([sys.executable, "-c", _FREED], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 100e6  # of 200 MB
 
 
 @pytest.mark.parametrize(("code", "expected"), [("import wrapq", None), (_COMMAND, "1")])

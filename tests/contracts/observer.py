@@ -89,6 +89,12 @@ class ObserverContract:
             pytest.skip("order is part of what this observer means")
         assert same_state(self.observed(text, batches()), self.observed(text, batches()[::-1]))
 
+    @pytest.mark.parametrize("text", SPECS)
+    def test_a_tensor_in_parts_is_the_same_where_it_says_so(self, text: str):
+        parts = [part for batch in batches() for part in batch.split(2, 1)]
+        if self.make(text).in_parts:
+            assert same_state(self.observed(text, parts), self.observed(text, batches()))
+
     def test_merging_with_an_empty_observer_changes_nothing(self):
         whole, merged, filled = (self.observed("uint8:tensor:asym", data) for data in (batches(), batches(), []))
         merged.merge(self.make("uint8:tensor:asym"))

@@ -260,3 +260,32 @@ def test_large_tensors_are_worked_on_in_pieces_to_the_same_bits(spec: str, monke
     monkeypatch.setattr(affine, "_PIECE", 100)
     assert torch.equal(affine.quantize(x, *parameters, parsed).view(torch.int8), codes.view(torch.int8))
     assert torch.equal(affine.dequantize(codes, *parameters, parsed, torch.bfloat16), numbers)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["int8:tensor", "int8:channel", "int8:channel@1", "uint4:g8:asym", "int8:b4x8", "fp8_e4m3:channel", "nf4:g8"],
+)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_parts_of_rows_give_what_the_whole_gives(text: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    spec, x = QuantSpec.parse(text), torch.randn(19, 24).to(dtype)
+    parameters = qparams(x, spec)
+    codes = affine.quantize(x, *parameters, spec)
+    whole = codes, affine.dequantize(codes, *parameters, spec, dtype), affine.fake_quantize(x, *parameters, spec)
+    monkeypatch.setattr(affine, "_PIECE", 50)
+    assert len(list(affine.row_parts(x))) == 10
+    codes = affine.quantize(x, *parameters, spec)
+    parts = codes, affine.dequantize(codes, *parameters, spec, dtype), affine.fake_quantize(x, *parameters, spec)
+    assert all(torch.equal(*pair) for pair in zip(whole, parts, strict=True))
+
+
+@pytest.mark.parametrize("text", ["int8:tensor", "uint8:tensor:asym", "int8:channel@-1", "int4:g8"])
+def test_activations_in_parts_are_those_of_the_whole(text: str, monkeypatch: pytest.MonkeyPatch):
+    spec, x = QuantSpec.parse(text), torch.randn(2, 19, 24)
+    parameters = qparams(x, spec)
+    whole = affine.fake_quantize(x, *parameters, spec)
+    monkeypatch.setattr(affine, "_PIECE", 50)
+    assert torch.equal(affine.fake_quantize(x, *parameters, spec), whole)
+    turned = x.transpose(0, 1)
+    if spec.granularity == "tensor":
+        assert torch.equal(affine.fake_quantize(turned, *parameters, spec), whole.transpose(0, 1))

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from tests.quant.strategies import all_dtypes as dtypes
 from wrapq.errors import SpecError
+from wrapq.quant import affine
 from wrapq.quant.affine import storage_dtype
 from wrapq.quant.dtypes import DTYPES, DType
 from wrapq.quant.packing import pack, packed_columns, unpack
@@ -45,6 +46,15 @@ def test_leading_dimensions_are_kept():
     q = integers(DTYPES["int4"], 2, 3, 40)
     assert torch.equal(pack(q, DTYPES["int4"])[1], pack(q[1], DTYPES["int4"]))
     assert torch.equal(unpack(pack(q, DTYPES["int4"]), DTYPES["int4"], 40), q)
+
+
+@pytest.mark.parametrize("name", ["int8", "uint3", "int4"])
+def test_parts_of_rows_are_packed_as_the_whole(name: str, monkeypatch: pytest.MonkeyPatch):
+    dtype = DTYPES[name]
+    q = integers(dtype, 17, 40)
+    packed = pack(q, dtype)
+    monkeypatch.setattr(affine, "_PIECE", 100)
+    assert torch.equal(pack(q, dtype), packed) and torch.equal(unpack(packed, dtype, 40), q)
 
 
 def test_a_value_off_the_grid_is_refused():

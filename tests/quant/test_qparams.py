@@ -29,6 +29,26 @@ def test_survives_a_checkpoint(text: str, tmp_path):
     assert set(qparams.tensors("weight")) <= {"weight_scale", "weight_zero_point"}
 
 
+@pytest.mark.parametrize("text", [*TEXTS, "int8:channel@1", "int8:b4x8", "fp8_e4m3:channel", "int4:g8:signed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_those_of_the_whole_to_the_bit(text: str, dtype: torch.dtype):
+    x, rows = torch.randn(11, 24), torch.tensor([10, 3, 3, 0, 9])
+    qparams = observe_tensor(x, QuantSpec.parse(text), "weight")
+    codes = qparams.quantize(x)
+    some = qparams.of_rows(rows).dequantize(codes[rows], dtype)
+    assert torch.equal(some, qparams.dequantize(codes, dtype)[rows])
+
+
+def test_rows_keep_an_activation_order_and_a_global_scale():
+    x, rows = torch.randn(6, 32), torch.tensor([5, 0, 0])
+    qparams, _ = ordered(x, torch.randperm(32))
+    codes = qparams.quantize(x)
+    assert torch.equal(qparams.of_rows(rows).dequantize(codes[rows], x.dtype), qparams.dequantize(codes, x.dtype)[rows])
+    nvfp4 = observe_tensor(x, QuantSpec.parse("fp4_e2m1:g16:scale=fp8_e4m3:global"), "weight")
+    codes = nvfp4.quantize(x)
+    assert torch.equal(nvfp4.of_rows(rows).dequantize(codes[rows], x.dtype), nvfp4.dequantize(codes, x.dtype)[rows])
+
+
 @pytest.mark.parametrize(
     ("text", "dtype"),
     [

@@ -84,6 +84,16 @@ def test_embedding_and_head_in_8_bits(real_model: Callable[[str], Path], tmp_pat
     reached = run(real_model("gemma3-270m"), tmp_path / "out", "w4a16_w8_embedding")
     assert reached.status == 0, reached.said
     assert reached.kl < 0.65 and reached.megabytes < 230
+    assert 0 < reached.peak < MEMORY, f"{reached.peak / 1e9:.2f} GB"
+
+
+def test_every_point_quantized_after_rotations(real_model: Callable[[str], Path], tmp_path: Path) -> None:
+    """The logits are a point too: those of one batch are a gigabyte."""
+    few = "calibration.samples=4", "evaluation.tokens=512"
+    reached = run(real_model("gemma3-270m"), tmp_path / "out", "npu_w4a16_spinquant_gptq", *few)
+    assert reached.status == 0, reached.said
+    assert reached.megabytes < 230
+    assert 0 < reached.peak < MEMORY, f"{reached.peak / 1e9:.2f} GB"
 
 
 def test_what_ruins_it_is_said(real_model: Callable[[str], Path], tmp_path: Path) -> None:

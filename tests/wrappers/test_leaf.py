@@ -11,8 +11,13 @@ from transformers.pytorch_utils import Conv1D as HFConv1D
 
 from tests.contracts.wrapper import WrapperContract
 from wrapq import PTQConfig, convert, prepare
+from wrapq.algorithms.rtn import RTN
+from wrapq.calibration.assignments import Assignments
+from wrapq.calibration.walker import Walker
 from wrapq.errors import PlanError
+from wrapq.quant.qparams import QParams
 from wrapq.wrappers import leaf
+from wrapq.wrappers.model import convert_model
 
 LEAF = ("weight", "input", "output")
 
@@ -95,6 +100,63 @@ class TestEmbedding(WrapperContract):
 
     def inputs(self, tokens: int = 7, batch: int = 2) -> tuple[Tensor, ...]:
         return (torch.randint(0, 20, (batch, tokens), generator=torch.Generator().manual_seed(tokens)),)
+
+
+class Scaled(nn.Embedding):
+    """As Gemma's, which asks its weight for the dtype."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) * torch.tensor(4.0).to(self.weight.dtype)
+
+
+class Centered(nn.Embedding):
+    """Computes with its whole table."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) - self.weight.mean(0)
+
+
+class Direct(nn.Embedding):
+    """Does not call the forward of torch's class."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return torch.nn.functional.embedding(ids, self.weight) + 1
+
+
+@pytest.mark.parametrize("spec", ["int8:channel", "int8:tensor", "uint4:g8:asym", "int8:b4x8"])
+@pytest.mark.parametrize(
+    ("kind", "options", "whole"),
+    [
+        (nn.Embedding, {}, False),
+        (nn.Embedding, {"padding_idx": 3}, False),
+        (Scaled, {}, False),
+        (Centered, {}, True),
+        (Direct, {}, True),
+        (nn.Embedding, {"max_norm": 100.0}, True),
+    ],
+)
+def test_only_the_rows_that_are_looked_up_are_dequantized(
+    kind: type[nn.Embedding], options: dict, whole: bool, spec: str, monkeypatch: pytest.MonkeyPatch
+):
+    module = filled(kind(50, 16, **options)).to(torch.bfloat16)
+    prepared = prepare(nn.Sequential(module), PTQConfig(spec, None))
+    ids = torch.tensor([[3, 49, 0], [7, 7, 1]])
+    Walker(prepared, Assignments({"0.weight": RTN()})).run([], "parallel")
+    point = prepared[0].weight_quantizer
+    module.weight.data, kept = point.matrix(torch.bfloat16), module.weight.data
+    expected = module(ids)
+    module.weight.data = kept
+    sizes: list[int] = []
+    dequantize = QParams.dequantize
+    monkeypatch.setattr(QParams, "dequantize", lambda *args: sizes.append(len(args[1])) or dequantize(*args))
+    for model in (prepared, convert_model(prepared)):
+        point.release()
+        for _ in range(2):
+            sizes.clear()
+            assert torch.equal(model(ids), expected)
+        assert max(sizes) == (50 if whole else 6)
+        with pytest.raises(IndexError):
+            model(torch.tensor([[50]]))
 
 
 class TestEmbeddingThatMakesItsOwnIds(TestEmbedding):

@@ -5,9 +5,12 @@ import torch
 from torch import nn
 
 from wrapq import PTQConfig, convert, prepare, restore
+from wrapq.algorithms.rtn import RTN
+from wrapq.calibration.assignments import Assignments
+from wrapq.calibration.walker import Walker
 from wrapq.errors import LifecycleError, ModelError, SpecError, UnknownNameError
 from wrapq.quant.spec import QuantSpec
-from wrapq.wrappers.model import iter_quantizers, iter_wrapped, unwrap_model, wrap_model
+from wrapq.wrappers.model import convert_model, iter_quantizers, iter_wrapped, unwrap_model, wrap_model
 
 INT8 = QuantSpec.parse("int8:tensor:asym")
 
@@ -121,3 +124,22 @@ def test_undo_after_calibration_and_rounding():
             quantizer.freeze()
     assert not torch.equal(prepared(x), expected)
     assert objects(unwrap_model(prepared)) == before and torch.equal(model(x), expected)
+
+
+def test_a_conversion_that_frees_lets_each_weight_go_and_gives_the_same():
+    def made() -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)).requires_grad_(False)
+        model[1].weight = model[0].weight
+        return prepare(model, PTQConfig("int8:channel", None))
+
+    freed, kept = made(), made()
+    for model in (freed, kept):
+        weights = {name: RTN() for name in (q.where for q in iter_quantizers(model))}
+        Walker(model, Assignments(weights)).run([], "parallel")
+    wrapped = dict(iter_wrapped(freed))
+    x = torch.randn(3, 4)
+    expected, got = convert_model(kept)(x), convert_model(freed, frees=True)(x)
+    assert torch.equal(got, expected) and freed[0].weight_packed is freed[1].weight_packed
+    assert all(module.weight_quantizer.integers is None for module in wrapped.values())
+    assert {module.float_weight().untyped_storage().nbytes() for module in wrapped.values()} == {4}

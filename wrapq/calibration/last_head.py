@@ -33,7 +33,8 @@ def observed_in_parts(model: nn.Module, waiting: Sequence[Quantizer]) -> dict[nn
     head, last = output_head(model), next(reversed(waiting), None)
     if not isinstance(head, QuantModuleBase) or original_class(head) is not nn.Linear or last is None:
         return {}
-    fits = last is head.point_quantizers().get("output") and last.observer is not None and last.observer.in_parts
+    fits = last is head.point_quantizers().get("output") and last.spec.granularity != "head"
+    fits = fits and last.observer is not None and last.observer.in_parts
     return {head: partial(_observe, head, last)} if fits else {}
 
 

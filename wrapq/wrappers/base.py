@@ -240,13 +240,11 @@ class QuantModuleBase(nn.Module):
             calibration.on_weight_input(self, raw, x)
         return x
 
-    def free_weight(self, keep_float: bool) -> None:
-        """Let go of the rounded weight and, unless that is kept, of the numbers in the float one: `converted` has been
-        called, and nothing else is from here on."""
-        quantizer, weight = self.point_quantizers()["weight"], self.float_weight()
-        cast(WeightQuantizer, quantizer).integers = cast(WeightQuantizer, quantizer).dequantized = None
-        if not keep_float:
-            weight.data = weight.new_zeros(()).expand(weight.shape)
+    def free_weight(self) -> None:
+        """Let go of the weight, rounded and float, which has been `converted`; the module computes no more."""
+        quantizer, weight = cast(WeightQuantizer, self.weight_quantizer), self.float_weight()
+        quantizer.integers = quantizer.dequantized = None
+        weight.data = weight.new_zeros(()).expand(weight.shape)  # of the same shape, and four bytes
 
     def converted(self, tied: QuantizedModule | None = None) -> QuantizedModule:
         """The module that holds integers and parameters instead of float weights, with the same outputs; the very ones

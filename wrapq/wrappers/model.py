@@ -81,8 +81,8 @@ def convert_model(model: nn.Module, frees: bool = False) -> nn.Module:
     """Replace every wrapped module by the one that holds integers, with the same outputs.
 
     Args:
-        frees: let each weight go, float and rounded, as soon as it is packed, although others still hold what it was
-            wrapped in; unless modules that are not wrapped compute with it.
+        frees: let each weight go, float and rounded, as soon as it is packed, although somebody may still hold what the
+            model was wrapped in, which computes no more.
 
     Raises:
         LifecycleError: naming every point that is not quantized and saw no data; the model is left as it was.
@@ -93,8 +93,6 @@ def convert_model(model: nn.Module, frees: bool = False) -> nn.Module:
     if failures := unready(iter_quantizers(model)):
         more = f"\n  and {len(failures) - 10} more" if len(failures) > 10 else ""
         raise LifecycleError("cannot convert:\n  " + "\n  ".join(failures[:10]) + more)
-    rounding = {id(module) for module in wrapped.values() if module.weight_quantizer is not None}
-    needed = {id(p) for module in model.modules() if id(module) not in rounding for p in module._parameters.values()}
     shared: dict[int, QuantizedModule] = {}
     converted: dict[str, Any] = {}
     for name, module in wrapped.items():
@@ -105,7 +103,7 @@ def convert_model(model: nn.Module, frees: bool = False) -> nn.Module:
             converted[name] = module.converted(shared.get(key))
             shared.setdefault(key, converted[name])
             if frees:
-                module.free_weight(keep_float=key in needed)
+                module.free_weight()
     before = {id(tensor) for tensor in chain(model.parameters(), model.buffers())} if frees else ()
     model = _place(model, converted)
     forget_fused(model)
