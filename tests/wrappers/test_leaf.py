@@ -127,12 +127,12 @@ class Direct(nn.Embedding):
 @pytest.mark.parametrize(
     ("kind", "options", "whole"),
     [
+        (nn.Embedding, {"max_norm": 100.0}, True),
         (nn.Embedding, {}, False),
         (nn.Embedding, {"padding_idx": 3}, False),
         (Scaled, {}, False),
         (Centered, {}, True),
         (Direct, {}, True),
-        (nn.Embedding, {"max_norm": 100.0}, True),
     ],
 )
 def test_only_the_rows_that_are_looked_up_are_dequantized(
@@ -155,6 +155,7 @@ def test_only_the_rows_that_are_looked_up_are_dequantized(
             sizes.clear()
             assert torch.equal(model(ids), expected)
         assert max(sizes) == (50 if whole else 6)
+        assert model(ids[:0]).shape == (0, 3, 16)
         with pytest.raises(IndexError):
             model(torch.tensor([[50]]))
 

@@ -80,7 +80,7 @@ def scale_shape(shape: Sequence[int], spec: QuantSpec) -> tuple[int, ...]:
 
 def split_groups(x: Tensor, spec: QuantSpec) -> Tensor:
     """The view [..., G, g] of `x` [..., K]; raises `SpecError` when g does not divide K."""
-    return x.unflatten(-1, (_groups(x.shape, spec), -1)) if x.numel() else x.unflatten(-1, (0, spec.group_size or 1))
+    return x.unflatten(-1, (_groups(x.shape, spec), spec.group_size or 1))
 
 
 def reduce_range(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:

@@ -118,11 +118,12 @@ class QuantizedWeight(QuantizedModule):
         """While this holds `weight` has its shape and dtype, and no numbers."""
         return without_weight(self)
 
-    def weight_rows(self, ids: Tensor) -> Tensor | None:
-        """The rows [M, K] of the weight for `ids` [M], to the bit; None where a kernel holds its integers."""
+    def weight_rows(self, ids: Tensor) -> Tensor:
+        """The rows [M, K] of the weight for `ids` [M], to the bit."""
         if (packed := self._buffers.get("weight_packed")) is None:
-            return None
-        codes = unpack(packed.index_select(0, ids), self.specs["weight"].dtype, self.weight_columns)
+            codes = self.codes().index_select(0, ids)
+        else:
+            codes = unpack(packed.index_select(0, ids), self.specs["weight"].dtype, self.weight_columns)
         return self.qparams("weight").of_rows(ids).dequantize(codes, self.weight_dtype)
 
     def codes(self) -> Tensor:

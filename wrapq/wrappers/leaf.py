@@ -159,7 +159,7 @@ class LookedUpRows(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         rows = self.weight_rows(input.flatten()) if self.max_norm is None else None
-        return super().forward(input) if rows is None else rows.view(*input.shape, -1)
+        return super().forward(input) if rows is None else rows.view(*input.shape, rows.shape[-1])
 
 
 @WRAPPERS.register("torch.nn.modules.sparse.Embedding")
@@ -168,6 +168,7 @@ class Embedding(Wrapper):
 
     kind = "Embedding"
     beneath = LookedUpRows
+    max_norm: float | None
     points = (WEIGHT, OUTPUT)
 
     @classmethod
@@ -181,7 +182,7 @@ class Embedding(Wrapper):
     def _rows(self, forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """What the class's own `forward` gives. It may ask the weight what it is, which lies on the meta device
         meanwhile; one that computes with all of it is run again, with the whole table."""
-        if (own := original_class(cast(nn.Module, self))) not in _WITH_TABLE:
+        if (own := original_class(self)) not in _WITH_TABLE and self.max_norm is None:
             with suppress(Exception), self.without_weight():
                 rows = forward(*args, **kwargs)
                 if not rows.is_meta:
