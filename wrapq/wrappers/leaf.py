@@ -168,7 +168,6 @@ class Embedding(Wrapper):
 
     kind = "Embedding"
     beneath = LookedUpRows
-    max_norm: float | None
     points = (WEIGHT, OUTPUT)
 
     @classmethod
@@ -182,7 +181,7 @@ class Embedding(Wrapper):
     def _rows(self, forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """What the class's own `forward` gives. It may ask the weight what it is, which lies on the meta device
         meanwhile; one that computes with all of it is run again, with the whole table."""
-        if (own := original_class(self)) not in _WITH_TABLE and self.max_norm is None:
+        if (own := original_class(self)) not in _WITH_TABLE and getattr(self, "max_norm", None) is None:
             with suppress(Exception), self.without_weight():
                 rows = forward(*args, **kwargs)
                 if not rows.is_meta:
