@@ -17,6 +17,7 @@ _EXPORTS = {
     "load": "wrapq.runs.checkpoint",
     "padding": "wrapq.api",
     "prepare": "wrapq.api",
+    "quantize": "wrapq.engine.quantize_module",
     "restore": "wrapq.api",
     "run": "wrapq.engine.run",
     "__version__": "wrapq.version",
@@ -25,6 +26,7 @@ __all__ = [*_EXPORTS]
 
 if TYPE_CHECKING:
     from wrapq.api import PTQConfig, calibrate, convert, padding, prepare, restore
+    from wrapq.engine.quantize_module import quantize
     from wrapq.engine.run import run
     from wrapq.errors import WrapqError
     from wrapq.quant.spec import QuantSpec

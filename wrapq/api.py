@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,13 +15,12 @@ from wrapq.algorithms.base import ALGORITHMS, Algorithm, Rounder
 from wrapq.algorithms.ranges import Ranges
 from wrapq.algorithms.transform import Transform
 from wrapq.calibration.assignments import Assignments
-from wrapq.calibration.processes import Processes
 from wrapq.calibration.token_weights import gather_token_weights, linears_by_gradient
 from wrapq.calibration.walker import Schedule, Walker, WalkOptions
-from wrapq.engine.apply_transforms import Figures, apply_transform, checked
+from wrapq.engine.apply_transforms import Figures
+from wrapq.engine.quantize_module import Given, TransformStep, as_batch, example_of, run_transforms
 from wrapq.errors import CalibrationError, LifecycleError, PlanError, Problem, SpecError
-from wrapq.graph.blocks import Batch, without_cache
-from wrapq.graph.rewriter import GraphRewriter
+from wrapq.graph.blocks import Batch
 from wrapq.observers.forward_context import in_context
 from wrapq.quant.spec import FLOAT, QuantSpec
 from wrapq.recipe.provenance import Provenance
@@ -37,7 +35,6 @@ from wrapq.wrappers.experts import apart, take_apart
 from wrapq.wrappers.model import convert_model, iter_quantizers, iter_wrapped, unready, unwrap_model, wrap_model
 from wrapq.wrappers.quantizer import WeightQuantizer
 
-_EXAMPLE_TOKENS = 4
 _ACTIVATION = "int8:tensor:asym"
 Spec = str | QuantSpec
 
@@ -161,7 +158,7 @@ class Calibrated:
 
 def calibrate(
     model: nn.Module,
-    batches: Iterable[Mapping[str, Any] | Tensor | Sequence[Any]],
+    batches: Iterable[Given],
     stack: Mapping[str, str | Mapping[str, Any]],
     schedule: Schedule = "sequential",
 ) -> Calibrated:
@@ -194,7 +191,7 @@ def calibrate(
         raise LifecycleError("the model is not prepared: call prepare first")
     algorithms = {entry.name: entry.algorithm for entry in _check(stack, schedule)}
     assignments = Assignments.from_stack(model, algorithms.values())
-    given = [_as_batch(model, batch) for batch in batches]
+    given = [as_batch(model, batch) for batch in batches]
     transforms = {name: algorithm for name, algorithm in algorithms.items() if isinstance(algorithm, Transform)}
     figures, notes = _transform(model, transforms, given) if transforms else ({}, [])
     if transforms:  # which put new wrappers in
@@ -275,32 +272,14 @@ def _check(stack: Mapping[str, str | Mapping[str, Any]], schedule: Schedule) -> 
     return entries
 
 
-def _as_batch(model: nn.Module, given: Mapping[str, Any] | Tensor | Sequence[Any]) -> Batch:
-    """Arguments of a forward as its keyword arguments, and the mask [B, T] of real tokens where there is one."""
-    if isinstance(given, Mapping):
-        inputs = dict(given)
-    else:
-        arguments = (given,) if isinstance(given, Tensor) else tuple(given)
-        signature = inspect.signature(model.forward)
-        names = [p.name for p in signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
-        if len(arguments) > len(names):
-            what = f"a batch of {len(arguments)} arguments, and {type(model).__name__}.forward names {len(names)}"
-            raise CalibrationError(f"{what}: give batches as mappings by name")
-        inputs = dict(zip(names, arguments, strict=False))
-    mask = inputs.get("attention_mask")
-    return Batch(without_cache(model, inputs), mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None)
-
-
 def _transform(
     model: nn.Module, transforms: Mapping[str, Transform], batches: Sequence[Batch]
 ) -> tuple[dict[str, Figures], list[str]]:
-    """Run `transforms`, by the names of their stages and in order, on a prepared model, which is float meanwhile.
-
-    Returns what each reports, by stage and target, and the notes of `GraphRewriter.notes`.
+    """Run `transforms`, by the names of their stages and in order, on a prepared model, which is float meanwhile; see
+    `run_transforms`.
 
     Raises:
         PlanError: one has nothing to do or cannot run where it stands; before anything is changed.
-        ModelError: one changed the model's function; what it did is undone.
     """
     if not batches:
         raise CalibrationError("transforms need at least one batch, to follow the model and to compare its outputs")
@@ -311,30 +290,15 @@ def _transform(
     if "" in specs:
         what = "transforms change modules that follow each other; this model is one"
         raise PlanError([Problem("", "calibrate", what)])
-    figures = dict[str, Figures]()
     unwrap_model(model)
     try:
         take_apart(model, specs)
-        plan = Transforms(model, specs, _example(batches[0]))
+        plan = Transforms(model, specs, example_of(model, batches[0]))
         after = {name: list(transforms.values())[number:] for number, name in enumerate(transforms, 1)}
         planned = {name: plan.plan(name, type(t).__name__, t, after[name]) for name, t in transforms.items()}
         if problems := [problem for *_, found in planned.values() for problem in found]:
             raise PlanError(problems)
-        rewriter = GraphRewriter(model, plan.graph, specs)
-        for name, transform in transforms.items():
-            with checked(rewriter, batches[0], name, transform.tolerance):
-                figures[name] = apply_transform(rewriter, transform, planned[name][0], batches, Processes())
+        steps = [TransformStep(name, transform, planned[name][0]) for name, transform in transforms.items()]
+        return run_transforms(model, plan.graph, specs, steps, batches)
     finally:
         wrap_model(model, specs)
-    return figures, rewriter.notes
-
-
-def _example(batch: Batch) -> dict[str, Any]:
-    """A few tokens of one text of `batch`, enough to follow the model; all of it where it is not of token ids."""
-    ids = batch.inputs.get("input_ids")
-    if not isinstance(ids, Tensor):
-        return dict(batch.inputs)
-    return {
-        name: value[:1, :_EXAMPLE_TOKENS] if isinstance(value, Tensor) and value.shape == ids.shape else value
-        for name, value in batch.inputs.items()
-    }

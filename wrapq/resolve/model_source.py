@@ -7,13 +7,11 @@ import hashlib
 import json
 import logging
 import math
-import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
-from importlib import resources
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -21,17 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wrapq.errors import ModelError, PlanError, Problem, WrapqError, alike, and_more, reading, reason_of
+from wrapq.errors import ModelError, PlanError, Problem, and_more, reading, reason_of
 from wrapq.graph.blocks import find_blocks, without_cache
 from wrapq.graph.mixtures import EXPERT_NAME
-from wrapq.paths import expand, refuse_devices
+from wrapq.paths import expand
 from wrapq.recipe.schema import ModelConfig
-from wrapq.resolve.model_class import auto_model
+from wrapq.resolve.model_class import auto_model, why_no_language_model
+from wrapq.resolve.model_path import ANY_MODULE, locate
 from wrapq.resolve.shards import Shards
 from wrapq.resolve.stored import FLOATS, GGUF, MANIFEST, MARKS, TORCHAO, StoredWeights, find_stored, while_loading
 from wrapq.wrappers.experts import forget_fused, take_apart
 
-PACKAGED = "wrapq://"
 GENERATION = "generation_config.json"
 _COMPUTED = (torch.float32, torch.bfloat16, torch.float16)
 PROCESSOR_FILES = (
@@ -41,8 +39,6 @@ PROCESSOR_FILES = (
 """What transformers' processors are made of, beside the tokenizer."""
 _MOST = 1024
 _TRIED = 8  # tokens
-_SHOWN = 80
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class ModelSource:
@@ -59,7 +55,7 @@ class ModelSource:
 
     def __init__(self, config: ModelConfig, trust_remote_code: bool = False) -> None:
         self.config = config
-        self.path = _locate(config.path)
+        self.path = locate(config.path)
         self.options = {"trust_remote_code": trust_remote_code, "revision": config.revision}
         self._gguf = {"gguf_file": Path(self.path).name} if self.path.endswith(GGUF) else {}
 
@@ -81,11 +77,15 @@ class ModelSource:
 
     @cached_property
     def hf_config(self) -> Any:
-        """The model's transformers configuration."""
+        """The model's transformers configuration; raises `PlanError` where it is of no causal language model."""
         from transformers import AutoConfig
 
         with self._reading("configuration"):
-            return AutoConfig.from_pretrained(self._folder, **self._gguf, **self.options)
+            config = AutoConfig.from_pretrained(self._folder, **self._gguf, **self.options)
+        if (kind := why_no_language_model(config)) is not None:
+            what = f"{self.config.path} holds {kind}, and wrapq run measures causal language models alone"
+            raise PlanError([Problem("", "model.path", what, (), ANY_MODULE)])
+        return config
 
     @property
     def _folder(self) -> str:
@@ -323,46 +323,6 @@ def _why_unread(error: Exception) -> str:
     if isinstance(error, UnpicklingError):
         return "it is a pickle of more than tensors, which is never loaded: give safetensors files"
     return reason_of(error)
-
-
-def _locate(path: str) -> str:
-    """The folder or hub name that `path` means."""
-    if path.startswith(PACKAGED):
-        assets, name = resources.files("wrapq") / "assets", path.removeprefix(PACKAGED)
-        if not (assets / name).is_dir():
-            raise _no_model(path, [f"{PACKAGED}{close}" for close in alike(name, [f.name for f in assets.iterdir()])])
-        return str(assets / name)
-    try:
-        folder = expand(path)
-        folder.lstat()
-    except FileNotFoundError:
-        pass
-    except (OSError, WrapqError) as error:  # the first of a path that is too long
-        shown = path if len(path) <= _SHOWN else f"{path[:_SHOWN]}..."
-        what = f"cannot be a folder: {shown!r} ({getattr(error, 'strerror', None) or error})"
-        raise PlanError([Problem("", "model.path", what)]) from None
-    if folder.is_file() and path.endswith(GGUF):
-        return str(folder)
-    if folder.is_dir():
-        packed = sorted(folder.glob(f"*{GGUF}"))
-        if packed and not (folder / "config.json").is_file():
-            if len(packed) > 1:
-                what = f"{path} holds {len(packed)} GGUF files and no config.json"
-                raise PlanError([Problem("", "model.path", what, tuple(map(str, packed)), "name one of them")])
-            return str(packed[0])
-        if not (folder / "config.json").is_file():
-            raise PlanError([Problem("", "model.path", f"{path} holds no config.json, so it is not a model")])
-        refuse_devices(folder)
-        return str(folder)
-    if _HUB_NAME.fullmatch(path) and not path.startswith((".", "~")) and not folder.parent.is_dir():
-        return path
-    siblings = [f.name for f in folder.parent.iterdir() if f.is_dir()] if folder.parent.is_dir() else []
-    raise _no_model(path, [str(folder.parent / close) for close in alike(folder.name, siblings)])
-
-
-def _no_model(path: str, close: list[str]) -> PlanError:
-    remedy = "give a folder with config.json and weights, or a hub name"
-    return PlanError([Problem("", "model.path", f"no such folder: {path}", tuple(close), remedy)])
 
 
 def _counts(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 from torch import nn
 
+from wrapq.algorithms.transform import Transform
 from wrapq.data.sources.base import SOURCES
 from wrapq.errors import CalibrationError, PlanError, Problem, ProblemsError, RecipeError, SpecError, and_more
 from wrapq.export.base import EXPORTERS, FORMAT, NONE, make_exporter
@@ -27,6 +29,24 @@ from wrapq.resolve.stages import StackEntry, check_stack, plan_stages
 from wrapq.resolve.transforms import Transforms
 from wrapq.resolve.unreached import leave_unreached
 from wrapq.wrappers.experts import apart
+
+
+class ResolvedModule(NamedTuple):
+    """What the rules and the stack of a recipe come to in one module.
+
+    Attributes:
+        modules: those that are quantized.
+        untouched: those that stay float although they compute something, and why.
+        stages: the stack, with the points that each decides.
+        blocks: the repeated blocks.
+        notes: the points that no forward reaches, and the places that transforms skip.
+    """
+
+    modules: tuple[ModulePlan, ...]
+    untouched: tuple[Untouched, ...]
+    stages: tuple[StagePlan, ...]
+    blocks: Blocks
+    notes: tuple[str, ...]
 
 
 def resolve(recipe: Recipe, sources: Mapping[str, Provenance] | None = None, trust_remote_code: bool = False) -> Plan:
@@ -53,21 +73,13 @@ def resolve(recipe: Recipe, sources: Mapping[str, Provenance] | None = None, tru
     told = [f"float here is what comes out of it: {source.stored.what}"] if source.stored else []
     if towers:
         told.append(f"{', '.join(towers)}: beside the language model, float unless a rule names them")
-    with apart(model):
-        modules, untouched, selected, blocks = _resolve_rules(recipe.rules, model, where, towers)
-        modules, unreached, notes = leave_unreached(model, modules)
-    untouched += unreached
-    if not modules:
-        what = "no rule quantizes anything in this model: the run would change nothing"
-        raise PlanError([Problem("", "rules", what, (), "wrapq evaluate measures a model as it is")])
-    specs = specs_of(modules)
-    transforms = Transforms(model, specs)
-    with apart(model, specs):  # as in the run
-        stages, problems = plan_stages(stack, modules, selected, transforms, where)
-    if problems := problems + _unread(recipe, stages, where):
+    found, problems = _resolve_stages(
+        recipe, stack, model, where, towers, remedy="wrapq evaluate measures a model as it is"
+    )
+    if problems := problems + _unread(recipe, found.stages, where):
         raise PlanError(problems)
     with apart(model):
-        estimated = estimate(model, modules, recipe, stages)
+        estimated = estimate(model, found.modules, recipe, found.stages)
     plan = Plan(
         recipe=recipe,
         model=ModelFacts(
@@ -75,18 +87,77 @@ def resolve(recipe: Recipe, sources: Mapping[str, Provenance] | None = None, tru
             type=type(model).__name__,
             dtype=str(source.dtype).removeprefix("torch."),
             parameters=sum(p.numel() for p in model.parameters()),
-            blocks=blocks.prefix,
-            block_count=blocks.count,
+            blocks=found.blocks.prefix,
+            block_count=found.blocks.count,
         ),
-        modules=modules,
-        untouched=untouched,
-        stages=stages,
+        modules=found.modules,
+        untouched=found.untouched,
+        stages=found.stages,
         estimate=estimated,
-        notes=(*told, *notes, *_prefix_notes(recipe.float_prefix, modules), *transforms.notes),
+        notes=(*told, *_prefix_notes(recipe.float_prefix, found.modules), *found.notes),
         presets=where.origins(),
     )
     check_export(plan)
     return plan
+
+
+def resolve_module(
+    recipe: Recipe, module: nn.Module, sources: Sources, inputs: Mapping[str, Any] | None = None
+) -> ResolvedModule:
+    """What the rules and the stack of `recipe` come to in any float `module` with its weights; what the recipe says of
+    its model, data and export is not looked at.
+
+    Args:
+        inputs: the arguments of one small forward, to follow the module; None where there is no data.
+
+    Raises:
+        RecipeError, PlanError: as `resolve`.
+    """
+    schedule = recipe.calibration.schedule
+    stack, wrong = check_stack(recipe.stack, sources, recipe.rules, recipe.stack_order, schedule == "parallel")
+    if wrong:
+        raise RecipeError(wrong)
+    looking = [entry for entry in stack if isinstance(entry.algorithm, Transform) or entry.algorithm.needs]
+    looking += [entry for entry in stack if entry.algorithm.handles == "activation"]
+    if looking and inputs is None:
+        what = f"{looking[0].stage.algorithm} looks at data, and there are no batches"
+        raise PlanError([sources.problem(looking[0].path, what)])
+    problems = list[Problem]()
+    if recipe.float_prefix:
+        what = "the first tokens of a sequence are known in the language models of wrapq run alone"
+        problems.append(sources.problem("float_prefix", what, (), "float_prefix=0"))
+    try:
+        found, more = _resolve_stages(recipe, stack, module, sources, inputs=inputs)
+    except PlanError as error:
+        raise PlanError([*problems, *error.problems]) from None
+    if problems := problems + more:
+        raise PlanError(problems)
+    return found
+
+
+def _resolve_stages(
+    recipe: Recipe,
+    stack: Sequence[StackEntry],
+    model: nn.Module,
+    sources: Sources,
+    towers: Sequence[str] = (),
+    inputs: Mapping[str, Any] | None = None,
+    remedy: str = "",
+) -> tuple[ResolvedModule, list[Problem]]:
+    """The modules that the rules quantize in `model`, the stages that decide their points, and what is wrong with
+    these; raises `PlanError` where the rules are, with a `remedy` for those that quantize nothing."""
+    with apart(model):
+        modules, untouched, selected, blocks = _resolve_rules(recipe.rules, model, sources, towers)
+        modules, unreached, notes = leave_unreached(model, modules, inputs)
+    if not modules:
+        what = "no rule quantizes anything in this model: the run would change nothing"
+        raise PlanError([Problem("", "rules", what, (), remedy)])
+    specs = specs_of(modules)
+    transforms = Transforms(model, specs, inputs)
+    with apart(model, specs):  # as in the run
+        stages, problems = plan_stages(stack, modules, selected, transforms, sources)
+    notes += transforms.notes
+    return ResolvedModule(modules, untouched + unreached, stages, blocks, tuple(notes)), problems
 
 
 def _prefix_notes(tokens: int, modules: Sequence[ModulePlan]) -> Iterator[str]:

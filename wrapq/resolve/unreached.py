@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -15,15 +16,16 @@ _IDLE = "no forward of tokens comes there, so that activations stay float"
 
 
 def leave_unreached(
-    model: nn.Module, modules: Sequence[ModulePlan]
+    model: nn.Module, modules: Sequence[ModulePlan], inputs: Mapping[str, Any] | None = None
 ) -> tuple[tuple[ModulePlan, ...], tuple[Untouched, ...], list[str]]:
-    """`modules` without the activation points that would see no data in calibration, since `model`, on the meta device,
-    calls the modules nowhere; those of which nothing is left; and what the plan says of all.
+    """`modules` without the activation points that would see no data in calibration, since `model` calls
+    the modules nowhere in a forward with `inputs`, or a few token ids; those of which nothing is left; and what the
+    plan says of all.
 
-    Where no forward is possible without weights, calibration finds out.
+    Where no forward is possible, as may be on the meta device, calibration finds out.
     """
     needing = {module.name for module in modules if any(map(_needs_data, module.points))}
-    if not needing or (usage := find_usage(model, needing)) is None:
+    if not needing or (usage := find_usage(model, needing, inputs)) is None:
         return tuple(modules), (), []
     idle = needing - usage.called
     kept, left = list[ModulePlan](), list[Untouched]()
