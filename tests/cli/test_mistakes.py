@@ -206,7 +206,8 @@ def test_a_model_folder_that_holds_no_model(cli: Callable[..., Result], tmp_path
     result = cli("run", "model=hf", f"model.path={tmp_path}", OUTPUTS)
     message = f"""\
 error: 1 problem in the plan:
-  - override model.path={tmp_path}: model.path: {tmp_path} holds no config.json, so it is not a model
+  - override model.path={tmp_path}: model.path: {tmp_path} holds no config.json, so it is no language model
+    wrapq run takes these alone; from Python wrapq.quantize(module, recipe, batches) takes any module
 """
     assert (result.stderr, result.exit_code) == (message, 2)
     assert not Path("out").exists()

@@ -43,9 +43,9 @@ def quantize(
     """Quantize any module by a recipe: its rules on the module's own names, its stack on `batches`.
 
     What a recipe says of its model, data, evaluation, goals, export and tracking, and the machine's settings, are not
-    looked at; of `calibration` only the `schedule` is. What stays float is logged as a warning, as are the places that
-    a transform skips and weights that are rounded otherwise than by their algorithm. How good the result is the caller
-    measures.
+    looked at; of `calibration` only the `schedule` is. Modules that stay float are logged as warnings, as are weights
+    that are rounded otherwise than by their algorithm, and places that a transform leaves alone as information. How
+    good the result is the caller measures.
 
     Args:
         module: with its weights, on the device where it shall run. It is put into evaluation mode and changed in place:
@@ -93,6 +93,8 @@ def _quantize(module: nn.Module, composed: Composed, given: Sequence[Batch]) -> 
     name, specs = composed.recipe.name, specs_of(found.modules)
     for note in (*_left_in_float(found.untouched), *found.notes):
         _log.warning("%s: %s", name, note)
+    for note in found.skipped:
+        _log.info("%s: %s", name, note)
     stages = [(stage, algorithm_of(stage)) for stage in found.stages]
     steps = [TransformStep(s.name, a, s.targets) for s, a in stages if isinstance(a, Transform) and s.targets]
     if steps:

@@ -39,7 +39,8 @@ class ResolvedModule(NamedTuple):
         untouched: those that stay float although they compute something, and why.
         stages: the stack, with the points that each decides.
         blocks: the repeated blocks.
-        notes: the points that no forward reaches, and the places that transforms skip.
+        notes: the points that no forward reaches.
+        skipped: the places that transforms leave alone, and why.
     """
 
     modules: tuple[ModulePlan, ...]
@@ -47,6 +48,7 @@ class ResolvedModule(NamedTuple):
     stages: tuple[StagePlan, ...]
     blocks: Blocks
     notes: tuple[str, ...]
+    skipped: tuple[str, ...]
 
 
 def resolve(recipe: Recipe, sources: Mapping[str, Provenance] | None = None, trust_remote_code: bool = False) -> Plan:
@@ -94,7 +96,7 @@ def resolve(recipe: Recipe, sources: Mapping[str, Provenance] | None = None, tru
         untouched=found.untouched,
         stages=found.stages,
         estimate=estimated,
-        notes=(*told, *_prefix_notes(recipe.float_prefix, found.modules), *found.notes),
+        notes=(*told, *found.notes, *_prefix_notes(recipe.float_prefix, found.modules), *found.skipped),
         presets=where.origins(),
     )
     check_export(plan)
@@ -156,8 +158,8 @@ def _resolve_stages(
     transforms = Transforms(model, specs, inputs)
     with apart(model, specs):  # as in the run
         stages, problems = plan_stages(stack, modules, selected, transforms, sources)
-    notes += transforms.notes
-    return ResolvedModule(modules, untouched + unreached, stages, blocks, tuple(notes)), problems
+    untouched += unreached
+    return ResolvedModule(modules, untouched, stages, blocks, tuple(notes), tuple(transforms.notes)), problems
 
 
 def _prefix_notes(tokens: int, modules: Sequence[ModulePlan]) -> Iterator[str]:

@@ -9,6 +9,7 @@ from wrapq.algorithms.base import ALGORITHMS, BLOCK, PHASES, Algorithm, Correcto
 from wrapq.algorithms.transform import Transform
 from wrapq.calibration.grouped_conv import unsupported
 from wrapq.errors import Problem, ProblemsError, and_more, nearest
+from wrapq.graph.blocks import Blocks, find_blocks
 from wrapq.recipe.schema import Stage
 from wrapq.registry import Place, build
 from wrapq.resolve.plan import ModulePlan, PointPlan, StagePlan
@@ -136,7 +137,7 @@ def plan_stages(
             what = f"{entry.stage.algorithm} has nothing to do: no rule gives it a {kind} to decide"
             remedy = f"remove the stage with ~stack.{entry.name}, or add a rule for it"
             problems.append(sources.problem(entry.path, what, (), remedy))
-        problems += _misfits(entry, points, modules, sources)
+        problems += _misfits(entry, points, find_blocks(transforms.model), sources)
         adds = f"{entry.algorithm.adds} " if isinstance(entry.algorithm, Corrector) else ""
         keys = [f"{adds}{target}" for target in targets]
         if twice := [key for key in keys if key in owner]:
@@ -183,7 +184,7 @@ def _stage(
 
 
 def _misfits(
-    entry: StackEntry, points: Sequence[tuple[ModulePlan, PointPlan]], modules: Sequence[ModulePlan], sources: Sources
+    entry: StackEntry, points: Sequence[tuple[ModulePlan, PointPlan]], blocks: Blocks, sources: Sources
 ) -> Iterator[Problem]:
     """Why the algorithm of a stage cannot decide some of its `points`."""
     algorithm, name = entry.algorithm, entry.stage.algorithm
@@ -204,7 +205,7 @@ def _misfits(
             what = f"{name} cannot round {and_more(names)}, {spec}: {reason}"
             remedy = "change the spec, or give these weights another algorithm: +algorithm@stack.others=rtn"
             yield sources.problem(entry.path, what, (), remedy)
-    in_blocks = BLOCK in algorithm.needs and any(module.block is not None for module in modules)
+    in_blocks = BLOCK in algorithm.needs and blocks.count > 0  # a model without is one itself
     if outside := [module.name for module, _ in points if in_blocks and module.block is None]:
         what = f"{name} rounds the weights of blocks, and {and_more(outside)} lies in none"
         left = f"+rules.outside={{match: {{name: [{', '.join(outside[:_SHOWN])}]}}, quantize: false}}"
