@@ -16,7 +16,7 @@ from wrapq.data.samples import Samples
 from wrapq.engine.calibrate import make_batches
 from wrapq.engine.context import Run
 from wrapq.errors import ModelError, and_more
-from wrapq.graph.blocks import Batch, output_hidden_states
+from wrapq.graph.blocks import Batch, output_head, output_hidden_states
 from wrapq.graph.dataflow import find_graph
 from wrapq.graph.head import Head
 from wrapq.graph.online import after_online
@@ -108,7 +108,7 @@ def checked(rewriter: GraphRewriter, probe: Batch, name: str, tolerance: float |
 def outputs(model: nn.Module, batch: Batch) -> Tensor:
     """The first output of a forward, in float64, of real tokens only, and of many logits those of every n-th."""
     mask = batch.mask
-    if batch.inputs.keys() <= _OF_TEXT:
+    if batch.inputs.keys() <= _OF_TEXT and output_head(model) is not None:
         head, ids = Head(model), batch.inputs["input_ids"]
         count = next(head.parts(ids.shape, elements=_COMPARED)).stop
         some = slice(None, None, -(-ids.shape[1] // count))
