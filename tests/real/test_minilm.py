@@ -1,11 +1,11 @@
-"""A BERT encoder in 8 bits: how near its sentence embeddings stay, and how many keep their nearest neighbour."""
+"""A BERT encoder: how near its sentence embeddings stay, and how many keep their nearest neighbour."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 import wrapq
 from wrapq import PTQConfig
+from wrapq.errors import PlanError
 from wrapq.recipe.compose import compose
+from wrapq.resolve.resolve import resolve
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(1200)]
-LINEAR_ALONE = {"*embeddings": None, "*LayerNorm": None, "*pooler*": None}
-"""As the recipes' `{type: Linear}`; the pooler is not among what is compared."""
 _CALIBRATED, _COMPARED = 128, 320
 Batches = list[dict[str, Tensor]]
 
@@ -52,16 +52,13 @@ class Encoder(NamedTuple):
             means.append((model(**batch).last_hidden_state * mask).sum(1) / mask.sum(1))
         return nn.functional.normalize(torch.cat(means), dim=-1)
 
-    def quantized(self, config: PTQConfig, stack: Mapping[str, Any] | None = None) -> nn.Module:
-        """The model by `prepare`, a loop or `calibrate`, and `convert`."""
+    def quantized(self, config: PTQConfig) -> nn.Module:
+        """The model by `prepare`, a loop, and `convert`."""
         prepared = wrapq.prepare(copy.deepcopy(self.model), config)
-        if stack is not None:
-            wrapq.calibrate(prepared, self.calibration, stack)
-        else:
-            with torch.no_grad():
-                for batch in self.calibration:
-                    with wrapq.padding(batch["attention_mask"]):
-                        prepared(**batch)
+        with torch.no_grad():
+            for batch in self.calibration:
+                with wrapq.padding(batch["attention_mask"]):
+                    prepared(**batch)
         return wrapq.convert(prepared)
 
 
@@ -93,10 +90,22 @@ def test_weights_alone_cost_next_to_nothing(encoder: Encoder) -> None:
     assert kept.cosine > 0.999 and kept.nearest > 0.94
 
 
-def test_the_shipped_static_recipe_keeps_more_than_another_quantizer_with_smoothing(encoder: Encoder) -> None:
-    """NNCF with SmoothQuant keeps .9976 and .935."""
-    recipe = compose(["recipe=w8a8_smoothquant"]).recipe
-    stack = {name: {"algorithm": stage.algorithm, **stage.options} for name, stage in recipe.stack.items()}
-    rule = recipe.rules["linear"]
-    kept = encoder.kept(encoder.quantized(PTQConfig(str(rule.weight), str(rule.input), overrides=LINEAR_ALONE), stack))
-    assert kept.cosine > 0.998 and kept.nearest > 0.945
+@pytest.mark.parametrize(
+    ("recipe", "cosine", "nearest"),
+    [("w8a16", 0.9995, 0.97), ("w8a8_smoothquant", 0.998, 0.945), ("w4a16_w8_embedding", 0.98, 0.87)],
+)
+def test_shipped_recipes(recipe: str, cosine: float, nearest: float, encoder: Encoder) -> None:
+    """Of 8 bits with static ranges NNCF with SmoothQuant keeps .9976 and .935."""
+    kept = encoder.kept(wrapq.quantize(copy.deepcopy(encoder.model), recipe, encoder.calibration))
+    assert kept.cosine > cosine and kept.nearest > nearest
+
+
+def test_a_recipe_that_learns_the_rounding_of_blocks_says_what_lies_outside(encoder: Encoder) -> None:
+    with pytest.raises(PlanError, match=r"autoround rounds the weights of blocks, and pooler\.dense lies in none"):
+        wrapq.quantize(copy.deepcopy(encoder.model), "w4a16_autoround", encoder.calibration)
+
+
+def test_wrapq_run_says_that_it_is_no_language_model(real_model: Callable[[str], Path]) -> None:
+    composed = compose(["recipe=w8a16", "model=hf", f"model.path={real_model('minilm')}"])
+    with pytest.raises(PlanError, match=r"holds BertModel, an encoder, and .*\n +from Python wrapq\.quantize"):
+        resolve(composed.recipe, composed.sources)
