@@ -16,8 +16,11 @@ from torch import Tensor, nn
 
 import wrapq
 from tests.recipes.test_recipes import NAMES
+from wrapq.engine.quantize_module import as_batch, example_of
 from wrapq.errors import CalibrationError, LifecycleError, PlanError, RecipeError
 from wrapq.recipe.compose import compose
+from wrapq.resolve.resolve import resolve_module
+from wrapq.resolve.rules import Sources
 from wrapq.runtime.module import QuantizedModule
 
 CONVOLUTIONS = "rules.linear.match.type=[Linear,Conv2d]"
@@ -52,6 +55,13 @@ ON_CONVOLUTIONS = {
     "w4a8_kv4_rotated": [NO_ATTENTION, *GROUPS],
     **{name: [] for name in ("w8a8_dynamic", "w8a8_smoothquant", "w8a8_static", "w8a8_static_rotated")},
 }
+RUN = ("int16_activations", "w4a8_kv4_rotated", "w8a16", "w8a8_static_rotated")
+"""Run in the plain tests; the others are planned there, and their runs are slow."""
+CASES = [
+    pytest.param(name, run, id=f"{name}-{'run' if run else 'plan'}", marks=pytest.mark.slow if late else ())
+    for name in NAMES
+    for run, late in (((True, False),) if name in RUN else ((False, False), (True, True)))
+]
 LOST = {"w8": 0.01, "w4a4": 0.15, "w4": 0.05, "w3": 0.05}
 """How far the outputs may move, relative to their norm, by the beginning of a recipe's name; 0.02 where none fits."""
 
@@ -132,31 +142,37 @@ def refused(model: nn.Module, name: str, batches: Sequence[Any], *overrides: str
     return [str(problem) for problem in error.value.problems]
 
 
-def check(name: str, model: nn.Module, batches: Sequence[Any], problems: Sequence[str], *overrides: str) -> None:
+def check(
+    name: str, run: bool, model: nn.Module, batches: Sequence[Any], problems: Sequence[str], *overrides: str
+) -> None:
     model = copy.deepcopy(model).eval()
     if problems:
         found = refused(model, name, batches, *overrides)
         assert len(found) == len(problems)
         assert all(problem in said for problem, said in zip(problems, found, strict=True)), found
-        return
-    quantized = wrapq.quantize(copy.deepcopy(model), name, batches, overrides)
-    allowed = next((value for start, value in LOST.items() if name.startswith(start)), 0.02)
-    assert converted(quantized) and 0 < lost(model, quantized, batches[0]) < allowed
+    elif run:
+        quantized = wrapq.quantize(copy.deepcopy(model), name, batches, overrides)
+        allowed = next((value for start, value in LOST.items() if name.startswith(start)), 0.02)
+        assert converted(quantized) and 0 < lost(model, quantized, batches[0]) < allowed
+    else:
+        composed = compose([f"recipe={name}", *overrides])
+        example = example_of(model, as_batch(model, batches[0]))
+        assert resolve_module(composed.recipe, model, Sources(composed.sources), example).modules
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_shipped_recipe_on_an_encoder(name: str) -> None:
-    check(name, *encoder(), ON_AN_ENCODER.get(name, []))
+@pytest.mark.parametrize(("name", "run"), CASES)
+def test_every_shipped_recipe_on_an_encoder(name: str, run: bool) -> None:
+    check(name, run, *encoder(), ON_AN_ENCODER.get(name, []))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_shipped_recipe_on_the_linear_layer_of_a_network(name: str) -> None:
-    check(name, *network(), ON_A_NETWORK.get(name, []))
+@pytest.mark.parametrize(("name", "run"), CASES)
+def test_every_shipped_recipe_on_the_linear_layer_of_a_network(name: str, run: bool) -> None:
+    check(name, run, *network(), ON_A_NETWORK.get(name, []))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_shipped_recipe_on_convolutions(name: str) -> None:
-    check(name, *network(), ON_CONVOLUTIONS[name], CONVOLUTIONS)
+@pytest.mark.parametrize(("name", "run"), CASES)
+def test_every_shipped_recipe_on_convolutions(name: str, run: bool) -> None:
+    check(name, run, *network(), ON_CONVOLUTIONS[name], CONVOLUTIONS)
 
 
 @pytest.mark.parametrize(
