@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import wrapq
+from wrapq.errors import PlanError
 from wrapq.runtime.module import QuantizedModule
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(1200)]
@@ -81,15 +82,30 @@ def classifier(real_model: Callable[[str], Path]) -> Classifier:
 @pytest.mark.parametrize(
     ("recipe", "overrides", "floor"),
     [
-        ("w8a16", [PER_CHANNEL, "algorithm@stack.round=gptq"], 0.9),
-        ("w4a16_gptq", ["rules.linear.weight=int4:channel:sym", SENSITIVE], 0.5),
-        ("w8a8_smoothquant", [], 0.9),
+        ("w8a16", [PER_CHANNEL, "algorithm@stack.round=gptq"], 0.93),
+        ("w4a16_gptq", ["rules.linear.weight=int4:channel:sym", SENSITIVE], 0.72),
+        ("w8a8_smoothquant", [], 0.92),
     ],
+    ids=["8-bit weights", "4-bit weights", "8-bit weights and inputs"],
 )
 def test_what_recipes_keep_of_its_classes(
     recipe: str, overrides: list[str], floor: float, classifier: Classifier
 ) -> None:
+    """Of 120; .950, .783 and .942 were measured."""
     model = classifier.quantized(recipe, CONVOLUTIONS, *overrides)
     layers = [name for name, m in classifier.model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     assert len(layers) == 50 and all(isinstance(model.get_submodule(name), QuantizedModule) for name in layers)
-    print("KEPT", recipe, classifier.kept(model))
+    assert classifier.kept(model) > floor
+
+
+def test_its_classifier_alone(classifier: Classifier, caplog: pytest.LogCaptureFixture) -> None:
+    """What shipped recipes match; what they leave is told."""
+    model = classifier.quantized("w8a16")
+    assert [name for name, m in model.named_modules() if isinstance(m, QuantizedModule)] == ["_fc"]
+    assert "Conv2dStaticSamePadding _conv_stem and 48 more with 3,328,992 parameters stay float" in caplog.text
+    assert classifier.kept(model) > 0.98
+
+
+def test_groups_that_do_not_fit_its_kernels_are_refused(classifier: Classifier) -> None:
+    with pytest.raises(PlanError, match=r"_conv_stem\.weight: .* group size 128 does not divide the width 27"):
+        classifier.quantized("w8a16", CONVOLUTIONS)
