@@ -223,10 +223,13 @@ RUNNERS = {"python": run_python, "toml": run_toml, "console": run_console}
 
 
 def test_the_first_commands_are_there() -> None:
-    """`.ci/run` reads the second one from the README and runs it."""
+    """`.ci/run` reads the second one from the README and runs it; what downloads a model is composed here alone."""
     matches = BLOCK.finditer(README.read_text(encoding="utf-8"))
-    (text,) = [match.group(3) for match in matches if match.group(1) == "sh"]
+    text, real = [match.group(3) for match in matches if match.group(1) == "sh"]
     assert text.splitlines() == ["pip install -e . && wrapq run", "pip install -e '.[test]' && pytest"]
+    packages, unpack, command = real.splitlines()
+    recipe = compose(shlex.split(command.removeprefix("wrapq run "))).recipe
+    assert recipe.model.path in unpack and recipe.model.dequantize and "[real]" in packages
     assert "grep -m 1 -E '^pip install .* && pytest' README.md" in (README.parent / ".ci" / "run").read_text()
 
 
