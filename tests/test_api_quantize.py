@@ -248,6 +248,12 @@ def test_batches_are_asked_for_by_what_looks_at_data() -> None:
     assert lost(model.eval(), wrapq.quantize(copy.deepcopy(model), "w8a16", ()), images[0]) < 0.01
 
 
+def test_one_batch_in_place_of_a_list() -> None:
+    model, batches = encoder()
+    with pytest.raises(CalibrationError, match=r"the text 'input_ids': give a list of batches, such as \[batch\]"):
+        wrapq.quantize(copy.deepcopy(model), "w8a8_static", batches[0])
+
+
 def test_a_recipe_by_its_file_or_composed(tmp_path: Path) -> None:
     text = (Path(__file__).parents[1] / "recipes" / "w8a16.yaml").read_text()
     (tmp_path / "mine.yaml").write_text(text.replace("name: w8a16", "name: mine"))

@@ -152,6 +152,8 @@ def run_transforms(
 
 def as_batch(model: nn.Module, given: Given) -> Batch:
     """Arguments of a forward as its keyword arguments, and the mask [B, T] of real tokens where there is one."""
+    if isinstance(given, str):  # a name of the one mapping that was given in place of several
+        raise CalibrationError(f"a batch that is the text {given!r}: give a list of batches, such as [batch]")
     if isinstance(given, Mapping):
         inputs = dict(given)
     else:
