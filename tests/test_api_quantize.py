@@ -30,10 +30,14 @@ NO_EMBEDDING = "rules.embedding.match: type 'Embedding' matches no module"
 NO_ATTENTION = "rules.cache.match: type 'Attention' matches no module"
 BATCH_NORM = "rules.norm.match: matches only modules that have no wrapper: BatchNorm2d"
 GROUPS = [f"group size 128 does not divide the width {width} ({width} left over)" for width in (27, 16, 9, 32)]
+NO_LOGITS = (
+    "stack.round.gradient: tokens count by the gradient of a language model's loss, and {} makes no logits of tokens"
+)
 ON_AN_ENCODER = {
     "demo": [MLP],
     "w2a16_autoround": [OUTSIDE.format("pooler.dense")],
     "w4a16_autoround": [OUTSIDE.format("pooler.dense")],
+    "w4a16_gptq_gradient": [NO_LOGITS.format("BertModel")],
 }
 """All problems of each recipe that is refused; the others are done."""
 ON_A_NETWORK = {
@@ -42,6 +46,7 @@ ON_A_NETWORK = {
     "npu_w4a16_spinquant_gptq": [NO_EMBEDDING, BATCH_NORM],
     "w2a16_autoround": [OUTSIDE.format("head")],
     "w4a16_autoround": [OUTSIDE.format("head")],
+    "w4a16_gptq_gradient": [NO_LOGITS.format("Network")],
     "w4a16_w8_embedding": [NO_EMBEDDING],
     "w4a8_kv4_rotated": [NO_ATTENTION],
 }
@@ -51,6 +56,7 @@ ON_CONVOLUTIONS = {
     "int16_activations": [NO_EMBEDDING, BATCH_NORM],
     "npu_w4a16_spinquant_gptq": [NO_EMBEDDING, BATCH_NORM],
     "w2a16_autoround": [each.replace("128", "64") for each in GROUPS],
+    "w4a16_gptq_gradient": [NO_LOGITS.format("Network"), *GROUPS],
     "w4a16_w8_embedding": [NO_EMBEDDING, *GROUPS],
     "w4a8_kv4_rotated": [NO_ATTENTION, *GROUPS],
     **{name: [] for name in ("w8a8_dynamic", "w8a8_smoothquant", "w8a8_static", "w8a8_static_rotated")},

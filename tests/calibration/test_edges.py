@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -49,8 +51,8 @@ def test_an_expert_that_no_token_reaches_is_rounded_to_nearest_counted_and_named
 class Indefinite(InputStatistics):
     """With a Hessian that rounding errors left far from positive definite."""
 
-    def add(self, x: Tensor, reference: Tensor | None = None) -> None:
-        super().add(x, reference)
+    def add(self, x: Tensor, *args: Any, **kwargs: Any) -> None:
+        super().add(x, *args, **kwargs)
         self.sums["hessian"] = torch.eye(x.shape[1]) - 1e9 * torch.ones(x.shape[1], x.shape[1])
 
 

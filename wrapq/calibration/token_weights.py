@@ -23,12 +23,13 @@ from wrapq.errors import CalibrationError
 from wrapq.graph.blocks import Batch, find_blocks, output_head, replaced_forward
 from wrapq.graph.head import ELEMENTS, Head
 from wrapq.observers.forward_context import forward_context, in_context
+from wrapq.runtime.stand_in import original_class
 from wrapq.wrappers.model import iter_wrapped
 from wrapq.wrappers.quantizer import real_tokens
 
 TokenWeights = Mapping[str, Mapping[int, Tensor]]
 """By the full name of a weight and the number of a batch, float32 [M], one for each row of its input."""
-_NO_LOGITS = "tokens count by the gradient of a language model's loss, and {} is none of transformers'"
+_NO_LOGITS = "tokens count by the gradient of a language model's loss, and {} makes no logits of tokens"
 
 
 def linears_by_gradient(model: nn.Module, assignments: Assignments) -> dict[str, nn.Module]:
@@ -44,6 +45,11 @@ def linears_by_gradient(model: nn.Module, assignments: Assignments) -> dict[str,
         and module.wrapper.kind == "Linear"
         and "gradient" in assignments.needs(weight)
     }
+
+
+def why_no_gradients(model: nn.Module) -> str | None:
+    """Why there is no loss of a `model` to count tokens by; None where there is."""
+    return None if output_head(model) is not None else _NO_LOGITS.format(original_class(model).__name__)
 
 
 def gather_token_weights(
@@ -68,10 +74,13 @@ def gather_token_weights(
     """
     if not modules:
         return {}
+    if (reason := why_no_gradients(model)) is not None:
+        raise CalibrationError(reason)
+    embedding = cast(Any, model).get_input_embeddings()
     gathered: dict[str, dict[int, Tensor]] = {name: {} for name in modules}
     head, visits, count = Head(model), dict[str, list[_Visit]](), 0
     with ExitStack() as stack:
-        stack.callback(_embedding(model).register_forward_hook(_begin).remove)
+        stack.callback(embedding.register_forward_hook(_begin).remove)
         for name, module in modules.items():
             hook = partial(_watch, visits.setdefault(name, []))
             stack.callback(module.register_forward_hook(hook).remove)
@@ -119,17 +128,6 @@ def _run_again(forward: Callable[..., Any], context: Mapping[str, Any], *args: A
     return run(forward, *args, **kwargs)
 
 
-def _embedding(model: nn.Module) -> nn.Module:
-    """Where gradients end."""
-    try:
-        found = cast(Any, model).get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        found = None
-    if not isinstance(found, nn.Module):
-        raise CalibrationError(_NO_LOGITS.format(type(model).__name__))
-    return found
-
-
 def _begin(module: nn.Module, args: object, output: Tensor) -> Tensor:
     return output.detach().requires_grad_().clone()  # which may be changed in place, as a leaf may not
 
@@ -138,11 +136,10 @@ def _begin(module: nn.Module, args: object, output: Tensor) -> Tensor:
 def _backward(head: Head, batch: Batch, number: int) -> None:
     """Send the gradient of the loss of `batch` back: a part of the positions at a time to the last hidden states, and
     all together from there."""
-    ids = batch.inputs.get("input_ids")
-    output = {} if ids is None else head.hidden(ids, batch.inputs.get("attention_mask"))
+    if (ids := batch.inputs.get("input_ids")) is None:
+        raise CalibrationError("tokens count by the gradient of the loss, and a batch has no input_ids")
+    output = head.hidden(ids, batch.inputs.get("attention_mask"))
     field = "logits" if "logits" in output else "last_hidden_state"
-    if ids is None or field not in output:
-        raise CalibrationError(_NO_LOGITS.format(type(head.model).__name__))
     leaf = output[field].detach().requires_grad_()
     generator = torch.Generator(ids.device).manual_seed(number)
     for part in head.parts(ids.shape, elements=ELEMENTS // 4):

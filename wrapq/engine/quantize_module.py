@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from wrapq.algorithms.transform import Transform
 from wrapq.calibration.assignments import Assignments
 from wrapq.calibration.processes import Processes
-from wrapq.calibration.walker import Walker
+from wrapq.calibration.token_weights import gather_token_weights, linears_by_gradient
+from wrapq.calibration.walker import Walker, WalkOptions
 from wrapq.engine.apply_transforms import Figures, apply_transform, checked
 from wrapq.errors import CalibrationError, LifecycleError, Problem, RecipeError
 from wrapq.graph.blocks import Batch, without_cache
@@ -104,7 +105,9 @@ def _quantize(module: nn.Module, composed: Composed, given: Sequence[Batch]) -> 
             _log.warning("%s: %s", name, note)
     module = wrap_model(module, specs)
     try:
-        walker = Walker(module, Assignments.from_stages((algorithm, stage.targets) for stage, algorithm in stages))
+        assignments = Assignments.from_stages((algorithm, stage.targets) for stage, algorithm in stages)
+        weights = gather_token_weights(module, enumerate(given), linears_by_gradient(module, assignments))
+        walker = Walker(module, assignments, WalkOptions(token_weights=weights))
         walker.run(given, composed.recipe.calibration.schedule)
     except BaseException:
         unwrap_model(module)

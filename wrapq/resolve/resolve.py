@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from wrapq.algorithms.transform import Transform
+from wrapq.calibration.token_weights import why_no_gradients
 from wrapq.data.sources.base import SOURCES
 from wrapq.errors import CalibrationError, PlanError, Problem, ProblemsError, RecipeError, SpecError, and_more
 from wrapq.export.base import EXPORTERS, FORMAT, NONE, make_exporter
@@ -128,6 +129,10 @@ def resolve_module(
     if recipe.float_prefix:
         what = "the first tokens of a sequence are known in the language models of wrapq run alone"
         problems.append(sources.problem("float_prefix", what, (), "float_prefix=0"))
+    for entry in stack:
+        if "gradient" in entry.algorithm.needs and (reason := why_no_gradients(module)) is not None:
+            path = f"{entry.path}.gradient"
+            problems.append(sources.problem(path, reason, (), f"{path}=false"))
     try:
         found, more = _resolve_stages(recipe, stack, module, sources, inputs=inputs)
     except PlanError as error:
