@@ -88,7 +88,7 @@ def test_embedding_and_head_in_8_bits(real_model: Callable[[str], Path], tmp_pat
 
 
 def test_every_point_quantized_after_rotations(real_model: Callable[[str], Path], tmp_path: Path) -> None:
-    """The logits are a point too: those of one batch are a gigabyte."""
+    """The logits are a point too, and those of one batch take half a gigabyte."""
     few = "calibration.samples=4", "evaluation.tokens=512"
     reached = run(real_model("gemma3-270m"), tmp_path / "out", "npu_w4a16_spinquant_gptq", *few)
     assert reached.status == 0, reached.said
