@@ -61,7 +61,7 @@ def test_plan_lists_stages_in_order_with_what_they_look_at() -> None:
     said = text(*plan_tables(plan("recipe=w8a8_static", "rules.linear.input.observer=percentile")))
     assert lines_of(said, "ranges ", "round ") == [
         "ranges ranges range 28 points percentile conf/algorithm/ranges.yaml:2",
-        "round gptq(damp=0.01, act_order=True, ranges=best, asymmetric=0.0, sweeps=0, precision=float32, "
+        "round gptq(damp=0.01, act_order=True, ranges=best, asymmetric=0.0, sweeps=0, gradient=False, "
         "round 28 points hessian conf/algorithm/gptq.yaml:2",
     ]
 

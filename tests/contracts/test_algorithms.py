@@ -8,10 +8,10 @@ from pydantic import ValidationError
 from tests.contracts.algorithm import variants
 from wrapq.algorithms.base import BLOCK, PHASES, Algorithm
 from wrapq.algorithms.transform import BATCHES
-from wrapq.statistics.input import PARTS, PRECISIONS
+from wrapq.statistics.input import MODES, PARTS
 
 EVERY = variants(Algorithm)
-KNOWN = {*PARTS, *PRECISIONS, BATCHES, BLOCK}
+KNOWN = {*PARTS, *MODES, BATCHES, BLOCK}
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -135,7 +135,7 @@ CONFIGS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "deep": (lambda raw: b"[" * 100_000, "cannot read the configuration: "),
     "no type": (lambda raw: raw.replace(b"model_type", b"x"), "cannot read the configuration: .*model_type"),
     "a type of its own": (changed(model_type="nobodys"), "cannot read the configuration: .*nobodys"),
-    "a type of no language model": (changed(model_type="vit"), "cannot read the configuration: "),
+    "a type of no language model": (changed(model_type="vit"), "no language model of the type vit"),
     "a text for a number": (changed(hidden_size="16"), "cannot read the configuration: .*hidden_size.* expected int"),
     "null for a number": (changed(num_hidden_layers=None), "cannot read the configuration: .*num_hidden_layers"),
     "negative": (changed(intermediate_size=-4), "cannot read the configuration: .*negative"),

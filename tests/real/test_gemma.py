@@ -16,7 +16,7 @@ import pytest
 pytestmark = [pytest.mark.real, pytest.mark.timeout(1200)]
 SMALL = ("calibration.samples=8", "evaluation.tokens=1024", "evaluation.seq_len=512", "tracking=none")
 """Little: a processor without instructions for bfloat16 takes ten times as long."""
-MEMORY = 2.5 * 2**30
+MEMORY = 2.5e9
 PROGRAM = """
 import sys
 from pathlib import Path

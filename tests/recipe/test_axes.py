@@ -7,7 +7,7 @@ import pytest
 from wrapq.errors import RecipeError
 from wrapq.recipe.axes import Axis, Interval, parse_axes
 
-NAMED = ("w4a16_autoround", "w4a16_gptq", "w4a16_rotated_gptq")
+NAMED = ("w4a16_autoround", "w4a16_gptq", "w4a16_gptq_gradient", "w4a16_rotated_gptq")
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,16 @@ REFUSED = [
     ("Bert", ["BertModel"], {}, "BertModel, an encoder"),
     ("Bert", ["BertForMaskedLM"], {}, "BertForMaskedLM, an encoder"),
     ("Roberta", None, {}, "of the type roberta, an encoder"),
-    ("ModernBert", ["ModernBertModel"], {}, "ModernBertModel, no kind of language model that transformers makes"),
-    ("T5", ["T5ForConditionalGeneration"], {}, "T5ForConditionalGeneration, no kind of language model"),
+    (
+        "ModernBert",
+        ["ModernBertModel"],
+        {},
+        "ModernBertModel, and transformers makes no language model of the type modernbert",
+    ),
+    ("T5", ["T5ForConditionalGeneration"], {}, "T5ForConditionalGeneration, and transformers makes no"),
     ("Bart", ["BartForConditionalGeneration"], {}, "BartForConditionalGeneration, an encoder with a decoder"),
     ("Whisper", None, {}, "of the type whisper, an encoder with a decoder"),
-    ("ViT", ["ViTForImageClassification"], {}, "ViTForImageClassification, no kind of language model"),
+    ("ViT", ["ViTForImageClassification"], {}, "ViTForImageClassification, and transformers makes no"),
     ("Llama", ["LlamaForSequenceClassification"], {}, "LlamaForSequenceClassification, a language model with another"),
 ]
 TAKEN = [

@@ -27,7 +27,7 @@ def why_no_language_model(config: Any) -> str | None:
     shown = ", ".join(names) or f"of the type {config.model_type}"
     known = any(type(config) in kind._model_mapping for kind in _kinds())
     if not known and "AutoModelForCausalLM" not in (getattr(config, "auto_map", None) or {}):
-        return f"{shown}, no kind of language model that transformers makes"
+        return f"{shown}, and transformers makes no language model of the type {config.model_type}"
     if getattr(config, "is_encoder_decoder", False):
         return f"{shown}, an encoder with a decoder"
     decodes = getattr(config, "is_decoder", getattr(config, "causal", False))
