@@ -22,7 +22,7 @@ REFUSED = [
         "ModernBert",
         ["ModernBertModel"],
         {},
-        "ModernBertModel, and transformers makes no language model of the type modernbert",
+        "ModernBertModel, and transformers makes no",
     ),
     ("T5", ["T5ForConditionalGeneration"], {}, "T5ForConditionalGeneration, and transformers makes no"),
     ("Bart", ["BartForConditionalGeneration"], {}, "BartForConditionalGeneration, an encoder with a decoder"),
