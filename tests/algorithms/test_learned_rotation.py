@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partialmethod
 
 import pytest
 import torch
@@ -12,13 +13,15 @@ from tests.algorithms.transforming import outputs_moved, smooth_specs
 from tests.conftest import HIDDEN, build_model
 from tests.resolve.conftest import MakePlan, make_plan  # noqa: F401
 from wrapq.algorithms.fold_norms import FoldNorms, FoldOptions
-from wrapq.algorithms.learned_rotation import cayley_step, learn_rotation
+from wrapq.algorithms.learned_rotation import _Task, cayley_step, learn_rotation
 from wrapq.algorithms.rotate import Rotate, RotateOptions
 from wrapq.calibration.processes import Processes
 from wrapq.engine.apply_transforms import apply_transform
 from wrapq.errors import CalibrationError
+from wrapq.graph import head
 from wrapq.graph.blocks import Batch
 from wrapq.graph.dataflow import Consumer, find_graph
+from wrapq.graph.head import Head
 from wrapq.graph.layers import LayerInfo
 from wrapq.graph.rewriter import GraphRewriter
 from wrapq.quant.hadamard import around_ones, rotation
@@ -102,6 +105,38 @@ def test_the_loss_falls(token_batches: list[Tensor]) -> None:
         _, figures = learn_rotation(rewriter, *places(rewriter), blocks, start, 20, keep_ones=family == "opt")
         ratios.append(figures["loss_after"] / figures["loss_before"])
     assert sum(ratios) / len(ratios) < 0.93
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_logits_in_parts_give_the_gradient_of_all(
+    masked: bool, token_batches: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks, start, found, sizes = torch.arange(HIDDEN)[None], rotation(HIDDEN, "hadamard", 0), [], list[int]()
+    for size in (None, 5):
+        rewriter = folded("llama", token_batches[:1])
+        if masked:
+            mask = torch.ones_like(token_batches[0], dtype=torch.bool)
+            mask[1, 4:] = False
+            inputs = {"input_ids": token_batches[0], "attention_mask": mask.long(), "use_cache": False}
+            rewriter.batches = [Batch(inputs, mask)]
+        if size is not None:
+            monkeypatch.setattr(head, "ELEMENTS", 1)
+            small = partialmethod(in_small_parts, size * 2 * rewriter.model.config.vocab_size, sizes)
+            monkeypatch.setattr(Head, "parts", small)
+        task = _Task(rewriter, *places(rewriter), blocks)
+        found.append((task.gradient(start, 0), task.judge(start)))
+    assert sizes[:3] == [5, 5, 2]
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-3, atol=1e-4 * float(found[0][0].abs().max()))
+    assert found[1][1] == pytest.approx(found[0][1], rel=1e-4)
+
+
+_PARTS = Head.parts
+
+
+def in_small_parts(self: Head, elements: int, sizes: list[int], shape: torch.Size) -> Iterator[slice]:
+    for part in _PARTS(self, shape, 0, elements):
+        sizes.append(part.stop - part.start)
+        yield part
 
 
 def test_it_is_the_same_each_time_and_follows_its_blocks(token_batches: list[Tensor]) -> None:

@@ -9,7 +9,7 @@ texts are not learned by heart.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import kl_div
+from torch.utils.checkpoint import checkpoint
 
 from wrapq.errors import CalibrationError
-from wrapq.graph.blocks import Batch, output_hidden_states
+from wrapq.graph.blocks import Batch, output_head, output_hidden_states
 from wrapq.graph.dataflow import Consumer
+from wrapq.graph.head import Head
 from wrapq.graph.layers import LayerInfo
 from wrapq.graph.rewriter import GraphRewriter
 from wrapq.observers.base import observe_tensor
@@ -97,8 +99,9 @@ class _Task:
                 self._axes += [(name, *output) for output in layer.produces.outputs(self.model.get_submodule(name))]
         for consumer in consumers:
             self._axes.append((consumer.module, consumer.layout.parameter, consumer.layout.in_axis))
+        self._steps = _Steps(self.model, self.batches[0])
         with torch.no_grad():
-            self._floats = {i: self._log_probabilities(b, {}) for i, b in enumerate(self.batches[:_JUDGING])}
+            self._floats = {i: self._steps("hidden", batch) for i, batch in enumerate(self.batches[:_JUDGING])}
 
     @torch.no_grad()
     def judge(self, rotation: Tensor) -> float:
@@ -114,17 +117,27 @@ class _Task:
 
     def _loss(self, index: int, matrix: Tensor) -> Tensor:
         """The divergence of the quantized model from the float one, in nats per token."""
-        batch, kept = self.batches[index], self._floats.get(index)
+        batch, weights = self.batches[index], self._weights(matrix)
         with torch.no_grad():
-            reference = self._log_probabilities(batch, {}) if kept is None else kept
-        with _rotated_inputs(self.model, self._turned, self.blocks, matrix), _rounded_inputs(self.model, self.specs):
-            ours = self._log_probabilities(batch, self._weights(matrix))
-        divergence = kl_div(ours, reference, log_target=True, reduction="none").sum(-1)
-        return divergence.mean() if batch.mask is None else divergence[batch.mask.bool()].mean()
+            reference = self._floats[index] if index in self._floats else self._steps("hidden", batch)
+        hidden = self._quantized(weights, matrix, "hidden", batch)
 
-    def _log_probabilities(self, batch: Batch, weights: dict[str, Tensor]) -> Tensor:
-        output = functional_call(self.model, weights, (), dict(batch.inputs))
-        return output_hidden_states(output).float().log_softmax(-1)
+        def lost(part: slice) -> Tensor:
+            with torch.no_grad():
+                expected = self._steps("log_probabilities", reference, part)
+            found = self._quantized(weights, matrix, "log_probabilities", hidden, part)
+            divergence = kl_div(found, expected, log_target=True, reduction="none").sum(-1)
+            return (divergence if batch.mask is None else divergence[batch.mask[:, part].bool()]).flatten()
+
+        # logits are made again on the way back: those of all positions would be many times the model
+        again = partial(checkpoint, lost, use_reentrant=False, preserve_rng_state=False)
+        return torch.cat([again(part) for part in self._steps.parts(batch)]).mean()
+
+    def _quantized(self, weights: Mapping[str, Tensor], matrix: Tensor, *args: Any) -> Any:
+        """A step of the quantized model."""
+        named = {f"model.{name}": weight for name, weight in weights.items()}
+        with _rotated_inputs(self.model, self._turned, self.blocks, matrix), _rounded_inputs(self.model, self.specs):
+            return functional_call(self._steps, named, args)
 
     def _weights(self, matrix: Tensor) -> dict[str, Tensor]:
         """Every rotated or quantized parameter for `matrix`, with straight-through gradients."""
@@ -140,6 +153,30 @@ class _Task:
                 rounded = _straight_through(wrapper.to_matrix(weight), spec, name)
                 weights[f"{name}.weight"] = wrapper.from_matrix(rounded, weight.shape)
         return weights
+
+
+class _Steps(nn.Module):
+    """A forward in two steps, so that the logits of a language model are made a part of the positions at a time."""
+
+    def __init__(self, model: nn.Module, batch: Batch) -> None:
+        super().__init__()
+        has_logits = output_head(model) is not None and "input_ids" in batch.inputs
+        self.model, self._head = model, Head(model) if has_logits else None
+
+    def forward(self, step: str, *args: Any) -> Any:
+        return getattr(self, step)(*args)
+
+    def parts(self, batch: Batch) -> Iterable[slice]:
+        return [slice(None)] if self._head is None else self._head.parts(batch.inputs["input_ids"].shape)
+
+    def hidden(self, batch: Batch) -> Any:
+        if self._head is None:
+            return self.model(**batch.inputs)
+        return self._head.hidden(batch.inputs["input_ids"], batch.inputs.get("attention_mask"))
+
+    def log_probabilities(self, hidden: Any, part: slice) -> Tensor:
+        logits = output_hidden_states(hidden) if self._head is None else self._head.logits(hidden, part)
+        return logits.float().log_softmax(-1)
 
 
 @contextmanager
