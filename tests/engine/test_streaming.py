@@ -221,7 +221,8 @@ def peak_of_run(model: Path, outputs: Path, load: str, limit: int = 0) -> int:
     """Peak private memory of a calibrated run in a process of its own, which may have no more than `limit` if not 0.
 
     Pages of mapped files, as the weights and libraries are, do not count: how many of them stay is for the system to
-    say, which takes them back at will.
+    say, which takes them back at will. Nor are large pages asked for, which another test of this process may have done:
+    they leave larger holes between tensors.
     """
     words = [*SMALL, *LEAST, *RANGES, f"model.path={model}", f"paths.outputs={outputs}", f"runtime.load={load}"]
     script = (
@@ -235,7 +236,11 @@ def peak_of_run(model: Path, outputs: Path, load: str, limit: int = 0) -> int:
     if private_memory(os.getpid()) is None:
         pytest.skip("this system does not say how much private memory a process has")
     peak, errors = 0, outputs.with_suffix(".errors")
-    with errors.open("w") as said, subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said) as process:
+    environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    with (
+        errors.open("w") as said,
+        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said, env=environment) as process,
+    ):
         while process.poll() is None:
             peak = max(peak, private_memory(process.pid) or 0)
             time.sleep(0.002)

@@ -23,10 +23,12 @@ def why_no_language_model(config: Any) -> str | None:
     """
     from transformers import AutoModelForMaskedLM
 
-    names = tuple(config.architectures or ())
+    given = config.architectures  # whatever the file says
+    names = [name for name in given if isinstance(name, str)] if isinstance(given, list) else []
     shown = ", ".join(names) or f"of the type {config.model_type}"
     known = any(type(config) in kind._model_mapping for kind in _kinds())
-    if not known and "AutoModelForCausalLM" not in (getattr(config, "auto_map", None) or {}):
+    own = getattr(config, "auto_map", None)
+    if not known and not (isinstance(own, dict) and "AutoModelForCausalLM" in own):
         return f"{shown}, and transformers makes no language model of the type {config.model_type}"
     if getattr(config, "is_encoder_decoder", False):
         return f"{shown}, an encoder with a decoder"

@@ -6,6 +6,7 @@ A lock says nothing of when or in which folder the run was made: equal runs have
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 from functools import cache
 from importlib import metadata
@@ -61,7 +62,9 @@ def read_lock(path: Path) -> Lock:
         if path.exists() and not path.is_file():
             raise ModelError(f"{path} is no file: a lock is recipe.lock.yaml in the folder of a run")
         with path.open("rb") as file:
-            raw = file.read(_MAX_BYTES + 1)
+            # read takes the memory for all that it may return, and nobody waits for 64 MiB of a few KiB
+            size = os.fstat(file.fileno()).st_size
+            raw = file.read(min(size, _MAX_BYTES) + 1)
         if len(raw) > _MAX_BYTES:
             raise ModelError(f"{path} is larger than {_MAX_BYTES >> 20} MiB, which no lock is")
         return Lock.model_validate(parse_document(raw.decode("utf-8"), str(path)).data)
