@@ -8,6 +8,7 @@ drawn from what the model itself expects, so that its mean gradient is zero and 
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -95,6 +96,7 @@ def gather_token_weights(
                 if len(seen) == 1 and seen[0].weights is not None:
                     gathered[name][number] = seen[0].weights
                 seen.clear()
+            gc.collect()  # blocks that run again refer to themselves, and each batch would keep its own
             advance()
     for name, weights in gathered.items():
         if not all(bool(each.isfinite().all()) for each in weights.values()):
