@@ -15,10 +15,9 @@ from wrapq.algorithms.base import ALGORITHMS, Algorithm, Rounder
 from wrapq.algorithms.ranges import Ranges
 from wrapq.algorithms.transform import Transform
 from wrapq.calibration.assignments import Assignments
-from wrapq.calibration.token_weights import gather_token_weights, linears_by_gradient
-from wrapq.calibration.walker import Schedule, Walker, WalkOptions
+from wrapq.calibration.walker import Schedule, Walker
 from wrapq.engine.apply_transforms import Figures
-from wrapq.engine.quantize_module import Given, TransformStep, as_batch, example_of, run_transforms
+from wrapq.engine.quantize_module import Given, TransformStep, as_batch, example_of, finalize_points, run_transforms
 from wrapq.errors import CalibrationError, LifecycleError, PlanError, Problem, SpecError
 from wrapq.graph.blocks import Batch
 from wrapq.observers.forward_context import in_context
@@ -196,10 +195,8 @@ def calibrate(
     figures, notes = _transform(model, transforms, given) if transforms else ({}, [])
     if transforms:  # which put new wrappers in
         assignments = Assignments.from_stack(model, algorithms.values())
-    weights = gather_token_weights(model, enumerate(given), linears_by_gradient(model, assignments))
-    walker = Walker(model, assignments, WalkOptions(token_weights=weights))
-    walker.run(given, schedule)
-    deciding, result = {**assignments.rounders, **assignments.range_setters}, walker.result
+    result = finalize_points(model, assignments, given, schedule)
+    deciding = {**assignments.rounders, **assignments.range_setters}
     return Calibrated(deciding, result.reports, result.fallbacks, result.statistics, figures, notes)
 
 

@@ -8,9 +8,8 @@ drawn from what the model itself expects, so that its mean gradient is zero and 
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Any, cast
 
@@ -23,6 +22,7 @@ from wrapq.calibration.forwards import Unobserved
 from wrapq.errors import CalibrationError
 from wrapq.graph.blocks import Batch, find_blocks, output_head, replaced_forward
 from wrapq.graph.head import ELEMENTS, Head
+from wrapq.large_pages import give_back
 from wrapq.observers.forward_context import forward_context, in_context
 from wrapq.runtime.stand_in import original_class
 from wrapq.wrappers.model import iter_wrapped
@@ -79,29 +79,28 @@ def gather_token_weights(
         raise CalibrationError(reason)
     embedding = cast(Any, model).get_input_embeddings()
     gathered: dict[str, dict[int, Tensor]] = {name: {} for name in modules}
-    head, visits, count = Head(model), dict[str, list[_Visit]](), 0
+    head, visits, batches = Head(model), dict[str, list[_Visit]](), list(batches)
+    blocks = [model.get_submodule(name) for name in find_blocks(model).names()]
     with ExitStack() as stack:
         stack.callback(embedding.register_forward_hook(_begin).remove)
         for name, module in modules.items():
             hook = partial(_watch, visits.setdefault(name, []))
             stack.callback(module.register_forward_hook(hook).remove)
         for number, batch in batches:
-            count += 1
             context = {"calibration": Unobserved(quantizes=False), "padding": batch.mask}
-            blocks = {name: model.get_submodule(name) for name in find_blocks(model).names()}
-            again = {block: partial(_run_again, block.forward, context) for block in blocks.values()}
+            again = {block: partial(_run_again, block.forward, context) for block in blocks}
             with in_context(**context, batch=number), replaced_forward(again):
                 _backward(head, batch, number)
             for name, seen in visits.items():
                 if len(seen) == 1 and seen[0].weights is not None:
                     gathered[name][number] = seen[0].weights
                 seen.clear()
-            gc.collect()  # blocks that run again refer to themselves, and each batch would keep its own
+            give_back()  # else what each batch leaves free lies between what the next one makes
             advance()
     for name, weights in gathered.items():
         if not all(bool(each.isfinite().all()) for each in weights.values()):
             raise CalibrationError(f"{name}: the gradient of the loss holds NaN or inf, so tokens cannot count by it")
-    return {name: weights for name, weights in gathered.items() if len(weights) == count}
+    return {name: weights for name, weights in gathered.items() if len(weights) == len(batches)}
 
 
 class _Visit:
@@ -125,9 +124,9 @@ def _watch(seen: list[_Visit], module: nn.Module, args: object, output: Tensor) 
 def _run_again(forward: Callable[..., Any], context: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
     """A block that keeps its input alone; what it runs on the way back belongs to no batch, so that it is not watched
     twice."""
-    contexts = lambda: (in_context(), in_context(**context, batch=None))  # noqa: E731
-    run = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
-    return run(forward, *args, **kwargs)
+    contexts = lambda: (nullcontext(), in_context(**context, batch=None))  # noqa: E731
+    how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": contexts}
+    return checkpoint(forward, *args, **how, **kwargs)
 
 
 def _begin(module: nn.Module, args: object, output: Tensor) -> Tensor:

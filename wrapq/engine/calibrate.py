@@ -82,10 +82,10 @@ def _token_weights(
     with run.step("gradients", "Gathering gradients", len(batches), "batch") as advance:
         key = digest("token weights", [cache.root, run.processes.rank, sorted(modules)]) if cache else ""
         if cache is not None and (stored := cache.store.get(key)) is not None:
-            split = ((name.rpartition(" "), tensor) for name, tensor in stored.tensors.items())
-            found: dict[str, dict[int, Tensor]] = {name: {} for name in modules}
-            for (name, _, number), tensor in split:
-                found[name][int(number)] = tensor.to(run.device)
+            found: dict[str, dict[int, Tensor]] = {}
+            for key, tensor in stored.tensors.items():
+                name, _, number = key.rpartition(" ")
+                found.setdefault(name, {})[int(number)] = tensor.to(run.device)
             return found
         started = time.perf_counter()
         weights = gather_token_weights(model, run.processes.share(batches), modules, advance)

@@ -43,9 +43,9 @@ def block_curves(walker: Walker) -> dict[str, list[float]]:
 def _of_weight(quantizer: WeightQuantizer, dtype: torch.dtype) -> dict[str, Any]:
     """A histogram from minus to plus the largest magnitude, of every n-th element where there are very many."""
     codes, absmax, some = cast(Tensor, quantizer.integers), 0.0, [torch.empty(0)]
-    step, skipped = 1 + codes.numel() // MOST, 0
+    step, skipped, rows = 1 + codes.numel() // MOST, 0, torch.arange(len(codes), device=codes.device)
     for part in row_parts(codes):
-        values = quantizer.rows(torch.arange(len(codes), device=codes.device)[part], dtype).flatten()
+        values = quantizer.rows(rows[part], dtype).flatten()
         absmax = max(absmax, float(values.abs().max()) if values.numel() else 0.0)
         some.append(values[skipped::step].float().cpu())
         skipped = (skipped - values.numel()) % step

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from wrapq.algorithms.transform import Transform
 from wrapq.calibration.assignments import Assignments
+from wrapq.calibration.finalize import WalkResult
 from wrapq.calibration.processes import Processes
 from wrapq.calibration.token_weights import gather_token_weights, linears_by_gradient
-from wrapq.calibration.walker import Walker, WalkOptions
+from wrapq.calibration.walker import Schedule, Walker, WalkOptions
 from wrapq.engine.apply_transforms import Figures, apply_transform, checked
 from wrapq.errors import CalibrationError, LifecycleError, Problem, RecipeError
 from wrapq.graph.blocks import Batch, without_cache
@@ -106,13 +107,11 @@ def _quantize(module: nn.Module, composed: Composed, given: Sequence[Batch]) -> 
     module = wrap_model(module, specs)
     try:
         assignments = Assignments.from_stages((algorithm, stage.targets) for stage, algorithm in stages)
-        weights = gather_token_weights(module, enumerate(given), linears_by_gradient(module, assignments))
-        walker = Walker(module, assignments, WalkOptions(token_weights=weights))
-        walker.run(given, composed.recipe.calibration.schedule)
+        result = finalize_points(module, assignments, given, composed.recipe.calibration.schedule)
     except BaseException:
         unwrap_model(module)
         raise
-    for reason in walker.result.fallbacks:
+    for reason in result.fallbacks:
         _log.warning("%s: %s", name, reason)
     return convert_model(module)
 
@@ -127,6 +126,16 @@ def _left_in_float(untouched: Iterable[Untouched]) -> Iterator[str]:
         first, count = rows[0].name or "the module itself", sum(row.parameters for row in rows)
         many = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
         yield f"{kind} {first}{many} with {count:,} parameters stay float: {reason}"
+
+
+def finalize_points(
+    model: nn.Module, assignments: Assignments, batches: Sequence[Batch], schedule: Schedule
+) -> WalkResult:
+    """Finalize all points of a wrapped model in a walk of `batches`; see `Walker.run`."""
+    weights = gather_token_weights(model, enumerate(batches), linears_by_gradient(model, assignments))
+    walker = Walker(model, assignments, WalkOptions(token_weights=weights))
+    walker.run(batches, schedule)
+    return walker.result
 
 
 class TransformStep(NamedTuple):

@@ -111,6 +111,7 @@ def plan_stages(
     stages: list[StagePlan] = []
     problems: list[Problem] = []
     owner: dict[str, str] = {}
+    blocks = find_blocks(transforms.model)
     for index, entry in enumerate(entries):
         named = entry.stage.rules
         allowed = None if named is None else frozenset(site.name for rule in named for site in selected[rule])
@@ -137,7 +138,7 @@ def plan_stages(
             what = f"{entry.stage.algorithm} has nothing to do: no rule gives it a {kind} to decide"
             remedy = f"remove the stage with ~stack.{entry.name}, or add a rule for it"
             problems.append(sources.problem(entry.path, what, (), remedy))
-        problems += _misfits(entry, points, find_blocks(transforms.model), sources)
+        problems += _misfits(entry, points, blocks, sources)
         adds = f"{entry.algorithm.adds} " if isinstance(entry.algorithm, Corrector) else ""
         keys = [f"{adds}{target}" for target in targets]
         if twice := [key for key in keys if key in owner]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, cast
 
@@ -18,7 +17,7 @@ from wrapq.quant.qparams import QParams
 from wrapq.quant.spec import QuantSpec
 from wrapq.runtime.kernel import Kernel
 from wrapq.runtime.prefix import current_prefix, outside_prefix
-from wrapq.runtime.stand_in import WITHOUT, combined_class, shadow, without_weight
+from wrapq.runtime.stand_in import WITHOUT, combined_class, shadow
 
 _log = logging.getLogger(__name__)
 
@@ -113,10 +112,6 @@ class QuantizedWeight(QuantizedModule):
             return torch.empty(self.weight_layout, dtype=self.weight_dtype, device="meta")
         matrix = self.qparams("weight").dequantize(self.codes(), self.weight_dtype)
         return self.wrapper.from_matrix(matrix, self.weight_layout)
-
-    def without_weight(self) -> AbstractContextManager[None]:
-        """While this holds `weight` has its shape and dtype, and no numbers."""
-        return without_weight(self)
 
     def weight_rows(self, ids: Tensor) -> Tensor:
         """The rows [M, K] of the weight for `ids` [M], to the bit."""

@@ -53,7 +53,7 @@ WITHOUT = "_without_weight"
 
 @contextmanager
 def without_weight(module: nn.Module) -> Iterator[None]:
-    """While this holds a quantized weight of `module`, if asked for, is on the meta device."""
+    """While this holds a quantized weight of `module`, if asked for, has its shape and dtype, and no numbers."""
     module.__dict__[WITHOUT] = True
     try:
         yield

@@ -30,6 +30,7 @@ class Part(NamedTuple):
     reduce: Literal["sum", "max", "min", "rows"] = "sum"
     start: float = 0.0
     rows: int = 0  # where rows themselves are kept: how many, with the number by which they are in the last column
+    weighs: bool = False  # whether a row may count more than once, and how often is a weight
 
 
 def _add_gram(held: Tensor, x: Tensor, moved: Tensor | None) -> None:
@@ -132,10 +133,9 @@ def _add_rows(held: Tensor, x: Tensor, _: object) -> None:
     held.copy_(keep_rows(torch.cat([held, keep_rows(x, count)], -2), count))
 
 
-_PRODUCTS = ("hessian", "cross")
 PARTS: dict[str, Part] = {
-    "hessian": Part(2, _add_gram),
-    "cross": Part(2, _add_cross),
+    "hessian": Part(2, _add_gram, weighs=True),
+    "cross": Part(2, _add_cross, weighs=True),
     "mean_shift": Part(1, lambda held, x, moved: held.add_(moved.sum(-2))),
     "mean": Part(1, lambda held, x, _: held.add_(x.sum(-2))),
     "mean_square": Part(1, lambda held, x, _: held.add_(x.square().sum(-2))),
@@ -166,7 +166,8 @@ class InputStatistics:
             rows that the float model has where the quantized one has X; `mean_shift` [K], the mean of F - X; of each
             channel [K] `absmax`, its largest magnitude, `least` and `greatest`, its extreme values, `mean`, and
             `mean_square` and `mean_abs`, those of its square and magnitude; `sample`, at most 512 rows drawn at random.
-            With `float64` in that precision.
+            With `float64` in that precision; with `gradient` rows of `hessian` and `cross` count by the weights that
+            come with them.
 
     Attributes:
         rows: how many rows were seen.
@@ -201,14 +202,17 @@ class InputStatistics:
         as_they_are = x.dim() == 2 and self.dtype == torch.float32 and weights is None and _sums_halves(x)
         wide = x if as_they_are and self._sums.keys() == {"hessian"} else x.to(self.dtype)
         moved = None if reference is None or not AGAINST_FLOAT & self.needs else reference.to(self.dtype) - wide
+        weighted = wide, moved
+        if weights is not None:  # products are of two rows, of which each has the root
+            root = weights.to(wide)[:, None].sqrt()
+            weighted = wide * root, None if moved is None else moved * root
         for name in self._sums if x.shape[-2] else ():
             if moved is not None or name not in AGAINST_FLOAT:
                 given = x if as_they_are and name == "hessian" else wide
-                if weights is not None and name in _PRODUCTS:
-                    root = weights.to(wide)[:, None].sqrt()
-                    PARTS[name].add(self._sums[name], wide * root, None if moved is None else moved * root)
-                    continue
-                PARTS[name].add(self._sums[name], numbered(given, batch) if PARTS[name].rows else given, moved)
+                if weights is not None and PARTS[name].weighs:
+                    PARTS[name].add(self._sums[name], *weighted)
+                else:
+                    PARTS[name].add(self._sums[name], numbered(given, batch) if PARTS[name].rows else given, moved)
         self._half |= "hessian" in self._sums and x.dim() == 2
 
     def start(self, columns: int, device: torch.device, groups: int = 1) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
@@ -14,7 +13,7 @@ from wrapq.errors import LifecycleError
 from wrapq.observers.forward_context import forward_context
 from wrapq.quant.spec import QuantSpec
 from wrapq.runtime.module import QuantizedModule, add_low_rank, added_bias, new_quantized
-from wrapq.runtime.stand_in import WITHOUT, combined_class, shadow, without_weight
+from wrapq.runtime.stand_in import WITHOUT, combined_class, shadow
 from wrapq.wrappers.quantizer import Quantizer, State, WeightQuantizer
 
 
@@ -64,10 +63,6 @@ class Wrapper(nn.Module):
 
     def q(self, point: str, x: Tensor, token_dim: int = 1) -> Tensor:
         """`x` [..., K] as the point called `point` lets it through; tokens lie along `token_dim`."""
-        raise NotImplementedError
-
-    def without_weight(self) -> AbstractContextManager[None]:
-        """While this holds a quantized `weight` has its shape and dtype, and no numbers."""
         raise NotImplementedError
 
     def on_weight_input(self, raw: Tensor, x: Tensor) -> Tensor:
@@ -189,10 +184,6 @@ class QuantModuleBase(nn.Module):
         if WITHOUT in self.__dict__:
             return torch.empty(weight.shape, dtype=weight.dtype, device="meta")
         return self.wrapper.from_matrix(quantizer.matrix(weight.dtype), weight.shape)
-
-    def without_weight(self) -> AbstractContextManager[None]:
-        """While this holds a quantized `weight` has its shape and dtype, and no numbers."""
-        return without_weight(self)
 
     def weight_rows(self, ids: Tensor) -> Tensor | None:
         """The rows [M, K] of the weight to compute with for `ids` [M], to the bit; None where it is the float one."""

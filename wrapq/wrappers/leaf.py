@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from torch.overrides import TorchFunctionMode
 
 from wrapq.errors import CalibrationError
-from wrapq.runtime.stand_in import original_class
+from wrapq.runtime.stand_in import original_class, without_weight
 from wrapq.wrappers.base import INPUT, OUTPUT, WEIGHT, Point, Wrapper
 from wrapq.wrappers.wrapper_registry import WRAPPERS
 
@@ -182,7 +182,7 @@ class Embedding(Wrapper):
         """What the class's own `forward` gives. It may ask the weight what it is, which lies on the meta device
         meanwhile; one that computes with all of it is run again, with the whole table."""
         if (own := original_class(self)) not in _WITH_TABLE and getattr(self, "max_norm", None) is None:
-            with suppress(Exception), self.without_weight():
+            with suppress(Exception), without_weight(self):
                 rows = forward(*args, **kwargs)
                 if not rows.is_meta:
                     return rows
