@@ -11,7 +11,18 @@ import pytest
 from tests.architecture.source import Module, modules
 
 LAYERS = (
-    ("errors", "foreign", "large_pages", "metrics", "ownership", "paths", "redact", "registry", "version"),
+    (
+        "errors",
+        "foreign",
+        "half_products",
+        "large_pages",
+        "metrics",
+        "ownership",
+        "paths",
+        "redact",
+        "registry",
+        "version",
+    ),
     ("quant",),
     ("runtime", "observers", "recipe", "data"),
     ("wrappers",),

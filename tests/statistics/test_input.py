@@ -15,6 +15,7 @@ from wrapq import PTQConfig, prepare
 from wrapq.algorithms.base import Rounded
 from wrapq.algorithms.rtn import RTN
 from wrapq.errors import CalibrationError
+from wrapq.half_products import fast_half_products
 from wrapq.quant.spec import QuantSpec
 from wrapq.statistics.cache import StatisticsCache
 from wrapq.statistics.cholesky import inverse_of_triangle
@@ -24,7 +25,6 @@ from wrapq.statistics.input import (
     InputStatistics,
     UnusableStatisticsError,
     keep_rows,
-    matrix_units,
 )
 from wrapq.statistics.store import Store
 from wrapq.statistics.transport import Rotated, Scaled, rotate_blocks_, transform_statistics
@@ -175,7 +175,7 @@ def test_the_inverse_of_a_triangle(size: int) -> None:
 def test_inputs_in_bfloat16_are_summed_in_float32_by_the_matrix_units_of_a_cpu_too(needs):
     rows = (torch.randn(3000, 300, generator=torch.Generator().manual_seed(0)) + 0.5).bfloat16()
     before, found = torch.backends.mkldnn.matmul.fp32_precision, []
-    for using in (nullcontext(), matrix_units()):
+    for using in (nullcontext(), fast_half_products()):
         statistics = InputStatistics(needs)
         with using:
             for part in rows.split(700):

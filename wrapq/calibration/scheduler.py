@@ -26,6 +26,7 @@ from wrapq.calibration.block_loader import IN_MEMORY, BlockLoader
 from wrapq.calibration.offload import Offload
 from wrapq.calibration.processes import Processes
 from wrapq.graph.blocks import input_hidden_states
+from wrapq.half_products import in_forward
 from wrapq.observers.forward_context import forward_context
 
 
@@ -153,7 +154,7 @@ def run_concurrently(
     def barriers() -> Iterator[Barrier]:
         ready = coroutines
         while not done():
-            with running():
+            with in_forward(), running():
                 for coroutine in ready:
                     barrier = coroutine.switch()
                     waiting.pop(coroutine, None)

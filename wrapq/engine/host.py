@@ -11,8 +11,8 @@ import torch
 
 from wrapq.calibration.processes import Processes
 from wrapq.errors import ModelError
+from wrapq.half_products import fast_half_products
 from wrapq.recipe.schema import Settings
-from wrapq.statistics.input import matrix_units
 
 
 def find_device(settings: Settings, processes: Processes | None = None) -> torch.device:
@@ -37,12 +37,12 @@ def find_device(settings: Settings, processes: Processes | None = None) -> torch
 
 @contextmanager
 def use_machine(settings: Settings, seed: int, processes: Processes | None = None) -> Iterator[torch.device]:
-    """Set the seed and the number of threads, use `matrix_units`, and yield `find_device(settings, processes)`.
+    """Set the seed and the number of threads, use `fast_half_products`, and yield `find_device(settings, processes)`.
 
     On exit the number of threads and the random states are restored: the process may belong to somebody else.
     """
     device = find_device(settings, processes)
-    with _preserved(), matrix_units():
+    with _preserved(), fast_half_products():
         if settings.runtime.threads:
             torch.set_num_threads(settings.runtime.threads)
         torch.manual_seed(seed)

@@ -27,6 +27,7 @@ from wrapq.errors import ModelError
 from wrapq.evaluation.quality import LayerErrorMeter, StageMeter
 from wrapq.graph.blocks import find_blocks, giving, replaced_forward
 from wrapq.graph.head import Head
+from wrapq.half_products import in_forward
 from wrapq.large_pages import give_back
 from wrapq.metrics import FLOAT, QUANTIZED, WEIGHTS
 from wrapq.observers.forward_context import forward_context, in_context, outside_batch
@@ -251,7 +252,8 @@ def _result(meter: StageMeter, stage: str) -> dict[str, float]:
 
 def forward_logits(model: nn.Module, ids: Tensor, mask: Tensor | None = None) -> Tensor:
     """The logits [B, T, V] of token ids [B, T]."""
-    return model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    with in_forward():
+        return model(input_ids=ids, attention_mask=mask, use_cache=False).logits
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -22,13 +22,13 @@ from wrapq.errors import CalibrationError, LifecycleError, Problem, RecipeError
 from wrapq.graph.blocks import Batch, without_cache
 from wrapq.graph.dataflow import Graph, find_graph
 from wrapq.graph.rewriter import GraphRewriter
+from wrapq.half_products import fast_half_products
 from wrapq.recipe.compose import Composed, compose
 from wrapq.resolve.plan import Untouched, specs_of
 from wrapq.resolve.resolve import resolve_module
 from wrapq.resolve.rules import Sources
 from wrapq.resolve.stages import algorithm_of
 from wrapq.runtime.module import QuantizedModule
-from wrapq.statistics.input import matrix_units
 from wrapq.wrappers.experts import take_apart
 from wrapq.wrappers.model import Specs, convert_model, iter_wrapped, unwrap_model, wrap_model
 
@@ -76,7 +76,7 @@ def quantize(
         raise LifecycleError("the module is prepared or quantized already: give the float one")
     composed = _composed(recipe, overrides)
     given = [as_batch(module, batch) for batch in batches]
-    with matrix_units():
+    with fast_half_products():
         return _quantize(module.eval(), composed, given)
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from wrapq.errors import CalibrationError
+from wrapq.half_products import use_matrix_units
 from wrapq.observers.base import keep_rows, numbered
 from wrapq.statistics.cholesky import Factor, factorize
 
@@ -55,24 +55,13 @@ def _add_gram(held: Tensor, x: Tensor, moved: Tensor | None) -> None:
         held[start : start + width, start:].addmm_(x[:, start : start + width].t(), x[:, start:])
 
 
-_owned = False
-
-
-@contextmanager
-def matrix_units() -> Iterator[None]:
-    """While this holds, a CPU's matrix units may sum Hessians: for each of them torch is told, for all of the process,
-    that numbers in float32 may be taken for bfloat16, which is for a run to do, not for a library call."""
-    global _owned
-    before, _owned = _owned, True
-    try:
-        yield
-    finally:
-        _owned = before
-
-
 def _sums_halves(x: Tensor) -> bool:
     """Whether what is in 16 bits is multiplied as it is, and the products summed in float32, in which each is exact."""
-    return x.dtype in (torch.bfloat16, torch.float16) and (x.is_cuda or _owned) and _has_units(x.device, x.dtype)
+    return (
+        x.dtype in (torch.bfloat16, torch.float16)
+        and (x.is_cuda or use_matrix_units())
+        and _has_units(x.device, x.dtype)
+    )
 
 
 @cache
