@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 import wrapq.half_products as half_products
-from wrapq.half_products import fast_half_products, in_forward
+from wrapq.half_products import fast_half_products, in_products
 
 HALVES = [torch.bfloat16, torch.float16]
 KINDS = {
@@ -40,7 +40,7 @@ def drawn(rows: int, dtype: torch.dtype) -> list[torch.Tensor]:
 def test_a_product_is_off_by_its_rounding_alone(either, product, rows, dtype):
     x, w, b = drawn(rows, dtype)
     exact = x.double() @ w.double().t() + b.double()
-    with fast_half_products(), in_forward():
+    with fast_half_products(), in_products():
         found = product(x, w, b)
     assert found.dtype == dtype
     torch.testing.assert_close(found.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=0.1)
@@ -50,7 +50,7 @@ def test_of_many_rows_it_is_the_rounded_product_in_float32(monkeypatch):
     monkeypatch.setattr(half_products, "_widens", lambda dtype: dtype in HALVES)
     x, w, b = drawn(256, torch.bfloat16)
     wide = linear(x.float(), w.float(), b.float()).bfloat16()
-    with fast_half_products(), in_forward():
+    with fast_half_products(), in_products():
         assert torch.equal(linear(x, w, b), wide)
         assert torch.equal(linear(x.view(4, 64, 96), w, b), wide.view(4, 64, -1))
 
@@ -59,7 +59,7 @@ def test_of_many_rows_it_is_the_rounded_product_in_float32(monkeypatch):
 def test_a_large_weight_is_widened_in_parts(monkeypatch):
     monkeypatch.setattr(half_products, "_widens", lambda dtype: dtype in HALVES)
     x, w, b = drawn(256, torch.bfloat16)
-    with fast_half_products(), in_forward():
+    with fast_half_products(), in_products():
         whole = linear(x, w, b), linear(x, w)
         monkeypatch.setattr(half_products, "_AT_ONCE", 96 * 7)
         for one, found in zip(whole, (linear(x, w, b), linear(x, w)), strict=True):
@@ -69,7 +69,7 @@ def test_a_large_weight_is_widened_in_parts(monkeypatch):
 def test_other_dtypes_and_devices_are_left_alone(either):
     x, w, b = drawn(256, torch.float32)
     ids = torch.arange(256 * 2).view(256, 2)
-    with fast_half_products(), in_forward():
+    with fast_half_products(), in_products():
         assert torch.equal(linear(x, w, b), linear(x, w, b))
         assert (ids @ ids.t()).dtype == torch.int64
         assert linear(x.bfloat16().to("meta"), w.bfloat16().to("meta")).device.type == "meta"
@@ -82,21 +82,21 @@ def test_gradients_are_those_of_the_product(either):
     grads = []
     for using in (fast_half_products, nullcontext):
         layer.zero_grad()
-        with using(), in_forward():
+        with using(), in_products():
             layer(x).square().sum().backward()
         grads.append(layer.weight.grad.float())
     assert grads[0].dtype == torch.float32
     assert (grads[0] - grads[1]).norm() < 0.02 * grads[1].norm()
 
 
-def test_only_forwards_of_a_run_are_changed(monkeypatch):
+def test_only_products_of_a_run_are_changed(monkeypatch):
     monkeypatch.setattr(half_products, "_widens", lambda dtype: dtype in HALVES)
     modes = torch.overrides._get_current_function_mode_stack
-    with in_forward():
+    with in_products():
         assert not modes() and not half_products.use_matrix_units()
     with pytest.raises(ZeroDivisionError), fast_half_products():
         assert not modes() and half_products.use_matrix_units()
-        with in_forward():
+        with in_products():
             assert len(modes()) == 1
             raise ZeroDivisionError
     assert not modes() and not half_products.use_matrix_units()

@@ -26,7 +26,7 @@ _fast = False
 
 @contextmanager
 def fast_half_products() -> Iterator[None]:
-    """While this holds, matrix units make what products they can, and `in_forward` does what it says."""
+    """While this holds, matrix units make what products they can, and `in_products` does what it says."""
     global _fast
     before, _fast = _fast, True
     try:
@@ -40,9 +40,9 @@ def use_matrix_units() -> bool:
     return _fast
 
 
-def in_forward() -> AbstractContextManager[object]:
+def in_products() -> AbstractContextManager[object]:
     """While this holds, a CPU without matrix units makes products in 16 bits in float32, if `fast_half_products` holds.
-    Each call of torch takes a microsecond longer."""
+    Each call of torch takes a microsecond longer; a forward must not be suspended meanwhile."""
     return _Widened() if _fast and (_widens(torch.bfloat16) or _widens(torch.float16)) else nullcontext()
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import wrapq
+import wrapq.half_products as half_products
 from tests.calibration.conftest import as_batches, gptq_walker
 from wrapq import PTQConfig, prepare
 from wrapq.algorithms.base import Rounded
@@ -69,6 +71,22 @@ def test_they_are_the_squared_gradients(
         for name, expected in literal(model, batch, number).items():
             got = found[f"{name}.weight"][number].double()
             torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5 * float(expected.max()))
+
+
+def test_they_come_from_products_made_in_float32_too(
+    make_model: Callable[..., nn.Module], token_batches: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block runs again on the way back, and some of its layers are not wrapped."""
+    monkeypatch.setattr(half_products, "_widens", lambda dtype: dtype == torch.bfloat16)
+    monkeypatch.setattr(half_products, "_LEAST_ROWS", 1)
+    some = PTQConfig(weight="int4:g16:sym", activation=None, overrides={"*embed*": None, "*o_proj": None})
+    model, found = prepare(make_model("llama").bfloat16(), some), []
+    for using in (nullcontext(), half_products.fast_half_products()):
+        with using:
+            found.append(gathered(model, as_batches(token_batches)[:1]))
+    for name, by_batch in found[0].items():
+        weights = by_batch[0]
+        torch.testing.assert_close(found[1][name][0], weights, rtol=0.3, atol=0.05 * float(weights.max()))
 
 
 def test_parts_of_the_positions_give_what_all_give_and_blocks_keep_nothing(

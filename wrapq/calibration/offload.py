@@ -28,7 +28,7 @@ from wrapq.wrappers.model import iter_quantizers
 from wrapq.wrappers.quantizer import WeightQuantizer
 
 _LEAST_BYTES = 1 << 14  # what is smaller stays in memory
-_UNUSED = 1 << 27  # bytes that may be freed without being given back to the system: rounding soon takes them again
+_UNUSED = 1 << 28  # bytes that may be freed without being given back to the system: rounding soon takes them again
 _Held = tuple[torch.UntypedStorage, list[Tensor]]  # a storage, and the tensors that view it
 
 

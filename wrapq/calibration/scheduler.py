@@ -26,7 +26,6 @@ from wrapq.calibration.block_loader import IN_MEMORY, BlockLoader
 from wrapq.calibration.offload import Offload
 from wrapq.calibration.processes import Processes
 from wrapq.graph.blocks import input_hidden_states
-from wrapq.half_products import in_forward
 from wrapq.observers.forward_context import forward_context
 
 
@@ -154,7 +153,7 @@ def run_concurrently(
     def barriers() -> Iterator[Barrier]:
         ready = coroutines
         while not done():
-            with in_forward(), running():
+            with running():
                 for coroutine in ready:
                     barrier = coroutine.switch()
                     waiting.pop(coroutine, None)

@@ -22,7 +22,6 @@ from wrapq.calibration.forwards import Unobserved
 from wrapq.errors import CalibrationError
 from wrapq.graph.blocks import Batch, find_blocks, output_head, replaced_forward
 from wrapq.graph.head import ELEMENTS, Head
-from wrapq.half_products import in_forward
 from wrapq.large_pages import give_back
 from wrapq.observers.forward_context import forward_context, in_context
 from wrapq.runtime.stand_in import original_class
@@ -90,7 +89,7 @@ def gather_token_weights(
         for number, batch in batches:
             context = {"calibration": Unobserved(quantizes=False), "padding": batch.mask}
             again = {block: partial(_run_again, block.forward, context) for block in blocks}
-            with in_context(**context, batch=number), replaced_forward(again), in_forward():
+            with in_context(**context, batch=number), replaced_forward(again):
                 _backward(head, batch, number)
             for name, seen in visits.items():
                 if len(seen) == 1 and seen[0].weights is not None:

@@ -27,7 +27,7 @@ from wrapq.errors import ModelError
 from wrapq.evaluation.quality import LayerErrorMeter, StageMeter
 from wrapq.graph.blocks import find_blocks, giving, replaced_forward
 from wrapq.graph.head import Head
-from wrapq.half_products import in_forward
+from wrapq.half_products import in_products
 from wrapq.large_pages import give_back
 from wrapq.metrics import FLOAT, QUANTIZED, WEIGHTS
 from wrapq.observers.forward_context import forward_context, in_context, outside_batch
@@ -233,7 +233,8 @@ def measure(model: nn.Module, samples: Samples, batch_size: int, advance: Callab
     """The quality of any model, without another to compare it with."""
     meter, head = StageMeter(against_float=False), Head(model)
     for ids, mask, counted in samples.batches(batch_size, device_of(model)):
-        hidden = head.hidden(ids, mask)
+        with in_products():
+            hidden = head.hidden(ids, mask)
         for part in head.parts(ids.shape, overlap=1):
             meter.update(None, head.logits(hidden, part), ids[:, part], None if counted is None else counted[:, part])
         advance()
@@ -252,8 +253,7 @@ def _result(meter: StageMeter, stage: str) -> dict[str, float]:
 
 def forward_logits(model: nn.Module, ids: Tensor, mask: Tensor | None = None) -> Tensor:
     """The logits [B, T, V] of token ids [B, T]."""
-    with in_forward():
-        return model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    return model(input_ids=ids, attention_mask=mask, use_cache=False).logits
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from wrapq.graph.blocks import find_blocks, giving, input_hidden_states, replaced_forward
-from wrapq.half_products import in_forward
+from wrapq.half_products import in_products
 
 ELEMENTS = 1 << 26
 """Logits that are made at once where there are more: 128 MiB in bfloat16, and enough rows to keep a CPU busy."""
@@ -38,15 +38,14 @@ class Head:
     def hidden(self, ids: Tensor, mask: Tensor | None = None) -> Any:
         """What token ids [B, T] become before the head, or the whole model's output; to be handed to `logits`."""
         many = ids.numel() * self._vocabulary > ELEMENTS and self._is_apart
-        with in_forward():
-            return (self._body if many else self.model)(input_ids=ids, attention_mask=mask, use_cache=False)
+        return (self._body if many else self.model)(input_ids=ids, attention_mask=mask, use_cache=False)
 
     def logits(self, hidden: Any, positions: slice = slice(None)) -> Tensor:
         """The logits [B, t, V] at some of the positions."""
         if "logits" in hidden:
             return hidden.logits[:, positions]
         states = hidden.last_hidden_state[:, positions].contiguous()  # else a product takes 20 times as long
-        with replaced_forward({self._body: giving(type(hidden)(last_hidden_state=states))}), in_forward():
+        with replaced_forward({self._body: giving(type(hidden)(last_hidden_state=states))}), in_products():
             ids = torch.zeros(states.shape[:2], dtype=torch.int64, device=states.device)
             return self.model(input_ids=ids, use_cache=False).logits
 

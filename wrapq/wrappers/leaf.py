@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 from torch.overrides import TorchFunctionMode
 
 from wrapq.errors import CalibrationError
+from wrapq.half_products import in_products
 from wrapq.runtime.stand_in import original_class, without_weight
 from wrapq.wrappers.base import INPUT, OUTPUT, WEIGHT, Point, Wrapper
 from wrapq.wrappers.wrapper_registry import WRAPPERS
@@ -30,7 +31,9 @@ class Leaf(Wrapper):
         """The module's own forward on the quantized input; what a subclass takes besides goes to it as it is."""
         quantized = self.q("input", x)
         met = self.on_weight_input(x, quantized) if self.multiplies(self) else quantized
-        return self.q("output", self.repaired(met, super().forward(met, *args, **kwargs)))
+        with in_products():
+            made = super().forward(met, *args, **kwargs)
+        return self.q("output", self.repaired(met, made))
 
 
 @WRAPPERS.register("torch.nn.modules.linear.Linear")
