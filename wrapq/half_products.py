@@ -43,7 +43,9 @@ def use_matrix_units() -> bool:
 def in_products() -> AbstractContextManager[object]:
     """While this holds, a CPU without matrix units makes products in 16 bits in float32, if `fast_half_products` holds.
     Each call of torch takes a microsecond longer; a forward must not be suspended meanwhile."""
-    return _Widened() if _fast and (_widens(torch.bfloat16) or _widens(torch.float16)) else nullcontext()
+    if not _fast or torch.compiler.is_compiling():  # a graph is for other machines
+        return nullcontext()
+    return _Widened() if _widens(torch.bfloat16) or _widens(torch.float16) else nullcontext()
 
 
 @cache

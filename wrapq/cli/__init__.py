@@ -23,6 +23,9 @@ from wrapq.version import __version__
 
 _COMMANDS = (run, plan, sweep, diff, compare, verify, recipe, presets, schema, evaluate, export, ui, sync, cache)
 
+_TALKATIVE = ("torchao", "torch.utils._pytree")
+"""Loggers of what torchao misses, such as kernels for GPUs, whenever transformers imports it."""
+
 
 class _Commands(click.Group):
     def main(self, *args: Any, **kwargs: Any) -> Any:
@@ -63,6 +66,8 @@ def main() -> None:
     sys.excepthook = say_traceback
     logging.setLogRecordFactory(PlainRecord)  # of libraries too, which write to standard error
     warnings.formatwarning = format_warning
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
     use_large_pages()
 
 

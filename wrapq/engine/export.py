@@ -18,7 +18,7 @@ from wrapq.engine.host import use_machine
 from wrapq.engine.measure import forward_logits
 from wrapq.engine.progress import Progress
 from wrapq.errors import ModelError, OutputError, PlanError, Problem
-from wrapq.export.base import NONE, Exporter, make_exporter
+from wrapq.export.base import EXPORTERS, NONE, Exporter, make_exporter
 from wrapq.ownership import own
 from wrapq.recipe.schema import Export, Settings
 from wrapq.resolve.model_source import GENERATION, PROCESSOR_FILES, reading_model
@@ -90,7 +90,7 @@ def export_model(model: nn.Module, exporter: Exporter, plan: Plan, run: Path, ta
                 f"the {name} export loads, but computes something else: its logits are off by "
                 f"{error:.2g} of their norm, where rounding explains {allowed:.0e}; a defect of wrapq or of the loader"
             )
-        size = sum(file.stat().st_size for file in partial.glob("*.safetensors"))
+        size = sum(file.stat().st_size for file in partial.glob(exporter.weights))
     return Exported(place, error, size, (*notes, *exporter.notes(plan)))
 
 
@@ -111,7 +111,8 @@ def export_run(
         ModelError, OutputError: see `export_model`; there is no such run.
     """
     if export.format == NONE:
-        raise PlanError([Problem("", "export", "no format is chosen", (), "say which: export=compressed_tensors")])
+        words = ", ".join(f"export={name}" for name in EXPORTERS)
+        raise PlanError([Problem("", "export", "no format is chosen", (), f"say which: {words}")])
     record = find_run(run, Path(settings.paths.outputs))
     recipe = record.plan.recipe.model_copy(update={"export": export})
     check_names(recipe, Sources({}))

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from wrapq.errors import Problem
+from wrapq.errors import Problem, and_more
 from wrapq.recipe.schema import Export
 from wrapq.registry import Configurable, Place, Registry, build
-from wrapq.resolve.plan import Plan
+from wrapq.resolve.plan import ModulePlan, Plan
 
 NONE = "none"
 """The format that stands for no export."""
@@ -38,8 +39,35 @@ class Reading(NamedTuple):
     left_float: frozenset[str] = frozenset()
 
 
+@dataclass
+class Refusals:
+    """What of a plan a format cannot say.
+
+    Attributes:
+        refused: for each source, reason and remedy the names of what cannot be exported.
+    """
+
+    refused: dict[tuple[str, str, str], list[str]] = field(default_factory=dict, kw_only=True)
+
+    def refuse(self, module: ModulePlan, what: str, remedy: str) -> None:
+        """Refuse `module`, for the reason `what`."""
+        sources = " + ".join(dict.fromkeys(point.sources[-1] for point in module.points if point.sources))
+        self.refused.setdefault((sources, what, remedy), []).append(module.name)
+
+    @property
+    def problems(self) -> list[Problem]:
+        """What is refused; a reason that many modules have is told once."""
+        refused = self.refused.items()
+        return [
+            Problem(source, "", f"{and_more(names)}: {what}", (), remedy) for (source, what, remedy), names in refused
+        ]
+
+
 class Exporter(Configurable, ABC):
     """A copy of a converted model in another project's format."""
+
+    weights: ClassVar[str] = "*.safetensors"
+    """Which of its files hold the weights."""
 
     @abstractmethod
     def check(self, plan: Plan) -> Iterable[Problem]:

@@ -9,7 +9,8 @@ import torch
 
 from wrapq.algorithms.base import ALGORITHMS, Corrector
 from wrapq.algorithms.transform import Transform
-from wrapq.errors import Problem, SpecError, and_more
+from wrapq.errors import SpecError
+from wrapq.export.base import Refusals
 from wrapq.export.scheme import INT, MXFP4, NVFP4, PACK, Args, Scheme, cache_args, linear_scheme
 from wrapq.export.vllm import cache_refusal, fusion_refusals, linear_refusal
 from wrapq.graph.mixtures import EXPERT_NAME
@@ -26,7 +27,7 @@ _CACHE_POINTS = {"key", "value"}
 
 
 @dataclass
-class Translation:
+class Translation(Refusals):
     """A plan in the terms of compressed-tensors.
 
     Attributes:
@@ -34,22 +35,12 @@ class Translation:
         cache: the `kv_cache_scheme`, None where the cache stays float.
         floats: the linear layers left float.
         outside: the quantized ones in no block, such as the output layer.
-        refused: for each source, reason and remedy the names of what cannot be exported.
     """
 
     schemes: dict[str, Scheme] = field(default_factory=dict)
     cache: Args | None = None
     floats: list[str] = field(default_factory=list)
     outside: list[str] = field(default_factory=list)
-    refused: dict[tuple[str, str, str], list[str]] = field(default_factory=dict)
-
-    @property
-    def problems(self) -> list[Problem]:
-        """What is refused; a reason that many modules have is told once."""
-        refused = self.refused.items()
-        return [
-            Problem(source, "", f"{and_more(names)}: {what}", (), remedy) for (source, what, remedy), names in refused
-        ]
 
     def layers_by_scheme(self) -> list[tuple[Scheme, list[str]]]:
         """Each scheme once, with the names of its layers."""
@@ -57,11 +48,6 @@ class Translation:
         for name, scheme in self.schemes.items():
             found.setdefault(scheme.key, (scheme, []))[1].append(name)
         return list(found.values())
-
-    def refuse(self, module: ModulePlan, what: str, remedy: str) -> None:
-        """Refuse `module`, for the reason `what`."""
-        sources = " + ".join(dict.fromkeys(point.sources[-1] for point in module.points if point.sources))
-        self.refused.setdefault((sources, what, remedy), []).append(module.name)
 
 
 def translate(plan: Plan, reader: str) -> Translation:

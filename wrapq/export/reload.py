@@ -24,8 +24,9 @@ _UNWRITTEN = 74  # the exit status, of what errs while it writes
 _CACHE_SCALES = (".k_scale", ".v_scale")
 
 
-def read(folder: Path, ids: torch.Tensor, device: str) -> tuple[dict[str, torch.Tensor], str]:
-    """The logits that transformers computes from `folder` for `ids` [B, T].
+def read(folder: Path, ids: torch.Tensor, device: str, script: str = __file__) -> tuple[dict[str, torch.Tensor], str]:
+    """The logits that transformers, or another `script` that is started as this one is, computes from `folder` for
+    `ids` [B, T].
 
     Returns:
         The logits under `plain`, or what of `dequantized` and `float cache` the export had to be loaded with, joined by
@@ -40,7 +41,7 @@ def read(folder: Path, ids: torch.Tensor, device: str) -> tuple[dict[str, torch.
         asked, answered = Path(scratch, "ids.safetensors"), Path(scratch, "logits.safetensors")
         asked.write_bytes(save({"ids": ids.cpu().contiguous()}))
         # -P: this file's neighbours are no modules for it to import
-        command = [sys.executable, "-P", __file__, str(folder.resolve()), str(asked), str(answered), device]
+        command = [sys.executable, "-P", script, str(folder.resolve()), str(asked), str(answered), device]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=scratch, check=False)
         if done.returncode == 0:
             return load_file(answered), ""

@@ -1,0 +1,203 @@
+"""One lowering for every runtime: a converted model in the operators for quantized tensors that exporters know.
+
+A converted module computes with wrapq's own arithmetic. What is lowered, at the same place in the model, computes the
+same in `torch.ops.quantized_decomposed`, for scales of whole tensors and of channels, and in `torch.ops.torchao`, for
+groups, blocks and the ranges of each token. `torch.export` keeps these as they are, and compilers match them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from wrapq.quant.affine import TINY, storage_dtype
+from wrapq.quant.qparams import QParams
+from wrapq.quant.spec import QuantSpec
+from wrapq.runtime.module import QuantizedModule, QuantizedWeight, add_low_rank
+from wrapq.runtime.prefix import prefix_tokens
+from wrapq.runtime.stand_in import combined_class, original_class, shadow
+
+NEEDED = "torchao"
+"""The package with the operators for groups and tokens."""
+_WEIGHT = ("weight_packed", "weight_shape")
+
+
+def inexpressible(spec: QuantSpec, weight: bool) -> str | None:
+    """What of `spec` these operators cannot say, of a weight or an activation; None where they can say all of it."""
+    if spec.dtype.kind != "int":
+        return f"there are operators for integers, not for {spec.dtype.name}"
+    if spec.zero_point == "float":
+        return "zero points are integers"
+    if spec.global_scale or spec.local:
+        return "a scale has no second one above it"
+    if spec.granularity == "head" or (not weight and not spec.dynamic and spec.granularity in ("group", "block")):
+        return f"an activation has no fixed scales by {spec.granularity}"
+    return None
+
+
+def lower(model: nn.Module) -> nn.Module:
+    """A copy of the converted `model` that computes the same in standard operators; other modules and all their tensors
+    are shared, and `model` stays as it is.
+
+    Raises:
+        ValueError: a point is `inexpressible`, or a float prefix, which no operator knows.
+    """
+    import torchao  # noqa: F401 - which registers the operators
+
+    if prefix_tokens(model):
+        raise ValueError("a float prefix is kept by hooks, which no operator says")
+    return _copied(model, {})
+
+
+def _copied(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
+    """`module` itself where nothing in it is quantized; one for all places at which a module stands."""
+    if module not in made:
+        children = {name: _copied(child, made) for name, child in module._modules.items() if child is not None}
+        new = _lowered(module) if isinstance(module, QuantizedModule) else module
+        if new is module and any(child is not module._modules[name] for name, child in children.items()):
+            new = shadow(module, type(module))
+        if new is not module:
+            new._modules.update(children)
+        made[module] = new
+    return made[module]
+
+
+def _lowered(module: QuantizedModule) -> nn.Module:
+    wrapper, original = module.wrapper, original_class(module)
+    new = shadow(module, combined_class("Lowered", Lowered, wrapper, original, beneath=wrapper.beneath))
+    new.__dict__["fixed"] = {}
+    for point, spec in module.specs.items():
+        if reason := inexpressible(spec, point == "weight"):
+            raise ValueError(f"{type(module).__name__}.{point}: {reason}")
+        if spec.dynamic:
+            continue
+        qparams = module.qparams(point)
+        for name in (*qparams.tensors(point), *(_WEIGHT if point == "weight" else ())):
+            (new._parameters if name in new._parameters else new._buffers).pop(name)
+        new.hold_scales(point, qparams)
+        if point == "weight":
+            new.hold_codes(cast(QuantizedWeight, module).codes(), qparams)
+    return new
+
+
+class Lowered(nn.Module):
+    """A converted module in standard operators: of a quantized weight the integers, one to a byte or two, and scales
+    and zero points as tensors; of activations with one scale a number each."""
+
+    specs: dict[str, QuantSpec]
+    wrapper: Any
+    fixed: dict[str, tuple[float, int]]
+    """Scale and zero point of each activation that has one."""
+    weight_codes: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor
+    weight_layout: torch.Size
+    weight_dtype: torch.dtype
+
+    def hold_codes(self, codes: Tensor, qparams: QParams) -> None:
+        """Hold the integers [N, K] of the weight, those of each group side by side."""
+        if qparams.permutation is not None:
+            codes = torch.empty_like(codes).index_copy_(1, qparams.permutation, codes)
+            self.register_buffer("weight_order", qparams.permutation)
+        self.register_buffer("weight_codes", codes.contiguous())
+
+    def hold_scales(self, point: str, qparams: QParams) -> None:
+        """Hold the fixed parameters of `point`."""
+        scale, zero = qparams.scale.detach(), qparams.zero_point
+        zero = torch.zeros_like(scale, dtype=torch.int32) if zero is None else zero.to(torch.int32)
+        if scale.numel() == 1 and point != "weight":
+            self.fixed[point] = float(scale), int(zero)
+        else:
+            self.register_buffer(f"{point}_scale", scale)
+            self.register_buffer(f"{point}_zero_point", zero)
+
+    def q(self, point: str, x: Tensor, token_dim: int = 1) -> Tensor:
+        """`x` [..., K] quantized and dequantized."""
+        spec = self.specs.get(point)
+        if spec is None:
+            return x
+        if spec.dynamic:
+            return _dynamic(x, spec)
+        grid = spec.dtype.qmin, spec.dtype.qmax, storage_dtype(spec.dtype)
+        ops: Any = torch.ops.quantized_decomposed
+        if point in self.fixed:
+            codes = ops.quantize_per_tensor(x, *self.fixed[point], *grid)
+            return cast(Tensor, ops.dequantize_per_tensor(codes, *self.fixed[point], *grid)).to(x.dtype)
+        parts = (cast(Tensor, self._buffers[f"{point}_{part}"]).reshape(-1) for part in ("scale", "zero_point"))
+        by_channel = (*parts, (spec.axis or 0) % x.dim(), *grid)
+        codes = ops.quantize_per_channel(x, *by_channel)
+        return cast(Tensor, ops.dequantize_per_channel(codes, *by_channel)).to(x.dtype)
+
+    def on_weight_input(self, raw: Tensor, x: Tensor) -> Tensor:
+        return x
+
+    def repaired(self, x: Tensor, y: Tensor) -> Tensor:
+        """As `QuantizedModule.repaired`."""
+        a, b = (self._parameters.get(name) for name in ("weight_lora_a", "weight_lora_b"))
+        return y if a is None or b is None else add_low_rank(x, y, a, b)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight in the original module's layout and dtype."""
+        if "weight_codes" not in self._buffers:
+            return cast(Tensor, super().__getattr__("weight"))
+        matrix = self._dequantized(self.weight_codes, self.weight_scale, self.weight_zero_point, self.specs["weight"])
+        return self.wrapper.from_matrix(matrix, self.weight_layout)
+
+    def weight_rows(self, ids: Tensor) -> Tensor | None:
+        """The rows [M, K] of the weight for `ids` [M]; None where it is not quantized."""
+        if "weight_codes" not in self._buffers:
+            return None
+        spec, scale, zero, rows = self.specs["weight"], self.weight_scale, self.weight_zero_point, ids
+        if spec.block_size is not None:  # each row in blocks of its own
+            tall, wide = spec.block_size
+            rows, spec = ids // tall, replace(spec, block_size=(1, wide))
+        if scale.dim() > 1 and len(scale) > 1:  # else all rows share it
+            scale, zero = scale.index_select(0, rows), zero.index_select(0, rows)
+        return self._dequantized(self.weight_codes.index_select(0, ids), scale, zero, spec)
+
+    def _dequantized(self, codes: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:
+        grid = spec.dtype.qmin, spec.dtype.qmax
+        if spec.granularity == "channel" and (spec.axis or 0) % 2 == 0:
+            ops: Any = torch.ops.quantized_decomposed
+            matrix = ops.dequantize_per_channel(codes, scale.reshape(-1), zero.reshape(-1), 0, *grid, codes.dtype)
+        else:
+            rows, columns = codes.shape
+            block = _block(spec, codes)
+            whole = pad(codes, (0, -columns % block[1], 0, -rows % block[0])) if spec.granularity == "block" else codes
+            matrix = torch.ops.torchao.dequantize_affine(whole, block, scale, zero, codes.dtype, *grid)
+            matrix = matrix if whole is codes else matrix[:rows, :columns]
+        order = self._buffers.get("weight_order")
+        matrix = matrix if order is None else matrix.index_select(1, order)
+        return cast(Tensor, matrix).to(self.weight_dtype)
+
+
+def _dynamic(x: Tensor, spec: QuantSpec) -> Tensor:
+    """As `dynamic_fake_quantize`; the range of zeros alone has the least scale there is, which gives zeros."""
+    from torchao.quantization.quant_primitives import MappingType
+
+    grid = spec.dtype.qmin, spec.dtype.qmax
+    kind, block = MappingType.SYMMETRIC if spec.symmetric else MappingType.ASYMMETRIC, _block(spec, x)
+    ops: Any = torch.ops.torchao
+    wide, codes = x.float(), storage_dtype(spec.dtype)
+    types = {"eps": TINY, "scale_dtype": torch.float32, "zero_point_dtype": torch.int32}
+    scale, zero = ops.choose_qparams_affine(wide, kind.name, block, codes, *grid, **types)
+    quantized = ops.quantize_affine(wide, block, scale, zero, codes, *grid)
+    return ops.dequantize_affine(quantized, block, scale, zero, codes, *grid).to(x.dtype)
+
+
+def _block(spec: QuantSpec, x: Tensor) -> list[int]:
+    """The elements of `x` that share a scale, by axis."""
+    whole = list(x.shape)
+    if spec.granularity == "tensor":
+        return whole
+    if spec.granularity == "channel":
+        axis = (spec.axis or 0) % x.dim()
+        return [1 if i == axis else size for i, size in enumerate(whole)]
+    if spec.granularity == "block":
+        return [*[1] * (x.dim() - 2), *(spec.block_size or ())]
+    return [*[1] * (x.dim() - 1), whole[-1] if spec.granularity == "token" else spec.group_size or 1]

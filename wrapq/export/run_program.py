@@ -1,0 +1,31 @@
+"""Running a program of `torch.export` as its users will: in a fresh process, with nothing of wrapq imported.
+
+As a script, `run_program.py FOLDER IDS LOGITS DEVICE`, as `wrapq.export.reload`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+
+PROGRAM, LOGITS = "model.pt2", "logits"
+"""The file of a program, and what the logits are called."""
+
+
+def main(folder: str, ids: str, logits: str, device: str) -> None:
+    """See the module."""
+    import torchao  # noqa: F401 - which registers the operators
+
+    program: Any = torch.export.load(Path(folder, PROGRAM)).module().to(device)
+    tokens = load_file(ids)["ids"].to(device)
+    with torch.no_grad():
+        output = program(input_ids=tokens, attention_mask=torch.ones_like(tokens))
+    Path(logits).write_bytes(save({LOGITS: output.float().cpu().contiguous()}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
