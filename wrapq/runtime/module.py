@@ -15,6 +15,7 @@ from wrapq.quant.affine import dynamic_fake_quantize
 from wrapq.quant.packing import pack, unpack
 from wrapq.quant.qparams import QParams
 from wrapq.quant.spec import QuantSpec
+from wrapq.quant.straight_through import straight_through
 from wrapq.runtime.kernel import Kernel
 from wrapq.runtime.prefix import current_prefix, outside_prefix
 from wrapq.runtime.stand_in import WITHOUT, combined_class, shadow
@@ -41,7 +42,7 @@ class QuantizedModule(nn.Module):
         if spec is None:
             return x
         quantize = partial(dynamic_fake_quantize, spec=spec) if spec.dynamic else self.qparams(point).fake_quantize
-        return outside_prefix(x, quantize, token_dim)
+        return straight_through(x, partial(outside_prefix, quantize=quantize, token_dim=token_dim))
 
     def repaired(self, x: Tensor, y: Tensor) -> Tensor:
         """`y`, what the weight made of `x`, with what `weight_lora_a` and `weight_lora_b` make of it, if any."""

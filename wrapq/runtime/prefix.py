@@ -56,11 +56,13 @@ class Prefix:
 
 
 _CURRENT: ContextVar[Prefix | None] = ContextVar("float_prefix", default=None)
+_kept = False
+"""Whether any model of this process has a prefix: a compiler stops at a context variable, so it is asked only then."""
 
 
 def current_prefix() -> Prefix | None:
     """That of the forward that calls this; None where all tokens are quantized."""
-    return _CURRENT.get()
+    return _CURRENT.get() if _kept else None
 
 
 def outside_prefix(x: Tensor, quantize: Callable[[Tensor], Tensor], token_dim: int = 1) -> Tensor:
@@ -72,6 +74,8 @@ def outside_prefix(x: Tensor, quantize: Callable[[Tensor], Tensor], token_dim: i
 
 def keep_prefix(model: nn.Module, tokens: int) -> None:
     """Let the first real `tokens` of every sequence that goes through a language `model` stay float."""
+    global _kept
+    _kept = True
     body: Any = getattr(model, "base_model", model)
     signature = inspect.signature(body.forward)
     body.__dict__[TOKENS] = tokens

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 _CONTAINERS = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
 _CLASSES: dict[tuple[str, tuple[type, ...], type | None], type] = {}
 _ORIGINALS: dict[type, type] = {}
+_KEYS: dict[type, tuple[str, tuple[type, ...], type | None]] = {}
 
 
 def combined_class(prefix: str, *bases: type, beneath: type | None = None) -> type:
@@ -29,9 +30,20 @@ def combined_class(prefix: str, *bases: type, beneath: type | None = None) -> ty
         *front, original = bases
         if beneath is not None and issubclass(original, beneath.__bases__):
             bases = (*front, beneath) if issubclass(beneath, original) else (*bases, beneath)
-        cls = type(f"{prefix}{original.__name__}", bases, {"__module__": bases[0].__module__})
-        _CLASSES[key], _ORIGINALS[cls] = cls, original
+        attributes = {"__module__": bases[0].__module__, "__reduce_ex__": _reduce}
+        cls = type(f"{prefix}{original.__name__}", bases, attributes)
+        _CLASSES[key], _ORIGINALS[cls], _KEYS[cls] = cls, original, key
     return _CLASSES[key]
+
+
+def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
+    """A class that is made at run time is found by what it was made of: so a whole model can be pickled."""
+    state = cast(tuple[Any, ...], object.__reduce_ex__(self, 2))[2:]
+    return _blank, _KEYS[type(self)], *state
+
+
+def _blank(prefix: str, bases: tuple[type, ...], beneath: type | None) -> nn.Module:
+    return cast(nn.Module, object.__new__(combined_class(prefix, *bases, beneath=beneath)))
 
 
 def original_class(module: nn.Module) -> type:

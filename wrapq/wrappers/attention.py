@@ -46,6 +46,10 @@ class Attention(Wrapper):
         Point("context", fixed_axes=(-1, -2)),
     )
 
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        use_attention_points(self.config)  # the process that unpickles it may not know the function
+
     @staticmethod
     def matches(module: nn.Module) -> bool:  # type: ignore[override]
         """Whether the module's forward looks its attention function up in transformers' interface."""

@@ -16,6 +16,7 @@ from wrapq.observers.forward_context import forward_context
 from wrapq.quant.affine import dynamic_fake_quantize
 from wrapq.quant.qparams import QParams
 from wrapq.quant.spec import QuantSpec
+from wrapq.quant.straight_through import straight_through
 from wrapq.runtime.prefix import current_prefix, outside_prefix
 
 
@@ -115,12 +116,7 @@ class Quantizer(nn.Module):
                 calibration.on_activation(self, real)
         if self.state is not State.QUANTIZED or not self.enabled or not (calibration is None or calibration.quantizes):
             return x
-        if torch.is_grad_enabled() and x.requires_grad:
-            return cast(
-                Tensor,
-                _StraightThrough.apply(x, partial(outside_prefix, quantize=self._quantized, token_dim=token_dim)),
-            )
-        return outside_prefix(x, self._quantized, token_dim)
+        return straight_through(x, partial(outside_prefix, quantize=self._quantized, token_dim=token_dim))
 
     def _quantized(self, x: Tensor) -> Tensor:
         return dynamic_fake_quantize(x, self.spec) if self.spec.dynamic else self.qparams.fake_quantize(x)
@@ -212,18 +208,6 @@ class WeightQuantizer(Quantizer):
             if state_dict.get(prefix + name) is not None:
                 setattr(self, name, None)  # whatever its size
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-class _StraightThrough(torch.autograd.Function):
-    """A rounding whose gradient is that of leaving the tensor as it is."""
-
-    @staticmethod
-    def forward(ctx: object, x: Tensor, quantize: Callable[[Tensor], Tensor]) -> Tensor:
-        return quantize(x)
-
-    @staticmethod
-    def backward(ctx: object, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
 
 
 def real_tokens(x: Tensor, token_dim: int) -> Tensor:
