@@ -92,7 +92,7 @@ def test_weights_alone_cost_next_to_nothing(encoder: Encoder) -> None:
 
 @pytest.mark.parametrize(
     ("recipe", "cosine", "nearest"),
-    [("w8a16", 0.9995, 0.97), ("w8a8_smoothquant", 0.998, 0.945), ("w4a16_w8_embedding", 0.98, 0.87)],
+    [("w8a16", 0.9995, 0.97), ("w8a8_smoothquant", 0.998, 0.945), ("w4a16_w8_embedding", 0.98, 0.83)],
 )
 def test_shipped_recipes(recipe: str, cosine: float, nearest: float, encoder: Encoder) -> None:
     """Of 8 bits with static ranges NNCF with SmoothQuant keeps .9976 and .935."""

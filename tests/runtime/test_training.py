@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import wrapq
 from tests.models import DEMO
 from wrapq import PTQConfig
+from wrapq.runtime import prefix
 
 IDS = torch.arange(2 * 20).view(2, 20)
 SPECS = [
@@ -49,8 +50,9 @@ def test_gradients_go_straight_through(weight: str, activation: str | None) -> N
 
 @pytest.mark.parametrize(("weight", "activation"), SPECS)
 def test_the_compiler_makes_one_graph_of_it(
-    weight: str, activation: str | None, make_model: Callable[..., nn.Module]
+    weight: str, activation: str | None, make_model: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(prefix, "_kept", False)  # no other model of this process has one
     model = converted(make_model("llama"), weight, activation)
     torch.compiler.reset()
     with torch.no_grad():
