@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import wrapq
 from wrapq import PTQConfig
 from wrapq.export.lowering import Lowered, inexpressible, lower
+from wrapq.export.torch_export import Logits
 from wrapq.quant.spec import QuantSpec
 
 pytest.importorskip("torchao")
@@ -50,15 +51,6 @@ def off(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-class Function(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        return self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_it_computes_the_same_and_so_does_its_program(name: str, make_model: Callable[..., nn.Module]) -> None:
     weight, activation, allowed = CASES[name]
@@ -73,7 +65,7 @@ def test_it_computes_the_same_and_so_does_its_program(name: str, make_model: Cal
 
     given, axes = (IDS, torch.ones_like(IDS)), (torch.export.Dim.DYNAMIC, torch.export.Dim.DYNAMIC)
     with torch.no_grad():
-        program = torch.export.export(Function(lowered), given, dynamic_shapes=(axes, axes))
+        program = torch.export.export(Logits(lowered), given, dynamic_shapes=(axes, axes))
     called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert any("quantize" in target and target.startswith(("quantized_decomposed", "torchao")) for target in called)
     ids = torch.randint(0, 60, (3, 17), generator=torch.Generator().manual_seed(0))
@@ -93,7 +85,7 @@ def test_every_family(family: str, make_model: Callable[..., nn.Module]) -> None
 def test_dynamo_traces_it(family: str, make_model: Callable[..., nn.Module]) -> None:
     lowered = lower(converted(make_model(family), "int8:channel", "int8:tensor:asym"))
     with torch.no_grad():
-        program = torch.export.export(Function(lowered), (IDS, torch.ones_like(IDS)), strict=True)
+        program = torch.export.export(Logits(lowered), (IDS, torch.ones_like(IDS)), strict=True)
     assert torch.equal(program.module()(IDS, torch.ones_like(IDS)), logits(lowered))
 
 

@@ -18,7 +18,7 @@ from wrapq.export.torch_export import TorchExport
 
 pytest.importorskip("torchao")
 
-SMALL = (*("evaluation.tokens=1024", "evaluation.seq_len=128", "tracking=none", "runtime.kernels=reference"),)
+SMALL = ("evaluation.tokens=1024", "evaluation.seq_len=128", "tracking=none", "runtime.kernels=reference")
 EXPORT, CALIBRATED = "export=torch_export", ("calibration.samples=4", "calibration.seq_len=64")
 CASES = {
     "w8a8_static": (["recipe=w8a8_static", *CALIBRATED], 5e-2),

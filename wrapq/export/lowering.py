@@ -178,14 +178,12 @@ class Lowered(nn.Module):
 
 def _dynamic(x: Tensor, spec: QuantSpec) -> Tensor:
     """As `dynamic_fake_quantize`; the range of zeros alone has the least scale there is, which gives zeros."""
-    from torchao.quantization.quant_primitives import MappingType
-
     grid = spec.dtype.qmin, spec.dtype.qmax
-    kind, block = MappingType.SYMMETRIC if spec.symmetric else MappingType.ASYMMETRIC, _block(spec, x)
+    kind, block = "SYMMETRIC" if spec.symmetric else "ASYMMETRIC", _block(spec, x)
     ops: Any = torch.ops.torchao
     wide, codes = x.float(), storage_dtype(spec.dtype)
     types = {"eps": TINY, "scale_dtype": torch.float32, "zero_point_dtype": torch.int32}
-    scale, zero = ops.choose_qparams_affine(wide, kind.name, block, codes, *grid, **types)
+    scale, zero = ops.choose_qparams_affine(wide, kind, block, codes, *grid, **types)
     quantized = ops.quantize_affine(wide, block, scale, zero, codes, *grid)
     return ops.dequantize_affine(quantized, block, scale, zero, codes, *grid).to(x.dtype)
 

@@ -39,7 +39,7 @@ class TorchExportOptions(Options):
     strict: bool = Field(False, description="Trace by TorchDynamo, which refuses what it cannot prove.")
 
 
-class _Logits(nn.Module):
+class Logits(nn.Module):
     """A language model as a function of token ids and attention mask, both [B, T]."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -84,7 +84,7 @@ class TorchExport(Exporter):
         ids = torch.arange(_TRIED[0] * _TRIED[1], device=device).view(_TRIED)
         given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         open_axes = dict.fromkeys(given, (torch.export.Dim.DYNAMIC, torch.export.Dim.DYNAMIC))
-        function = _Logits(lower(model)).eval()
+        function = Logits(lower(model)).eval()
         try:
             with torch.no_grad():
                 program = torch.export.export(function, (), given, dynamic_shapes=open_axes, strict=self.options.strict)
