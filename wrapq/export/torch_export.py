@@ -7,7 +7,6 @@ other compilers take it from there.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,22 +14,17 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from wrapq.errors import ModelError, PlanError, Problem
+from wrapq.errors import ModelError, PlanError
 from wrapq.export import run_program
-from wrapq.export.base import EXPORTERS, Exporter, Folder, Reading, Refusals
-from wrapq.export.lowering import NEEDED, inexpressible, lower
+from wrapq.export.base import EXPORTERS, Folder, Reading
+from wrapq.export.lowering import NEEDED, lower
+from wrapq.export.program import OPEN, ProgramExporter, example_ids, traced
 from wrapq.export.reload import read
 from wrapq.export.run_program import LOGITS, PROGRAM
-from wrapq.graph.mixtures import EXPERT_NAME
 from wrapq.registry import Options
 from wrapq.resolve.plan import Plan
 
 _LOAD = f"import torchao; torch.export.load('{PROGRAM}').module()(input_ids, attention_mask) gives the logits"
-_REMEDY = "quantize it otherwise, leave it float, or run with export=none"
-_SAME, _STEP, _COARSE_STEP = 1e-3, 5e-2, 0.25
-"""Weights alone; and activations, where a number between two steps may fall to either side, as the operators multiply
-by the reciprocal of a scale; with fewer than 8 bits each such step is large."""
-_TRIED = 2, 8  # sequences and tokens of the example; both are left open
 
 
 class TorchExportOptions(Options):
@@ -51,45 +45,21 @@ class Logits(nn.Module):
 
 
 @EXPORTERS.register("torch_export")
-class TorchExport(Exporter):
+class TorchExport(ProgramExporter):
     """Exporter of programs of `torch.export`."""
 
     Options = TorchExportOptions
     options: TorchExportOptions
     weights: ClassVar[str] = PROGRAM
-
-    def check(self, plan: Plan) -> Iterable[Problem]:
-        refusals = Refusals()
-        for module in plan.modules:
-            for point in module.points:
-                if reason := inexpressible(point.quant_spec, point.role == "weight"):
-                    refusals.refuse(module, f"{point.name} in {point.quant_spec}: {reason}", _REMEDY)
-            if EXPERT_NAME.fullmatch(module.name):
-                what = "which tokens come to an expert depends on the data, which torch.export does not follow"
-                refusals.refuse(module, what, "run with export=none, or export=compressed_tensors")
-        if plan.recipe.float_prefix:
-            what = "no operator says that first tokens stay float"
-            refusals.refused["", what, "run with float_prefix=0, or with export=none"] = ["float_prefix"]
-        yield from refusals.problems
-        try:
-            version(NEEDED)
-        except PackageNotFoundError:
-            what = f"the operators of quantized tensors come from {NEEDED}, which is not installed"
-            yield Problem("", "export.format", what, (), "pip install 'wrapq[torch_export]'")
+    extra = "torch_export", (NEEDED,)
 
     def export(self, model: nn.Module, plan: Plan, folder: Folder) -> None:
         if problems := list(self.check(plan)):
             raise PlanError(problems)
-        device = next(model.parameters()).device
-        ids = torch.arange(_TRIED[0] * _TRIED[1], device=device).view(_TRIED)
+        ids = example_ids(model, 2, 8)
         given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        open_axes = dict.fromkeys(given, (torch.export.Dim.DYNAMIC, torch.export.Dim.DYNAMIC))
-        function = Logits(lower(model)).eval()
-        try:
-            with torch.no_grad():
-                program = torch.export.export(function, (), given, dynamic_shapes=open_axes, strict=self.options.strict)
-        except Exception as error:  # of what the tracer met in somebody else's code, there is no list
-            raise ModelError(f"torch.export does not take this model: {_first_line(error)}") from error
+        open_axes = dict.fromkeys(given, (OPEN, OPEN))
+        program = traced(Logits(lower(model)).eval(), given, open_axes, self.options.strict)
 
         def save(path: Path) -> None:
             with path.open("wb") as file:  # by its name, torch would say that this is no .pt2 yet
@@ -108,14 +78,3 @@ class TorchExport(Exporter):
 
     def notes(self, plan: Plan) -> Iterable[str]:
         yield _LOAD
-
-    def tolerance(self, plan: Plan) -> float:
-        specs = [p.quant_spec for module in plan.modules for p in module.points if p.role == "activation"]
-        if not specs:
-            return _SAME if plan.model.dtype == "float32" else _STEP
-        return _STEP if all(spec.dtype.bits >= 8 for spec in specs) else _COARSE_STEP
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 TOKENS = "float_prefix"
 """The attribute under which a model's body holds how many tokens it is."""
 
-_CACHES = ("cache", "past_key_values")  # as transformers has called it since 5.20, and before
+CACHES = ("cache", "past_key_values")
+"""What transformers calls the argument of a forward that keeps keys and values: since 5.20, and before."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def keep_prefix(model: nn.Module, tokens: int) -> None:
         given = signature.bind_partial(*args, **kwargs).arguments
         given |= given.get("kwargs", {})
         ids = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
-        cache = next((given[name] for name in _CACHES if given.get(name) is not None), None)
+        cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
         (batch, length), mask = ids.shape[:2], given.get("attention_mask")
         count = length + (0 if cache is None else int(cache.get_seq_length()))
         real = torch.ones(batch, count, dtype=torch.bool, device=ids.device)

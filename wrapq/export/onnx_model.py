@@ -1,0 +1,178 @@
+"""A model in ONNX that onnxruntime, OpenVINO and others run: token ids, attention mask and the keys and values kept of
+the tokens before in, logits and the keys and values of all tokens out."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from wrapq.errors import ModelError, PlanError, Problem
+from wrapq.export import run_onnx
+from wrapq.export.base import EXPORTERS, Folder, Reading
+from wrapq.export.lowering import NEEDED, Lowered, lower
+from wrapq.export.program import OPEN, ProgramExporter, example_ids, first_line, traced
+from wrapq.export.reload import read
+from wrapq.export.run_onnx import LOGITS, MODEL, PAST, PRESENT
+from wrapq.registry import Options
+from wrapq.resolve.model_source import ModelSource
+from wrapq.resolve.plan import Plan
+from wrapq.runtime.prefix import CACHES
+
+_LARGEST = 2**31 - 2**20
+"""Bytes of weights that one file may hold: the format is a protocol buffer."""
+_BEFORE = 3  # tokens that the example has a cache of
+_LOUD = ("torch.onnx", "onnxscript", "onnx_ir")
+
+
+class OnnxOptions(Options):
+    """Options of the format."""
+
+
+class LogitsAndCache(nn.Module):
+    """A language model as a function of token ids [B, T], the attention mask [B, P + T] and, in turn, keys and values
+    [B, H, P, D] that each layer kept of P tokens before; its results are the logits and those of all tokens."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        accepted = inspect.signature(cast(Any, model).forward).parameters
+        self.cache = next(name for name in CACHES if name in accepted or name == CACHES[-1])
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, past: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        for layer in range(len(past) // 2):
+            cache.update(past[2 * layer], past[2 * layer + 1], layer)
+        kept = {self.cache: cache, "use_cache": True}
+        logits = self.model(input_ids=input_ids, attention_mask=attention_mask, **kept).logits
+        return logits, *(cast(Tensor, t) for layer in cast(Any, cache).layers for t in (layer.keys, layer.values))
+
+
+@EXPORTERS.register("onnx")
+class Onnx(ProgramExporter):
+    """Exporter of ONNX models, which compute in float32."""
+
+    Options = OnnxOptions
+    weights: ClassVar[str] = f"{MODEL}*"
+    extra = "onnx", (NEEDED, "onnxscript", "onnxruntime")
+
+    def check(self, plan: Plan) -> Iterable[Problem]:
+        yield from super().check(plan)
+        if not _keeps_tokens(ModelSource(plan.recipe.model).hf_config):
+            what = f"{plan.model.type} keeps more of tokens than keys and values, which this format hands over"
+            yield Problem("", "export.format", what, (), "run with export=none, or export=torch_export")
+
+    def export(self, model: nn.Module, plan: Plan, folder: Folder) -> None:
+        if problems := list(self.check(plan)):
+            raise PlanError(problems)
+        made = onnx_model(model)
+        size = sum(tensor.const_value.nbytes for tensor in made.graph.initializers.values())
+        apart = f"{MODEL}.data" if size > _LARGEST else None
+
+        def save(path: Path) -> None:
+            import onnx_ir
+
+            onnx_ir.save(made, path, format="protobuf", external_data=apart)
+
+        folder.write(MODEL, save)
+
+    def read(self, folder: Path, ids: Tensor, device: str) -> Reading:
+        logits, reason = read(folder, ids, device, run_onnx.__file__)
+        if not logits:
+            raise ModelError(f"onnxruntime does not run the export: {reason}")
+        return Reading(logits[LOGITS])
+
+    def layers(self, plan: Plan) -> Iterable[str]:
+        yield f"{MODEL}: {len(plan.modules)} modules in QuantizeLinear, DequantizeLinear and MatMulNBits"
+
+    def notes(self, plan: Plan) -> Iterable[str]:
+        yield f"onnxruntime.InferenceSession('{MODEL}') takes input_ids, attention_mask and {PAST}.*, empty at first"
+        if plan.model.dtype != "float32":
+            yield f"{MODEL} computes in float32 and holds the rest in it, where the model is in {plan.model.dtype}"
+        if any(point.quant_spec.dynamic for module in plan.modules for point in module.points):
+            yield "ranges of each token are found by plain operators, for which onnxruntime has no fast kernel"
+
+
+def onnx_model(model: nn.Module) -> Any:
+    """The converted language `model` in ONNX, an `onnx_ir.Model` of what `LogitsAndCache` computes, in float32.
+
+    Raises:
+        ModelError: it keeps more than keys and values, or torch.export or torch.onnx does not take it.
+    """
+    function, ids = LogitsAndCache(_in_float32(lower(model))).eval(), example_ids(model, 2, 5)
+    if not _keeps_tokens(cast(Any, model).config):
+        raise ModelError(f"{type(model).__name__} keeps more of tokens than keys and values")
+    with torch.no_grad():
+        _, *kept = function(ids, torch.ones_like(ids), [])
+    past = [torch.zeros(*each.shape[:2], _BEFORE, each.shape[3], device=ids.device) for each in kept]
+    mask = torch.ones(len(ids), _BEFORE + ids.shape[1], dtype=ids.dtype, device=ids.device)
+    open_axes = {"input_ids": (OPEN, OPEN), "attention_mask": (OPEN, OPEN), "past": [{0: OPEN, 2: OPEN} for _ in past]}
+    given = {"input_ids": ids, "attention_mask": mask, "past": past}
+    return _translated(traced(function, given, open_axes), len(past))
+
+
+def _keeps_tokens(config: Any) -> bool:
+    """Whether what a language model of `config` keeps of tokens are keys and values, no state that takes them in."""
+    from transformers import DynamicCache
+
+    cache: Any = DynamicCache(config=config.get_text_config(decoder=True))
+    return all(hasattr(layer, "keys") for layer in cache.layers)
+
+
+def _in_float32(lowered: nn.Module) -> nn.Module:
+    """The lowered model itself, or a copy of it in float32: onnxruntime has few kernels for shorter types on a CPU."""
+    floats = [t.dtype for t in (*lowered.parameters(), *lowered.buffers()) if t.is_floating_point()]
+    if all(dtype == torch.float32 for dtype in floats):
+        return lowered
+    wide = copy.deepcopy(lowered).float()
+    for module in wide.modules():
+        if isinstance(module, Lowered):
+            module.weight_dtype = torch.float32
+    return wide
+
+
+def _translated(program: Any, count: int) -> Any:
+    """The program in ONNX, with `count` tensors that are kept of tokens before."""
+    from wrapq.export.onnx.packed_weights import pack
+    from wrapq.export.onnx.translations import OPSET, TRANSLATIONS
+
+    kept = [f"{i // 2}.{('key', 'value')[i % 2]}" for i in range(count)]
+    try:
+        with _quiet():
+            made: Any = torch.onnx.export(
+                program,
+                input_names=["input_ids", "attention_mask", *(f"{PAST}.{name}" for name in kept)],
+                output_names=[LOGITS, *(f"{PRESENT}.{name}" for name in kept)],
+                opset_version=OPSET,
+                custom_translation_table=TRANSLATIONS,
+                verbose=False,
+            )
+    except Exception as error:  # of what the exporter met in somebody else's code, there is no list
+        raise ModelError(f"torch.onnx does not take this model: {first_line(error)}") from error
+    pack(made.model)
+    return made.model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the exporter says of operators that the model has none of."""
+    loggers = {logging.getLogger(name): logging.getLogger(name).level for name in _LOUD}
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in loggers.items():
+            logger.setLevel(level)

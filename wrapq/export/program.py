@@ -1,0 +1,86 @@
+"""What formats have in common that start from a program of `torch.export`."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from wrapq.errors import ModelError, Problem
+from wrapq.export.base import Exporter, Refusals
+from wrapq.export.lowering import inexpressible
+from wrapq.graph.mixtures import EXPERT_NAME
+from wrapq.quant.spec import QuantSpec
+from wrapq.resolve.plan import Plan
+
+_REMEDY = "quantize it otherwise, leave it float, or run with export=none"
+_SAME, _STEP, _COARSE_STEP = 1e-3, 5e-2, 0.25
+"""Weights alone; and activations, where a number between two steps may fall to either side, as the operators multiply
+by the reciprocal of a scale; with fewer than 8 bits each such step is large."""
+OPEN = torch.export.Dim.DYNAMIC
+"""An axis whose size a program leaves open."""
+
+
+class ProgramExporter(Exporter, ABC):
+    """An exporter of what `wrapq.export.lowering` makes of a model.
+
+    Attributes:
+        extra: the extra of the package with what it needs, and the packages of it that it asks for.
+    """
+
+    extra: ClassVar[tuple[str, tuple[str, ...]]]
+
+    def inexpressible(self, spec: QuantSpec, weight: bool) -> str | None:
+        """As `wrapq.export.lowering.inexpressible`, in this format."""
+        return inexpressible(spec, weight)
+
+    def check(self, plan: Plan) -> Iterable[Problem]:
+        refusals, format_name = Refusals(), plan.recipe.export.format
+        for module in plan.modules:
+            for point in module.points:
+                if reason := self.inexpressible(point.quant_spec, point.role == "weight"):
+                    refusals.refuse(module, f"{point.name} in {point.quant_spec}: {reason}", _REMEDY)
+            if EXPERT_NAME.fullmatch(module.name):
+                what = "which tokens come to an expert depends on the data, which torch.export does not follow"
+                refusals.refuse(module, what, "run with export=none, or export=compressed_tensors")
+        if plan.recipe.float_prefix:
+            what = "no operator says that first tokens stay float"
+            refusals.refused["", what, "run with float_prefix=0, or with export=none"] = ["float_prefix"]
+        yield from refusals.problems
+        extra, packages = self.extra
+        for package in packages:
+            try:
+                version(package)
+            except PackageNotFoundError:
+                what = f"{format_name} needs {package}, which is not installed"
+                yield Problem("", "export.format", what, (), f"pip install 'wrapq[{extra}]'")
+
+    def tolerance(self, plan: Plan) -> float:
+        specs = [p.quant_spec for module in plan.modules for p in module.points if p.role == "activation"]
+        if not specs:
+            return _SAME if plan.model.dtype == "float32" else _STEP
+        return _STEP if all(spec.dtype.bits >= 8 for spec in specs) else _COARSE_STEP
+
+
+def traced(function: nn.Module, given: Mapping[str, Any], open_axes: Mapping[str, Any], strict: bool = False) -> Any:
+    """The program of `function`, called with the keywords `given`; `ModelError` where torch.export does not take it."""
+    try:
+        with torch.no_grad():
+            return torch.export.export(function, (), dict(given), dynamic_shapes=dict(open_axes), strict=strict)
+    except Exception as error:  # of what the tracer met in somebody else's code, there is no list
+        raise ModelError(f"torch.export does not take this model: {first_line(error)}") from error
+
+
+def example_ids(model: nn.Module, batch: int, length: int) -> Tensor:
+    """Token ids [B, T] to trace a language model with."""
+    return torch.arange(batch * length, device=next(model.parameters()).device).view(batch, length)
+
+
+def first_line(error: Exception) -> str:
+    """The kind of an error and the first line of what it says."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
