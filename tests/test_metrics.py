@@ -63,6 +63,12 @@ def test_the_names_in_mlflow() -> None:
         "bits_per_weight",
         "size/quantized_mb",
         "seconds/total",
+        "export/token_ms",
+        "export/first_token_ms",
+        "export/peak_mb",
+        "export/size_mb",
+        "export/top1_agreement",
+        "export/greedy_agreement",
     ]
 
 

@@ -82,12 +82,14 @@ class Measured:
         sizes: bytes by stage.
         seconds: by step of the run, and in `total`.
         bits_per_weight: of the quantized weights; None where there are none.
+        export: what the copy for another runtime does there, by the names of figures without their `export_`.
     """
 
     stages: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     sizes: Mapping[str, int] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     bits_per_weight: float | None = None
+    export: Mapping[str, float] = field(default_factory=dict)
 
     def figures(self) -> dict[str, float]:
         """Of the quantized model the figures that there are, by name."""
@@ -197,6 +199,15 @@ def _increase(measured: Measured, stage: str) -> float | None:
     return None if stage == first or not now else now["perplexity"] / measured.stages[first]["perplexity"] - 1
 
 
+def _exported(name: str) -> Callable[[Measured, str], float | None]:
+    return lambda measured, _: measured.export.get(name)
+
+
+def milliseconds(value: float) -> str:
+    """Milliseconds as `12.3 ms`."""
+    return f"{value:.3g} ms" if value < 1000 else duration(value / 1000)
+
+
 def _megabytes(measured: Measured, stage: str) -> float | None:
     return measured.sizes[stage] / 1e6 if stage in measured.sizes else None
 
@@ -239,6 +250,42 @@ _OWN = {
             SECONDS, "time", "At most this long a run.", duration,
             read=lambda measured, _: measured.seconds.get("total"), cost=True, by_stage=False,
             title="time of the run", unit="s", note="from data to checked files", tracked="seconds/total",
+        ),
+        Metric(
+            "export_token_ms", "export, each token",
+            "At most this many milliseconds for each token that the export goes on with in its runtime.", milliseconds,
+            read=_exported("token_ms"), cost=True, by_stage=False, title="time for each token in the export's runtime",
+            unit="ms", note="in the export's runtime, after the first", tracked="export/token_ms",
+        ),
+        Metric(
+            "export_first_token_ms", "export, first token",
+            "At most this many milliseconds to the first token after a prompt in the export's runtime.", milliseconds,
+            read=_exported("first_token_ms"), cost=True, by_stage=False,
+            title="time to the first token in the export's runtime", unit="ms",
+            note="in the export's runtime, after a prompt", tracked="export/first_token_ms",
+        ),
+        Metric(
+            "export_peak_mb", "export, memory", "At most this much memory in the export's runtime, in MB.",
+            lambda size: megabytes(size * 1e6), read=_exported("peak_mb"), cost=True, by_stage=False,
+            title="memory in the export's runtime", unit="MB", note="at its peak, of the whole process",
+            tracked="export/peak_mb",
+        ),
+        Metric(
+            "export_size_mb", "export, size", "At most this large an export, in MB of a million bytes.",
+            lambda size: megabytes(size * 1e6), read=_exported("size_mb"), cost=True, by_stage=False,
+            title="size of the export", unit="MB", tracked="export/size_mb",
+        ),
+        Metric(
+            "export_top1_agreement", "export, top-1",
+            "At least this share of tokens for which the export predicts the same as the model it was made of.",
+            percent, higher=True, read=_exported("top1_agreement"), by_stage=False,
+            note="same next token as the model it was made of", tracked="export/top1_agreement",
+        ),
+        Metric(
+            "export_greedy_agreement", "export, greedy",
+            "At least this share of 32 likeliest tokens that the export goes on with as the model it was made of.",
+            percent, higher=True, read=_exported("greedy_agreement"), by_stage=False,
+            note="same 32 tokens as the model it was made of", tracked="export/greedy_agreement",
         ),
     )
 }  # fmt: skip

@@ -16,7 +16,9 @@ STAGES = {
     "float": {"perplexity": 20.0},
     "quantized": {"perplexity": 20.5, "kl": 0.01, "top1_agreement": 0.95},
 }
-REACHED = Measured(STAGES, {"quantized": 5_500_000}, {"total": 3.0}, 4.25).figures()
+EXPORT = {"token_ms": 1.5, "first_token_ms": 8.0, "peak_mb": 300.0, "size_mb": 6.2}
+EXPORT |= {"top1_agreement": 1.0, "greedy_agreement": 1.0}
+REACHED = Measured(STAGES, {"quantized": 5_500_000}, {"total": 3.0}, 4.25, EXPORT).figures()
 
 
 def test_figures_are_those_that_goals_name() -> None:
@@ -35,6 +37,8 @@ def test_figures_are_those_that_goals_name() -> None:
         ({"top1_agreement": 0.951}, False),
         ({"bits_per_weight": 4.25, "size_mb": 5.5, "seconds": 3, "kl": 0.01, "perplexity": 20.5}, True),
         ({"bits_per_weight": 4.5, "size_mb": 5.4}, False),
+        ({"export_token_ms": 1.5, "export_greedy_agreement": "100%"}, True),
+        ({"export_token_ms": 1.4}, False),
         ({}, True),
     ],
 )

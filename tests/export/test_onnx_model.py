@@ -157,8 +157,13 @@ RUNS = {
 )
 def test_a_run_exports_what_it_measured(recipe: str, tmp_path: Path) -> None:
     words, allowed = RUNS[recipe]
-    done = wrapq.run(recipe, [*words, *SMALL, "export=onnx", f"paths.outputs={tmp_path}"])
+    words = [*words, *SMALL, "export=onnx", "goals.export_token_ms=1000", "goals.export_greedy_agreement=0.5"]
+    done = wrapq.run(recipe, [*words, f"paths.outputs={tmp_path}"])
     assert done is not None and done.exported is not None and done.exported.error <= allowed
+    assert done.figures["export_size_mb"] == done.exported.size / 1e6
+    assert done.goals["export_token_ms"].met and done.figures["export_first_token_ms"] > 0
+    if recipe == "onnx_w4a16":
+        assert done.figures["export_top1_agreement"] == done.figures["export_greedy_agreement"] == 1
     assert {MODEL, "tokenizer.json"} <= {file.name for file in done.exported.path.iterdir()}
     assert done.exported.size == (done.exported.path / MODEL).stat().st_size
     assert any("onnxruntime.InferenceSession" in note for note in done.exported.notes)

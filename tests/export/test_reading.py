@@ -20,6 +20,7 @@ from wrapq.engine.measure import measure
 from wrapq.engine.record import RunResult
 from wrapq.export.checks import Translation
 from wrapq.export.compressed_tensors import quantization_config, reading
+from wrapq.export.reload import Answer
 from wrapq.quant.affine import scale_shape
 from wrapq.resolve.plan import Plan
 
@@ -67,7 +68,12 @@ def test_logits_were_compared_before_the_run_ended(name: str, exported: Runner) 
     run = exported(name)
     record = json.loads((run.folder / "run.json").read_text())
     assert record["status"] == "FINISHED"
-    assert record["exported"] == {"path": str(run.exported.path), "error": run.exported.error}
+    assert record["exported"] | {"figures": {}} == {
+        "path": str(run.exported.path), "error": run.exported.error, "figures": {}
+    }  # fmt: skip
+    figures = record["exported"]["figures"]
+    assert figures["top1_agreement"] > 0.9 and 0 < figures["token_ms"] < 5000 and figures["peak_mb"] > 50
+    assert figures["size_mb"] == run.exported.size / 1e6
     assert run.exported.error < CASES[name].error
 
 
@@ -136,9 +142,9 @@ def test_a_cache_that_the_reader_leaves_float_is_said(exported: Runner) -> None:
 
 
 def test_what_a_reader_leaves_out_and_how_it_had_to_load_are_both_said() -> None:
-    logits, notes, left_float = reading({"dequantized, float cache": torch.zeros(1)})
+    logits, _, _, notes, left_float = reading(Answer({"dequantized, float cache": torch.zeros(1)}))
     assert (len(notes), left_float, len(logits)) == (2, {"key", "value"}, 1)
-    assert reading({"plain": logits})[1:] == ((), frozenset())
+    assert reading(Answer({"plain": logits}))[3:] == ((), frozenset())
 
 
 def test_it_generates_with_its_own_tokenizer(exported: Runner) -> None:

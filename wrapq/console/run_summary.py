@@ -15,7 +15,7 @@ from wrapq.engine.export import Exported
 from wrapq.engine.goals import COLLAPSED, GoalVerdict
 from wrapq.engine.progress import Progress
 from wrapq.engine.record import RunResult
-from wrapq.metrics import METRICS, Measured, megabytes, stage_table
+from wrapq.metrics import METRICS, Measured, megabytes, milliseconds, percent, stage_table
 from wrapq.resolve.plan import Plan
 
 
@@ -102,4 +102,11 @@ def show_result(console: Console, result: RunResult, tokens: int) -> None:
 def show_export(console: Console, exported: Exported) -> None:
     """Where an export lies, and that it was checked."""
     console.print(f"export: {exported.path}, {megabytes(exported.size)} of weights")
-    console.print(f"loaded by its own library in a fresh process: logits off by {exported.error:.1e} of their norm")
+    found = exported.figures
+    line = f"loaded by its own library in a fresh process: logits off by {exported.error:.1e} of their norm"
+    console.print(f"{line}, {percent(found['top1_agreement'])} of next tokens the same")
+    words = {"first_token_ms": "to the first token", "token_ms": "for each after it"}
+    times = [f"{milliseconds(found[name])} {what}" for name, what in words.items() if name in found]
+    times += [f"{megabytes(found['peak_mb'] * 1e6)} of memory"] if "peak_mb" in found else []
+    if times:
+        console.print(f"there, with {exported.threads} threads: {', '.join(times)}")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +19,8 @@ from wrapq.engine.measure import forward_logits
 from wrapq.engine.progress import Progress
 from wrapq.errors import ModelError, OutputError, PlanError, Problem
 from wrapq.export.base import EXPORTERS, NONE, Exporter, make_exporter
+from wrapq.export.reload import greedy
+from wrapq.export.stopwatch import TOKENS
 from wrapq.ownership import own
 from wrapq.recipe.schema import Export, Settings
 from wrapq.resolve.model_source import GENERATION, PROCESSOR_FILES, reading_model
@@ -43,17 +45,28 @@ class Exported:
         path: its folder.
         error: the difference between its logits and ours, relative to the norm of ours.
         size: bytes of its weights.
+        threads: with which it was measured.
+        figures: what was measured of it in its runtime, by the names of `wrapq.metrics` without their `export_`.
         notes: what somebody must know who loads it.
     """
 
     path: Path
     error: float
     size: int
+    threads: int = 1
+    figures: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
-def export_model(model: nn.Module, exporter: Exporter, plan: Plan, run: Path, target: Path | None = None) -> Exported:
-    """Export the converted `model`, load the export and compare it.
+def export_model(
+    model: nn.Module,
+    exporter: Exporter,
+    plan: Plan,
+    run: Path,
+    target: Path | None = None,
+    ids: Tensor | None = None,
+) -> Exported:
+    """Export the converted `model`, load the export, compare it and measure it.
 
     Args:
         model: the run's model, on any device; the export is compared on the same.
@@ -61,6 +74,7 @@ def export_model(model: nn.Module, exporter: Exporter, plan: Plan, run: Path, ta
         plan: the run's plan.
         run: the run's folder, which has the tokenizer.
         target: an empty or new folder for the export; `export/FORMAT` in the run's when not given.
+        ids: the token ids [B, T] on which it is compared; any when not given.
 
     Raises:
         ModelError: the other project does not load the export, or computes something else.
@@ -79,11 +93,13 @@ def export_model(model: nn.Module, exporter: Exporter, plan: Plan, run: Path, ta
         for file in (GENERATION, *PROCESSOR_FILES):
             if (run / file).is_file():
                 folder.write_text(file, (run / file).read_text(encoding="utf-8"))
-        ids, device = _token_ids(model), next(model.parameters()).device
+        ids, device = _token_ids(model, ids), next(model.parameters()).device
         with _disk(Path(tempfile.gettempdir()), "; TMPDIR names another folder for temporary files"):
-            theirs, notes, left_float = exporter.read(partial, ids, str(device))
-        with torch.no_grad(), without(model, left_float):
+            reading = exporter.read(partial, ids, str(device))
+        theirs = reading.logits
+        with torch.no_grad(), without(model, reading.left_float):
             ours = forward_logits(model, ids.to(device)).float().cpu()
+            own = None if reading.tokens is None else greedy(model, ids[:1].cpu().numpy(), reading.tokens.shape[1])
         error = float((theirs - ours).norm() / ours.norm())
         if not error <= (allowed := exporter.tolerance(plan)):
             raise ModelError(
@@ -91,7 +107,11 @@ def export_model(model: nn.Module, exporter: Exporter, plan: Plan, run: Path, ta
                 f"{error:.2g} of their norm, where rounding explains {allowed:.0e}; a defect of wrapq or of the loader"
             )
         size = sum(file.stat().st_size for file in partial.glob(exporter.weights))
-    return Exported(place, error, size, (*notes, *exporter.notes(plan)))
+    figures = {"top1_agreement": float((theirs.argmax(-1) == ours.argmax(-1)).float().mean()), "size_mb": size / 1e6}
+    if reading.tokens is not None and own is not None:
+        figures["greedy_agreement"] = float((reading.tokens.numpy() == own).mean())
+    notes = (*reading.notes, *exporter.notes(plan))
+    return Exported(place, error, size, torch.get_num_threads(), {**figures, **reading.measured}, notes)
 
 
 def export_run(
@@ -152,10 +172,14 @@ def without(model: nn.Module, points: Collection[str]) -> Iterator[None]:
             module.specs = specs
 
 
-def _token_ids(model: nn.Module) -> Tensor:
-    """Token ids [B, T] drawn with a fixed seed: no data is needed to compare two models."""
+def _token_ids(model: nn.Module, given: Tensor | None) -> Tensor:
+    """Token ids [B, T], the first of those that are given, that leave room for what a model goes on with; else drawn
+    with a fixed seed, as no data is needed to compare two models."""
     config = cast(Any, model).config.get_text_config()
-    length = min(_LENGTH, getattr(config, "max_position_embeddings", None) or _LENGTH)
+    most = getattr(config, "max_position_embeddings", None) or _LENGTH + TOKENS
+    length = max(1, min(_LENGTH, most - TOKENS))
+    if given is not None:
+        return given[:_BATCH, :length].contiguous()
     return torch.randint(config.vocab_size, (_BATCH, length), generator=torch.Generator().manual_seed(0))
 
 

@@ -86,7 +86,8 @@ def tell_problems(run: Run) -> None:
 def close_record(run: Run, quality: Quality, exported: Exported | None) -> RunResult:
     """Record the run as finished; returns its result."""
     sizes = {FLOAT: run.plan.estimate.float_bytes, QUANTIZED: weight_bytes(run.folder.path)}
-    measured = Measured(quality.stages, sizes, run.seconds, run.plan.estimate.bits_per_weight)
+    export = {} if exported is None else exported.figures
+    measured = Measured(quality.stages, sizes, run.seconds, run.plan.estimate.bits_per_weight, export)
     reached = measured.figures()
     verdicts = judge(run.plan.recipe.goals, reached)
     shared: dict[str, Any] = {"sizes": sizes, "seconds": run.seconds, "digests": run.digests, "kernels": run.kernels}
@@ -98,7 +99,7 @@ def close_record(run: Run, quality: Quality, exported: Exported | None) -> RunRe
         facts["verdict"] = COLLAPSED
     if exported is not None:
         sizes[EXPORTS] = exported.size
-        facts["exported"] = {"path": str(exported.path), "error": exported.error}
+        facts["exported"] = {"path": str(exported.path), "error": exported.error, "figures": exported.figures}
         run.tracker.metrics({"export/relative_error": exported.error})
     run.folder.write_status(FINISHED, **facts)
     run.folder.write_text(REPORT, render_run(run.folder.path))

@@ -71,7 +71,9 @@ def save_and_export(run: Run, walker: Walker, evaluation: Samples, quality: Qual
     exported = None
     if (exporter := make_exporter(run.plan.recipe.export)) is not None:
         with run.step("export", "Exporting and loading the export"):
-            exported = export_model(model, exporter, run.plan, folder.path)
+            whole = evaluation.attention_mask is None  # no padding, which the formats would have to be told of
+            ids = evaluation.input_ids if whole else None
+            exported = export_model(model, exporter, run.plan, folder.path, ids=ids)
         for text in exported.notes:
             run.note(f"export: {text}")
     with run.step("kernels", "Measuring kernels"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, NamedTuple, Protocol
@@ -32,9 +32,19 @@ class Folder(Protocol):
 
 
 class Reading(NamedTuple):
-    """The logits [B, T, V] of an export, what somebody must know who loads it, and the points that were left float."""
+    """What an export computes in its runtime.
+
+    Attributes:
+        logits: float32 [B, T, V].
+        measured: `first_token_ms`, `token_ms` and `peak_mb`, as far as they are known.
+        tokens: int64 [1, N], what it goes on with after the first sequence, each token the likeliest.
+        notes: what somebody must know who loads it.
+        left_float: the points that were left float.
+    """
 
     logits: Tensor
+    measured: Mapping[str, float] = {}
+    tokens: Tensor | None = None
     notes: tuple[str, ...] = ()
     left_float: frozenset[str] = frozenset()
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from wrapq.errors import ModelError, PlanError, Problem
 from wrapq.export.base import EXPORTERS, Exporter, Folder, Reading
 from wrapq.export.checks import VLLM, Translation, translate
-from wrapq.export.reload import DEQUANTIZED, FLOAT_CACHE, read
+from wrapq.export.reload import DEQUANTIZED, FLOAT_CACHE, Answer, read
 from wrapq.export.scheme import DENSE, MIXED, Args, Scheme
 from wrapq.export.tensors import CACHE_NAMES, activation_tensors, linear_tensors
 from wrapq.export.vllm import describe, linear_note, unequal_global_scales, words
@@ -94,10 +94,10 @@ class CompressedTensors(Exporter):
         folder.write_text(CONFIG, json.dumps(config, indent=2) + "\n")
 
     def read(self, folder: Path, ids: Tensor, device: str) -> Reading:
-        logits, reason = read(folder, ids, device)
-        if not logits:
-            raise ModelError(f"transformers does not load the export: {reason}")
-        return reading(logits)
+        answer = read(folder, ids, device)
+        if not answer.logits:
+            raise ModelError(f"transformers does not load the export: {answer.reason}")
+        return reading(answer)
 
     def layers(self, plan: Plan) -> Iterable[str]:
         translation = self._translate(plan)
@@ -125,13 +125,14 @@ class CompressedTensors(Exporter):
         return translate(plan, self.options.reader)
 
 
-def reading(logits: Mapping[str, Tensor]) -> Reading:
+def reading(answer: Answer) -> Reading:
     """What `reload` found, with how it had to load."""
-    ((how, values),) = logits.items()
+    ((how, values),) = answer.logits.items()
     remarks = {DEQUANTIZED: _DEQUANTIZED, FLOAT_CACHE: _FLOAT_CACHE}
     versions = {"version": _version(), "transformers": version("transformers")}
     notes = tuple(note.format(**versions) for word, note in remarks.items() if word in how)
-    return Reading(values, notes, frozenset(CACHE_NAMES if FLOAT_CACHE in how else ()))
+    left_float = frozenset(CACHE_NAMES if FLOAT_CACHE in how else ())
+    return Reading(values, answer.measured, answer.tokens, notes, left_float)
 
 
 def quantization_config(translation: Translation, layers: Iterable[str]) -> Args:

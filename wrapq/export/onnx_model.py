@@ -87,10 +87,10 @@ class Onnx(ProgramExporter):
         folder.write(MODEL, save)
 
     def read(self, folder: Path, ids: Tensor, device: str) -> Reading:
-        logits, reason = read(folder, ids, device, run_onnx.__file__)
-        if not logits:
-            raise ModelError(f"onnxruntime does not run the export: {reason}")
-        return Reading(logits[LOGITS])
+        answer = read(folder, ids, device, run_onnx.__file__)
+        if not answer.logits:
+            raise ModelError(f"onnxruntime does not run the export: {answer.reason}")
+        return Reading(answer.logits[LOGITS], answer.measured, answer.tokens)
 
     def layers(self, plan: Plan) -> Iterable[str]:
         yield f"{MODEL}: {len(plan.modules)} modules in QuantizeLinear, DequantizeLinear and MatMulNBits"

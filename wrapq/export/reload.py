@@ -7,12 +7,14 @@ As a script, `reload.py FOLDER IDS LOGITS DEVICE` reads the token ids [B, T] in 
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 import tempfile
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save
@@ -22,15 +24,29 @@ PLAIN, DEQUANTIZED, FLOAT_CACHE = "plain", "dequantized", "float cache"
 _FAULTS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 _UNWRITTEN = 74  # the exit status, of what errs while it writes
 _CACHE_SCALES = (".k_scale", ".v_scale")
+MEASURED = "measured/"
+"""As in `wrapq.export.stopwatch`."""
 
 
-def read(folder: Path, ids: torch.Tensor, device: str, script: str = __file__) -> tuple[dict[str, torch.Tensor], str]:
-    """The logits that transformers, or another `script` that is started as this one is, computes from `folder` for
-    `ids` [B, T].
+class Answer(NamedTuple):
+    """What a script found.
 
-    Returns:
-        The logits under `plain`, or what of `dequantized` and `float cache` the export had to be loaded with, joined by
-        `, `; or nothing, and why.
+    Attributes:
+        logits: under `plain`, or what of `dequantized` and `float cache` the export had to be loaded with, joined by
+            `, `; nothing where it could not be loaded.
+        reason: why it could not.
+        measured: `first_token_ms`, `token_ms` and `peak_mb`, as `wrapq.export.stopwatch` has them.
+        tokens: int64 [1, N], what the model goes on with after the first sequence; None for a program that does not.
+    """
+
+    logits: dict[str, torch.Tensor]
+    reason: str = ""
+    measured: Mapping[str, float] = {}
+    tokens: torch.Tensor | None = None
+
+
+def read(folder: Path, ids: torch.Tensor, device: str, script: str = __file__) -> Answer:
+    """What transformers, or another `script` that is started as this one is, computes from `folder` for `ids` [B, T].
 
     Raises:
         OSError: the folder for temporary files cannot be written or is full.
@@ -44,11 +60,19 @@ def read(folder: Path, ids: torch.Tensor, device: str, script: str = __file__) -
         command = [sys.executable, "-P", script, str(folder.resolve()), str(asked), str(answered), device]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=scratch, check=False)
         if done.returncode == 0:
-            return load_file(answered), ""
+            return read_answer(answered)
     lines = done.stderr.strip().splitlines()
     if done.returncode == _UNWRITTEN:
         raise OSError(lines[-1])
-    return {}, lines[-1] if lines else f"exit status {done.returncode}"
+    return Answer({}, lines[-1] if lines else f"exit status {done.returncode}")
+
+
+def read_answer(path: Path) -> Answer:
+    """What a script wrote to `path`."""
+    found = load_file(path)
+    measured = {name.removeprefix(MEASURED): found.pop(name) for name in list(found) if name.startswith(MEASURED)}
+    tokens = measured.pop("tokens", None)
+    return Answer(found, "", {name: float(value) for name, value in measured.items()}, tokens)
 
 
 def main(folder: str, ids: str, logits: str, device: str) -> None:
@@ -64,14 +88,28 @@ def main(folder: str, ids: str, logits: str, device: str) -> None:
             model, blind = _load(folder, quantization_config=CompressedTensorsConfig(dequantize=True))
         except (RuntimeError, ValueError):
             sys.exit(first)
+    tokens = load_file(ids)["ids"].to(device)
     with torch.no_grad():
-        output = model.to(device)(input_ids=load_file(ids)["ids"].to(device), use_cache=False).logits
+        output = model.to(device)(input_ids=tokens, use_cache=False).logits.float().cpu().contiguous()
+    stopwatch = runpy.run_path(str(Path(__file__).with_name("stopwatch.py")))
+    measured = stopwatch["measured"](lambda prompt, count: greedy(model, prompt, count), tokens[:1].cpu().numpy())
     how += [FLOAT_CACHE] if blind else []
+    written = {", ".join(how) or PLAIN: output, **{name: torch.from_numpy(t) for name, t in measured.items()}}
     try:
-        Path(logits).write_bytes(save({", ".join(how) or PLAIN: output.float().cpu().contiguous()}))
+        Path(logits).write_bytes(save(written))
     except OSError as error:
         traceback.print_exception(error)
         sys.exit(_UNWRITTEN)
+
+
+def greedy(model: Any, prompt: Any, count: int) -> Any:
+    """`count` tokens [1, N] that a model of transformers goes on with after `prompt` [1, T], arrays both."""
+    from transformers import GenerationConfig
+
+    ids = torch.from_numpy(prompt).to(model.device)
+    config = GenerationConfig(max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0)
+    found = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    return found[:, ids.shape[1] :].cpu().numpy()
 
 
 def _load(folder: str, **options: Any) -> tuple[Any, bool]:

@@ -68,10 +68,10 @@ class TorchExport(ProgramExporter):
         folder.write(PROGRAM, save)
 
     def read(self, folder: Path, ids: Tensor, device: str) -> Reading:
-        logits, reason = read(folder, ids, device, run_program.__file__)
-        if not logits:
-            raise ModelError(f"torch.export.load does not run the export: {reason}")
-        return Reading(logits[LOGITS])
+        answer = read(folder, ids, device, run_program.__file__)
+        if not answer.logits:
+            raise ModelError(f"torch.export.load does not run the export: {answer.reason}")
+        return Reading(answer.logits[LOGITS], answer.measured, answer.tokens)
 
     def layers(self, plan: Plan) -> Iterable[str]:
         yield f"{PROGRAM}: {len(plan.modules)} modules in quantized_decomposed and torchao operators"

@@ -1,0 +1,64 @@
+"""How long a language model takes in a runtime, and the tokens that it goes on with.
+
+A script that runs an export loads this file by its path, so that nothing of wrapq is imported there.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None  # type: ignore[assignment]
+
+MEASURED = "measured/"
+"""Before the names of what is measured, among what a script writes."""
+TOKENS, _TIMES, _ENOUGH = 32, 3, 3.0
+
+
+def measured(generate: Callable[[np.ndarray, int], np.ndarray], prompt: np.ndarray) -> dict[str, np.ndarray]:
+    """The time in ms to the first token after a `prompt` [1, T] and for each of those after it, medians of several; the
+    most memory that the process took, in MB of a million bytes, where the system says it; and the tokens.
+
+    Args:
+        generate: so many tokens [1, N] after a prompt, each the likeliest.
+        prompt: int64 [1, T].
+    """
+    generate(prompt, 2)  # what is made once is made
+    first: list[float] = []
+    whole: list[float] = []
+    tokens, began = prompt, time.perf_counter()
+    while len(first) < _TIMES and time.perf_counter() - began < _ENOUGH:
+        first.append(_seconds(lambda: generate(prompt, 1))[0])
+        seconds, tokens = _seconds(lambda: generate(prompt, TOKENS))
+        whole.append(seconds)
+    each = (statistics.median(whole) - statistics.median(first)) / (TOKENS - 1)
+    return {f"{MEASURED}token_ms": np.array([1000 * each]), f"{MEASURED}tokens": tokens, **_first(first)}
+
+
+def measured_once(run: Callable[[], object]) -> dict[str, np.ndarray]:
+    """As `measured`, of what keeps nothing of the tokens before, by `run` of a prompt: the first token's time, and the
+    memory."""
+    run()
+    return _first([_seconds(run)[0] for _ in range(_TIMES)])
+
+
+def _seconds(work: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = work()
+    return time.perf_counter() - start, result
+
+
+def _first(seconds: list[float]) -> dict[str, np.ndarray]:
+    found = {"first_token_ms": 1000 * statistics.median(seconds)}
+    if resource is not None:
+        unit = 1 if sys.platform == "darwin" else 1024
+        found["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+    return {f"{MEASURED}{name}": np.array([value]) for name, value in found.items()}
