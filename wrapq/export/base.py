@@ -27,6 +27,9 @@ class Folder(Protocol):
     def write(self, name: str, save: Callable[[Path], object]) -> Path:
         """Let `save` write the file `name`."""
 
+    def write_files(self, save: Callable[[Path], object]) -> list[str]:
+        """Let `save` write files into a folder."""
+
     def write_text(self, name: str, text: str) -> Path:
         """Write `text` as the file `name`."""
 

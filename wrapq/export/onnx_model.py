@@ -64,7 +64,7 @@ class Onnx(ProgramExporter):
 
     Options = OnnxOptions
     weights: ClassVar[str] = f"{MODEL}*"
-    extra = "onnx", (NEEDED, "onnxscript", "onnxruntime")
+    extra: ClassVar[tuple[str, tuple[str, ...]]] = "onnx", (NEEDED, "onnxscript", "onnxruntime")
 
     def check(self, plan: Plan) -> Iterable[Problem]:
         yield from super().check(plan)
@@ -76,15 +76,7 @@ class Onnx(ProgramExporter):
         if problems := list(self.check(plan)):
             raise PlanError(problems)
         made = onnx_model(model)
-        size = sum(tensor.const_value.nbytes for tensor in made.graph.initializers.values())
-        apart = f"{MODEL}.data" if size > _LARGEST else None
-
-        def save(path: Path) -> None:
-            import onnx_ir
-
-            onnx_ir.save(made, path, format="protobuf", external_data=apart)
-
-        folder.write(MODEL, save)
+        folder.write_files(lambda path: save_onnx(made, path / MODEL))
 
     def read(self, folder: Path, ids: Tensor, device: str) -> Reading:
         answer = read(folder, ids, device, run_onnx.__file__)
@@ -101,6 +93,14 @@ class Onnx(ProgramExporter):
             yield f"{MODEL} computes in float32 and holds the rest in it, where the model is in {plan.model.dtype}"
         if any(point.quant_spec.dynamic for module in plan.modules for point in module.points):
             yield "ranges of each token are found by plain operators, for which onnxruntime has no fast kernel"
+
+
+def save_onnx(model: Any, path: Path) -> None:
+    """Write an `onnx_ir.Model` to `path`, and what is too large for one file beside it."""
+    import onnx_ir
+
+    size = sum(tensor.const_value.nbytes for tensor in model.graph.initializers.values())
+    onnx_ir.save(model, path, format="protobuf", external_data=f"{path.name}.data" if size > _LARGEST else None)
 
 
 def onnx_model(model: nn.Module) -> Any:

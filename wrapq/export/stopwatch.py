@@ -6,17 +6,12 @@ A script that runs an export loads this file by its path, so that nothing of wra
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-try:
-    import resource
-except ImportError:  # on Windows
-    resource = None  # type: ignore[assignment]
 
 MEASURED = "measured/"
 """Before the names of what is measured, among what a script writes."""
@@ -25,7 +20,7 @@ TOKENS, _TIMES, _ENOUGH = 32, 3, 3.0
 
 def measured(generate: Callable[[np.ndarray, int], np.ndarray], prompt: np.ndarray) -> dict[str, np.ndarray]:
     """The time in ms to the first token after a `prompt` [1, T] and for each of those after it, medians of several; the
-    most memory that the process took, in MB of a million bytes, where the system says it; and the tokens.
+    most memory that the process took, in MB of a million bytes, which Linux tells; and the tokens.
 
     Args:
         generate: so many tokens [1, N] after a prompt, each the likeliest.
@@ -57,8 +52,15 @@ def _seconds(work: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def _first(seconds: list[float]) -> dict[str, np.ndarray]:
-    found = {"first_token_ms": 1000 * statistics.median(seconds)}
-    if resource is not None:
-        unit = 1 if sys.platform == "darwin" else 1024
-        found["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+    found = {"first_token_ms": 1000 * statistics.median(seconds), **_peak()}
     return {f"{MEASURED}{name}": np.array([value]) for name, value in found.items()}
+
+
+def _peak() -> dict[str, float]:
+    """What `resource` says on Linux is at least what the process took that started this one."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return {}
+    kilobytes = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    return {"peak_mb": kilobytes * 1024 / 1e6}

@@ -51,7 +51,7 @@ class TorchExport(ProgramExporter):
     Options = TorchExportOptions
     options: TorchExportOptions
     weights: ClassVar[str] = PROGRAM
-    extra = "torch_export", (NEEDED,)
+    extra: ClassVar[tuple[str, tuple[str, ...]]] = "torch_export", (NEEDED,)
 
     def export(self, model: nn.Module, plan: Plan, folder: Folder) -> None:
         if problems := list(self.check(plan)):

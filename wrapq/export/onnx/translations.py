@@ -62,7 +62,8 @@ def _dequantize(x: Any, scale: Any, zero: Any, least: int, most: int, **attribut
 def _dequantize_blocks(
     x: Any, block: Sequence[Any], scale: Any, zero: Any, dtype: int, least: int, most: int, *_: Any, **__: Any
 ) -> Any:
-    if len(x.shape) == 2 and len(scale.shape) == 2 and _is(block[0], 1) and isinstance(block[1], int):  # groups, rows
+    known = len(scale.shape) == 2 and all(isinstance(size, int) for size in (*x.shape, block[1]))
+    if known and _is(block[0], 1):  # a weight in groups
         return _dequantize(x, scale, zero, least, most, axis=1, block_size=block[1])
     split, whole = _blocks(x, block)
     zeros = op.Cast(_beside(zero, scale.shape, x, block), to=int(ir.DataType.FLOAT))

@@ -1,0 +1,68 @@
+"""A model that OpenVINO runs, on CPUs and on Intel's graphics and neural units: made of the ONNX model, with weights in
+the bits that they have, and integer products where inputs have fixed ranges."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from wrapq.errors import ModelError, PlanError
+from wrapq.export import run_openvino
+from wrapq.export.base import EXPORTERS, Folder, Reading
+from wrapq.export.onnx_model import Onnx, onnx_model, save_onnx
+from wrapq.export.program import first_line
+from wrapq.export.reload import read
+from wrapq.export.run_openvino import LOGITS, MODEL, PAST
+from wrapq.quant.spec import QuantSpec
+from wrapq.resolve.plan import Plan
+
+_STEP = 5e-2
+"""It rounds the inputs of products with compressed weights to 8 bits in groups by itself."""
+
+
+@EXPORTERS.register("openvino")
+class OpenVino(Onnx):
+    """Exporter of OpenVINO models, which compute in float32 but for products of integers."""
+
+    weights: ClassVar[str] = f"{Path(MODEL).stem}.*"
+    extra: ClassVar[tuple[str, tuple[str, ...]]] = "openvino", (*Onnx.extra[1], "openvino")
+
+    def inexpressible(self, spec: QuantSpec, weight: bool) -> str | None:
+        if not weight and not spec.dynamic and not 4 < spec.dtype.bits <= 8:
+            return "between operators OpenVINO has integers of 8 bits"
+        return super().inexpressible(spec, weight)
+
+    def export(self, model: nn.Module, plan: Plan, folder: Folder) -> None:
+        if problems := list(self.check(plan)):
+            raise PlanError(problems)
+        import openvino
+
+        made = onnx_model(model)
+        with tempfile.TemporaryDirectory() as scratch:
+            save_onnx(made, Path(scratch, "model.onnx"))
+            try:
+                converted = openvino.convert_model(Path(scratch, "model.onnx"))
+            except RuntimeError as error:
+                raise ModelError(f"OpenVINO does not take this model: {first_line(error)}") from error
+            folder.write_files(lambda path: openvino.save_model(converted, path / MODEL, compress_to_fp16=False))
+
+    def read(self, folder: Path, ids: Tensor, device: str) -> Reading:
+        answer = read(folder, ids, device, run_openvino.__file__)
+        if not answer.logits:
+            raise ModelError(f"OpenVINO does not run the export: {answer.reason}")
+        return Reading(answer.logits[LOGITS], answer.measured, answer.tokens)
+
+    def layers(self, plan: Plan) -> Iterable[str]:
+        yield f"{MODEL}: {len(plan.modules)} modules"
+
+    def notes(self, plan: Plan) -> Iterable[str]:
+        yield f"openvino.Core().compile_model('{MODEL}') takes input_ids, attention_mask and {PAST}.*, empty at first"
+        if plan.model.dtype != "float32":
+            yield f"{MODEL} holds in float32 what is not quantized, where the model is in {plan.model.dtype}"
+
+    def tolerance(self, plan: Plan) -> float:
+        return max(_STEP, super().tolerance(plan))
