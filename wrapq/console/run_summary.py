@@ -109,4 +109,5 @@ def show_export(console: Console, exported: Exported) -> None:
     times = [f"{milliseconds(found[name])} {what}" for name, what in words.items() if name in found]
     times += [f"{megabytes(found['peak_mb'] * 1e6)} of memory"] if "peak_mb" in found else []
     if times:
-        console.print(f"there, with {exported.threads} threads: {', '.join(times)}")
+        threads = f"{exported.threads} thread{'s' if exported.threads > 1 else ''}"
+        console.print(f"there, with {threads}: {', '.join(times)}")

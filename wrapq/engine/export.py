@@ -45,17 +45,17 @@ class Exported:
         path: its folder.
         error: the difference between its logits and ours, relative to the norm of ours.
         size: bytes of its weights.
+        notes: what somebody must know who loads it.
         threads: with which it was measured.
         figures: what was measured of it in its runtime, by the names of `wrapq.metrics` without their `export_`.
-        notes: what somebody must know who loads it.
     """
 
     path: Path
     error: float
     size: int
+    notes: tuple[str, ...] = ()
     threads: int = 1
     figures: Mapping[str, float] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
 
 
 def export_model(
@@ -111,7 +111,7 @@ def export_model(
     if reading.tokens is not None and own is not None:
         figures["greedy_agreement"] = float((reading.tokens.numpy() == own).mean())
     notes = (*reading.notes, *exporter.notes(plan))
-    return Exported(place, error, size, torch.get_num_threads(), {**figures, **reading.measured}, notes)
+    return Exported(place, error, size, notes, torch.get_num_threads(), {**figures, **reading.measured})
 
 
 def export_run(
