@@ -22,7 +22,6 @@ from wrapq.export.lowering import NEEDED, Lowered, lower
 from wrapq.export.program import OPEN, ProgramExporter, example_ids, first_line, traced
 from wrapq.export.reload import read
 from wrapq.export.run_onnx import LOGITS, MODEL, PAST, PRESENT
-from wrapq.registry import Options
 from wrapq.resolve.model_source import ModelSource
 from wrapq.resolve.plan import Plan
 from wrapq.runtime.prefix import CACHES
@@ -31,10 +30,6 @@ _LARGEST = 2**31 - 2**20
 """Bytes of weights that one file may hold: the format is a protocol buffer."""
 _BEFORE = 3  # tokens that the example has a cache of
 _LOUD = ("torch.onnx", "onnxscript", "onnx_ir")
-
-
-class OnnxOptions(Options):
-    """Options of the format."""
 
 
 class LogitsAndCache(nn.Module):
@@ -62,7 +57,6 @@ class LogitsAndCache(nn.Module):
 class Onnx(ProgramExporter):
     """Exporter of ONNX models, which compute in float32."""
 
-    Options = OnnxOptions
     weights: ClassVar[str] = f"{MODEL}*"
     extra: ClassVar[tuple[str, tuple[str, ...]]] = "onnx", (NEEDED, "onnxscript", "onnxruntime")
 

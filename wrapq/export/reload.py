@@ -92,7 +92,10 @@ def main(folder: str, ids: str, logits: str, device: str) -> None:
     with torch.no_grad():
         output = model.to(device)(input_ids=tokens, use_cache=False).logits.float().cpu().contiguous()
     stopwatch = runpy.run_path(str(Path(__file__).with_name("stopwatch.py")))
-    measured = stopwatch["measured"](lambda prompt, count: greedy(model, prompt, count), tokens[:1].cpu().numpy())
+    if model.can_generate():
+        measured = stopwatch["measured"](lambda prompt, count: greedy(model, prompt, count), tokens[:1].cpu().numpy())
+    else:
+        measured = stopwatch["measured_once"](torch.no_grad()(lambda: model(input_ids=tokens[:1])))
     how += [FLOAT_CACHE] if blind else []
     written = {", ".join(how) or PLAIN: output, **{name: torch.from_numpy(t) for name, t in measured.items()}}
     try:
