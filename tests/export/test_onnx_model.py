@@ -131,6 +131,23 @@ def test_weights_are_as_small_as_onnx_has_them(
 
 
 @pytest.mark.slow
+def test_onnxruntime_multiplies_integers(make_model: Callable[..., nn.Module], tmp_path: Path) -> None:
+    import onnx
+
+    floats = {"*embed*": {"weight": None}, "*norm*": {"weight": None, "input": None, "output": None}}
+    model = converted(make_model("llama"), "int8:channel", "int8:tensor:asym", **floats)
+    session_of(model, tmp_path)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.optimized_model_filepath = 3, str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), options)
+    operators = Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
+    quantized = sum(
+        isinstance(module, nn.Linear) and "Quantized" in type(module).__name__ for module in model.modules()
+    )
+    assert sum(count for name, count in operators.items() if name.startswith(("MatMulInteger", "QLinear"))) >= quantized
+
+
+@pytest.mark.slow
 def test_a_quantized_table_and_every_point(make_model: Callable[..., nn.Module], tmp_path: Path) -> None:
     overrides = {"*embed*": {"weight": "int4:g16:sym"}}
     for weight, activation in (("int4:g16:sym", None), ("int8:channel", "int16:tensor:sym")):

@@ -137,6 +137,7 @@ def _in_float32(lowered: nn.Module) -> nn.Module:
 
 def _translated(program: Any, count: int) -> Any:
     """The program in ONNX, with `count` tensors that are kept of tokens before."""
+    from wrapq.export.onnx.integer_products import separate
     from wrapq.export.onnx.packed_weights import pack
     from wrapq.export.onnx.translations import OPSET, TRANSLATIONS
 
@@ -154,6 +155,7 @@ def _translated(program: Any, count: int) -> Any:
     except Exception as error:  # of what the exporter met in somebody else's code, there is no list
         raise ModelError(f"torch.onnx does not take this model: {first_line(error)}") from error
     pack(made.model)
+    separate(made.model)
     return made.model
 
 

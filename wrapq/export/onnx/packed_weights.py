@@ -27,7 +27,7 @@ def pack(model: ir.Model) -> None:
     for node in list(graph):
         if node.op_type == "MatMul" and (weight := _weight_in_groups(node.inputs[1])) is not None:
             _multiply_packed(model, node, weight)
-    _drop_unused(graph)
+    drop_unused(graph)
     if any(node.domain == DOMAIN for node in graph):
         model.opset_imports[DOMAIN] = 1
 
@@ -41,7 +41,7 @@ def _retype(graph: ir.Graph, node: Any) -> None:
     they are: a Cast to 4 bits is none that runtimes have."""
     source, result, kind = node.inputs[0], node.outputs[0], ir.DataType(node.attributes["to"].as_int())
     if source.const_value is not None:
-        made = _initializer(graph, f"{source.name}_{kind.name.lower()}", source.const_value.numpy(), kind)
+        made = add_initializer(graph, f"{source.name}_{kind.name.lower()}", source.const_value.numpy(), kind)
         result.replace_all_uses_with(made)
     elif kind in TYPES[4]:
         wide = TYPES[8][TYPES[4].index(kind)]
@@ -49,7 +49,8 @@ def _retype(graph: ir.Graph, node: Any) -> None:
         result.dtype = wide
 
 
-def _initializer(graph: ir.Graph, name: str, values: np.ndarray, kind: ir.DataType) -> ir.Value:
+def add_initializer(graph: ir.Graph, name: str, values: np.ndarray, kind: ir.DataType) -> ir.Value:
+    """The initializer called `name`, which is made of `values` where there is none."""
     if name not in graph.initializers:
         tensor = ir.tensor(values.astype(kind.numpy()), dtype=kind, name=name)
         shape = ir.Shape(values.shape)
@@ -57,16 +58,21 @@ def _initializer(graph: ir.Graph, name: str, values: np.ndarray, kind: ir.DataTy
     return graph.initializers[name]
 
 
-def _weight_in_groups(value: Any) -> Any:
-    """The DequantizeLinear of a weight [N, K] in groups whose transpose `value` is, if `MatMulNBits` takes it."""
+def turned_weight(value: Any) -> Any:
+    """The DequantizeLinear of a weight [N, K] whose transpose `value` is."""
     turned = value.producer()
     node = turned.inputs[0].producer() if turned is not None and turned.op_type == "Transpose" else None
-    if node is None or node.op_type != "DequantizeLinear" or "block_size" not in node.attributes:
+    if node is None or node.op_type != "DequantizeLinear":
         return None
-    size = node.attributes["block_size"].as_int()
-    constant = all(each is not None and each.const_value is not None for each in node.inputs)
-    fits = constant and node.inputs[0].dtype in (*TYPES[4], *TYPES[8])
-    return node if fits and size >= _LEAST_BLOCK and size & (size - 1) == 0 else None
+    return node if all(each is not None and each.const_value is not None for each in node.inputs) else None
+
+
+def _weight_in_groups(value: Any) -> Any:
+    """As `turned_weight`, if the weight is in groups that `MatMulNBits` takes."""
+    node = turned_weight(value)
+    size = node.attributes["block_size"].as_int() if node is not None and "block_size" in node.attributes else 0
+    fits = size >= _LEAST_BLOCK and size & (size - 1) == 0 and node.inputs[0].dtype in (*TYPES[4], *TYPES[8])
+    return node if fits else None
 
 
 def _multiply_packed(model: ir.Model, node: Any, weight: Any) -> None:
@@ -81,11 +87,11 @@ def _multiply_packed(model: ir.Model, node: Any, weight: Any) -> None:
     packed = _packed(integers.reshape(rows, columns // size, size), bits)
     inputs = [
         node.inputs[0],
-        _initializer(graph, f"{name}_packed", packed, ir.DataType.UINT8),
-        _initializer(graph, f"{name}_scale", scale.numpy().reshape(-1), ir.DataType.FLOAT),
+        add_initializer(graph, f"{name}_packed", packed, ir.DataType.UINT8),
+        add_initializer(graph, f"{name}_scale", scale.numpy().reshape(-1), ir.DataType.FLOAT),
     ]
     if (zeros != middle).any():
-        inputs.append(_initializer(graph, f"{name}_zero", _packed(zeros, bits).reshape(-1), ir.DataType.UINT8))
+        inputs.append(add_initializer(graph, f"{name}_zero", _packed(zeros, bits).reshape(-1), ir.DataType.UINT8))
     attributes = {"K": columns, "N": rows, "bits": bits, "block_size": size}
     made = ir.node("MatMulNBits", inputs, attributes, domain=DOMAIN, name=f"{node.name}_nbits")
     made.outputs[0].shape, made.outputs[0].dtype = node.outputs[0].shape, node.outputs[0].dtype
@@ -105,7 +111,8 @@ def _packed(integers: np.ndarray, bits: int) -> np.ndarray:
     return values[..., 0::2] | values[..., 1::2] << 4
 
 
-def _drop_unused(graph: ir.Graph) -> None:
+def drop_unused(graph: ir.Graph) -> None:
+    """Remove what no output depends on."""
     for node in reversed(list(graph)):
         if not any(each.uses() or each.is_graph_output() for each in node.outputs):
             graph.remove(node, safe=True)
