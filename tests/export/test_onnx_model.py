@@ -45,6 +45,8 @@ CASES: dict[str, tuple[str, str | None, float]] = {
     "blocks with a ragged edge": ("int8:b24x24", None, EXACT),
     "dynamic, asymmetric": ("int4:g16:sym", "int8:token:asym:dyn", STEP),
     "dynamic, symmetric": ("int8:channel", "int8:token:sym:dyn", STEP),
+    "dynamic, asymmetric bytes": ("int8:channel", "int8:token:asym:dyn", STEP),
+    "dynamic, unsigned": ("uint8:channel:asym", "uint8:token:asym:dyn", STEP),
     "dynamic groups": ("int8:channel", "int8:g16:asym:dyn", STEP),
     "dynamic, of all tokens": ("int8:channel", "int8:tensor:asym:dyn", STEP),
     "16 bits": ("int8:channel:scale=bfloat16", "uint16:tensor:asym", STEP),

@@ -85,8 +85,6 @@ class Onnx(ProgramExporter):
         yield f"onnxruntime.InferenceSession('{MODEL}') takes input_ids, attention_mask and {PAST}.*, empty at first"
         if plan.model.dtype != "float32":
             yield f"{MODEL} computes in float32 and holds the rest in it, where the model is in {plan.model.dtype}"
-        if any(point.quant_spec.dynamic for module in plan.modules for point in module.points):
-            yield "ranges of each token are found by plain operators, for which onnxruntime has no fast kernel"
 
 
 def save_onnx(model: Any, path: Path) -> None:
@@ -97,8 +95,13 @@ def save_onnx(model: Any, path: Path) -> None:
     onnx_ir.save(model, path, format="protobuf", external_data=f"{path.name}.data" if size > _LARGEST else None)
 
 
-def onnx_model(model: nn.Module) -> Any:
+def onnx_model(model: nn.Module, outright: bool = True) -> Any:
     """The converted language `model` in ONNX, an `onnx_ir.Model` of what `LogitsAndCache` computes, in float32.
+
+    Args:
+        model: the converted one.
+        outright: say that integers are multiplied where ranges are found as tokens come, too; a runtime that is not
+            onnxruntime may see better how itself.
 
     Raises:
         ModelError: it keeps more than keys and values, or torch.export or torch.onnx does not take it.
@@ -112,7 +115,7 @@ def onnx_model(model: nn.Module) -> Any:
     mask = torch.ones(len(ids), _BEFORE + ids.shape[1], dtype=ids.dtype, device=ids.device)
     open_axes = {"input_ids": (OPEN, OPEN), "attention_mask": (OPEN, OPEN), "past": [{0: OPEN, 2: OPEN} for _ in past]}
     given = {"input_ids": ids, "attention_mask": mask, "past": past}
-    return _translated(traced(function, given, open_axes), len(past))
+    return _translated(traced(function, given, open_axes), len(past), outright)
 
 
 def _keeps_tokens(config: Any) -> bool:
@@ -135,7 +138,7 @@ def _in_float32(lowered: nn.Module) -> nn.Module:
     return wide
 
 
-def _translated(program: Any, count: int) -> Any:
+def _translated(program: Any, count: int, outright: bool) -> Any:
     """The program in ONNX, with `count` tensors that are kept of tokens before."""
     from wrapq.export.onnx.integer_products import separate
     from wrapq.export.onnx.packed_weights import pack
@@ -155,7 +158,7 @@ def _translated(program: Any, count: int) -> Any:
     except Exception as error:  # of what the exporter met in somebody else's code, there is no list
         raise ModelError(f"torch.onnx does not take this model: {first_line(error)}") from error
     pack(made.model)
-    separate(made.model)
+    separate(made.model, outright)
     return made.model
 
 

@@ -41,7 +41,7 @@ class OpenVino(Onnx):
             raise PlanError(problems)
         import openvino
 
-        made = onnx_model(model)
+        made = onnx_model(model, outright=False)
         with tempfile.TemporaryDirectory() as scratch:
             save_onnx(made, Path(scratch, "model.onnx"))
             try:
