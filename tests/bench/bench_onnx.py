@@ -32,7 +32,8 @@ from wrapq.data.samples import build_samples
 from wrapq.data.sources.base import make_source
 from wrapq.evaluation.quality import QualityMeter
 from wrapq.export.onnx_model import onnx_model
-from wrapq.export.run_onnx import LOGITS, MODEL, nothing_before
+from wrapq.export.run_onnx import MODEL, nothing_before
+from wrapq.export.stopwatch import LOGITS
 from wrapq.recipe.compose import compose
 from wrapq.resolve.model_source import ModelSource
 

@@ -22,7 +22,8 @@ from tests.models import random_model
 from wrapq.errors import ModelError, PlanError
 from wrapq.export import onnx_model
 from wrapq.export.onnx_model import Onnx
-from wrapq.export.run_onnx import LOGITS, MODEL, PAST, PRESENT, nothing_before
+from wrapq.export.run_onnx import MODEL, nothing_before
+from wrapq.export.stopwatch import LOGITS, PAST, PRESENT
 from wrapq.runs.folder import RunFolder
 
 onnxruntime = pytest.importorskip("onnxruntime")

@@ -15,13 +15,13 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from wrapq.errors import ModelError, PlanError, Problem
+from wrapq.errors import ModelError, Problem
 from wrapq.export import run_onnx
-from wrapq.export.base import EXPORTERS, Folder, Reading
+from wrapq.export.base import EXPORTERS, Folder
 from wrapq.export.lowering import NEEDED, Lowered, lower
 from wrapq.export.program import OPEN, ProgramExporter, example_ids, first_line, traced
-from wrapq.export.reload import read
-from wrapq.export.run_onnx import LOGITS, MODEL, PAST, PRESENT
+from wrapq.export.run_onnx import MODEL
+from wrapq.export.stopwatch import LOGITS, PAST, PRESENT
 from wrapq.resolve.model_source import ModelSource
 from wrapq.resolve.plan import Plan
 from wrapq.runtime.prefix import CACHES
@@ -59,6 +59,7 @@ class Onnx(ProgramExporter):
 
     weights: ClassVar[str] = f"{MODEL}*"
     extra: ClassVar[tuple[str, tuple[str, ...]]] = "onnx", (NEEDED, "onnxscript", "onnxruntime")
+    runtime: ClassVar[tuple[str, str]] = "onnxruntime", run_onnx.__file__
 
     def check(self, plan: Plan) -> Iterable[Problem]:
         yield from super().check(plan)
@@ -66,17 +67,9 @@ class Onnx(ProgramExporter):
             what = f"{plan.model.type} keeps more of tokens than keys and values, which this format hands over"
             yield Problem("", "export.format", what, (), "run with export=none, or export=torch_export")
 
-    def export(self, model: nn.Module, plan: Plan, folder: Folder) -> None:
-        if problems := list(self.check(plan)):
-            raise PlanError(problems)
+    def write(self, model: nn.Module, folder: Folder) -> None:
         made = onnx_model(model)
         folder.write_files(lambda path: save_onnx(made, path / MODEL))
-
-    def read(self, folder: Path, ids: Tensor, device: str) -> Reading:
-        answer = read(folder, ids, device, run_onnx.__file__)
-        if not answer.logits:
-            raise ModelError(f"onnxruntime does not run the export: {answer.reason}")
-        return Reading(answer.logits[LOGITS], answer.measured, answer.tokens)
 
     def layers(self, plan: Plan) -> Iterable[str]:
         yield f"{MODEL}: {len(plan.modules)} modules in QuantizeLinear, DequantizeLinear and MatMulNBits"

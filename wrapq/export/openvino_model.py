@@ -8,15 +8,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
-from wrapq.errors import ModelError, PlanError
+from wrapq.errors import ModelError
 from wrapq.export import run_openvino
-from wrapq.export.base import EXPORTERS, Folder, Reading
+from wrapq.export.base import EXPORTERS, Folder
 from wrapq.export.onnx_model import Onnx, onnx_model, save_onnx
 from wrapq.export.program import first_line
-from wrapq.export.reload import read
-from wrapq.export.run_openvino import LOGITS, MODEL, PAST
+from wrapq.export.run_openvino import MODEL
+from wrapq.export.stopwatch import PAST
 from wrapq.quant.spec import QuantSpec
 from wrapq.resolve.plan import Plan
 
@@ -30,15 +30,14 @@ class OpenVino(Onnx):
 
     weights: ClassVar[str] = f"{Path(MODEL).stem}.*"
     extra: ClassVar[tuple[str, tuple[str, ...]]] = "openvino", (*Onnx.extra[1], "openvino")
+    runtime: ClassVar[tuple[str, str]] = "OpenVINO", run_openvino.__file__
 
     def inexpressible(self, spec: QuantSpec, weight: bool) -> str | None:
         if not weight and not spec.dynamic and not 4 < spec.dtype.bits <= 8:
             return "between operators OpenVINO has integers of 8 bits"
         return super().inexpressible(spec, weight)
 
-    def export(self, model: nn.Module, plan: Plan, folder: Folder) -> None:
-        if problems := list(self.check(plan)):
-            raise PlanError(problems)
+    def write(self, model: nn.Module, folder: Folder) -> None:
         import openvino
 
         made = onnx_model(model, outright=False)
@@ -49,12 +48,6 @@ class OpenVino(Onnx):
             except RuntimeError as error:
                 raise ModelError(f"OpenVINO does not take this model: {first_line(error)}") from error
             folder.write_files(lambda path: openvino.save_model(converted, path / MODEL, compress_to_fp16=False))
-
-    def read(self, folder: Path, ids: Tensor, device: str) -> Reading:
-        answer = read(folder, ids, device, run_openvino.__file__)
-        if not answer.logits:
-            raise ModelError(f"OpenVINO does not run the export: {answer.reason}")
-        return Reading(answer.logits[LOGITS], answer.measured, answer.tokens)
 
     def layers(self, plan: Plan) -> Iterable[str]:
         yield f"{MODEL}: {len(plan.modules)} modules"

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from abc import ABC
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from wrapq.errors import ModelError, Problem
-from wrapq.export.base import Exporter, Refusals
+from wrapq.errors import ModelError, PlanError, Problem
+from wrapq.export.base import Exporter, Folder, Reading, Refusals
 from wrapq.export.lowering import inexpressible
+from wrapq.export.reload import read
+from wrapq.export.stopwatch import LOGITS
 from wrapq.graph.mixtures import EXPERT_NAME
 from wrapq.quant.spec import QuantSpec
 from wrapq.resolve.plan import Plan
@@ -30,9 +33,27 @@ class ProgramExporter(Exporter, ABC):
 
     Attributes:
         extra: the extra of the package with what it needs, and the packages of it that it asks for.
+        runtime: what runs the export, and the script that lets it; see `wrapq.export.reload`.
     """
 
     extra: ClassVar[tuple[str, tuple[str, ...]]]
+    runtime: ClassVar[tuple[str, str]]
+
+    @abstractmethod
+    def write(self, model: nn.Module, folder: Folder) -> None:
+        """Write the export of the converted `model`, which the plan's check allows."""
+
+    def export(self, model: nn.Module, plan: Plan, folder: Folder) -> None:
+        if problems := list(self.check(plan)):
+            raise PlanError(problems)
+        self.write(model, folder)
+
+    def read(self, folder: Path, ids: Tensor, device: str) -> Reading:
+        name, script = self.runtime
+        answer = read(folder, ids, device, script)
+        if not answer.logits:
+            raise ModelError(f"{name} does not run the export: {answer.reason}")
+        return Reading(answer.logits[LOGITS], answer.measured, answer.tokens)
 
     def inexpressible(self, spec: QuantSpec, weight: bool) -> str | None:
         """As `wrapq.export.lowering.inexpressible`, in this format."""

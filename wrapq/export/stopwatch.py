@@ -15,7 +15,28 @@ import numpy as np
 
 MEASURED = "measured/"
 """Before the names of what is measured, among what a script writes."""
+LOGITS, PAST, PRESENT = "logits", "past_key_values", "present"
+"""What models that hand keys and values over call their logits, and those of the tokens before and of all."""
 TOKENS, _TIMES, _ENOUGH = 32, 3, 3.0
+Arrays = dict[str, np.ndarray]
+
+
+def inputs(tokens: np.ndarray, past: Arrays) -> Arrays:
+    """What such a model is given: `tokens` [B, T], and what it gave of those before, keys and values [B, H, P, D]."""
+    before = next(iter(past.values())).shape[2]
+    mask = np.ones((len(tokens), before + tokens.shape[1]), np.int64)
+    return {"input_ids": tokens, "attention_mask": mask, **past}
+
+
+def greedy(run: Callable[[Arrays], Arrays], prompt: np.ndarray, past: Arrays, count: int) -> np.ndarray:
+    """`count` tokens [1, N] that such a model, what `run` makes of its inputs, goes on with after a `prompt` [1, T],
+    each the likeliest; `past` is that of no tokens."""
+    found = [prompt]
+    for _ in range(count):
+        done = run(inputs(found[-1], past))
+        found.append(done.pop(LOGITS)[:, -1:].argmax(-1))
+        past = {name.replace(PRESENT, PAST): kept for name, kept in done.items()}
+    return np.concatenate(found[1:], 1)
 
 
 def measured(generate: Callable[[np.ndarray, int], np.ndarray], prompt: np.ndarray) -> dict[str, np.ndarray]:

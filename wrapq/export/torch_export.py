@@ -14,13 +14,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from wrapq.errors import ModelError, PlanError
 from wrapq.export import run_program
-from wrapq.export.base import EXPORTERS, Folder, Reading
+from wrapq.export.base import EXPORTERS, Folder
 from wrapq.export.lowering import NEEDED, lower
 from wrapq.export.program import OPEN, ProgramExporter, example_ids, traced
-from wrapq.export.reload import read
-from wrapq.export.run_program import LOGITS, PROGRAM
+from wrapq.export.run_program import PROGRAM
 from wrapq.registry import Options
 from wrapq.resolve.plan import Plan
 
@@ -52,10 +50,9 @@ class TorchExport(ProgramExporter):
     options: TorchExportOptions
     weights: ClassVar[str] = PROGRAM
     extra: ClassVar[tuple[str, tuple[str, ...]]] = "torch_export", (NEEDED,)
+    runtime: ClassVar[tuple[str, str]] = "torch.export.load", run_program.__file__
 
-    def export(self, model: nn.Module, plan: Plan, folder: Folder) -> None:
-        if problems := list(self.check(plan)):
-            raise PlanError(problems)
+    def write(self, model: nn.Module, folder: Folder) -> None:
         ids = example_ids(model, 2, 8)
         given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         open_axes = dict.fromkeys(given, (OPEN, OPEN))
@@ -66,12 +63,6 @@ class TorchExport(ProgramExporter):
                 torch.export.save(program, file)
 
         folder.write(PROGRAM, save)
-
-    def read(self, folder: Path, ids: Tensor, device: str) -> Reading:
-        answer = read(folder, ids, device, run_program.__file__)
-        if not answer.logits:
-            raise ModelError(f"torch.export.load does not run the export: {answer.reason}")
-        return Reading(answer.logits[LOGITS], answer.measured, answer.tokens)
 
     def layers(self, plan: Plan) -> Iterable[str]:
         yield f"{PROGRAM}: {len(plan.modules)} modules in quantized_decomposed and torchao operators"
