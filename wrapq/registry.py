@@ -118,7 +118,7 @@ class Place:
 
     Attributes:
         path: the dotted path of the mapping that holds both, `stack.round`.
-        key: that of the name in it, `algorithm`.
+        key: that of the name in it, `algorithm`; empty where the mapping is what is called so.
         beside: the other keys of the mapping, which are no options.
         source: what set a dotted path, as problems quote it.
         owner: what problems call the thing whose options these are; `{}` stands for its name.
@@ -134,7 +134,7 @@ class Place:
 
     def at(self, key: str) -> str:
         """The dotted path of a key of the mapping."""
-        return f"{self.path}.{key}" if self.path else key
+        return ".".join(filter(None, (self.path, key)))
 
 
 def build(registry: Registry[type[C]], name: str, options: Mapping[str, Any], place: Place, *arguments: Any) -> C:

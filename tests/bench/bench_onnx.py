@@ -28,6 +28,7 @@ from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 import wrapq
+from tests.exports import export_of
 from wrapq.data.samples import build_samples
 from wrapq.data.sources.base import make_source
 from wrapq.evaluation.quality import QualityMeter
@@ -123,7 +124,7 @@ def main() -> None:
         for scheme, recipe in RECIPES.items():
             more = [f"calibration.samples={chosen.samples}", "tracking=none", "runtime.kernels=reference"]
             run = wrapq.run(recipe, [*words, *more, "evaluation.tokens=512", f"paths.outputs={scratch}/{recipe}"])
-            models = {"wrapq": run.exported.path / MODEL, **theirs(scheme, floating, calibration, Path(scratch))}
+            models = {"wrapq": export_of(run).path / MODEL, **theirs(scheme, floating, calibration, Path(scratch))}
             for by, path in models.items():
                 row = {"scheme": scheme, "by": by} | measured(path, floating, evaluated)
                 print(json.dumps(row), flush=True)

@@ -78,7 +78,7 @@ def test_plan_ends_with_estimates_and_digests() -> None:
 
 
 def test_plan_says_what_is_exported_and_what_the_format_says_differently() -> None:
-    wanted = ("export=compressed_tensors", "model.dtype=bfloat16", "export.reader=transformers")
+    wanted = ("export=compressed_tensors", "model.dtype=bfloat16", "export.compressed_tensors.reader=transformers")
     said = text(*plan_tables(plan("recipe=w4a16_rtn", *wanted)))
     assert lines_of(said, "export ", "  note: ") == [
         "export compressed_tensors(reader=transformers)",

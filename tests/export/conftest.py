@@ -31,10 +31,10 @@ pytest.importorskip("compressed_tensors")
 
 WEIGHTS = ("recipe=w4a16_rtn",)
 STATIC = ("recipe=w8a8_static", "calibration.samples=8", "calibration.seq_len=128")
-TRANSFORMERS = "export.reader=transformers"
+TRANSFORMERS = "export.compressed_tensors.reader=transformers"
 SMALL = ("evaluation.tokens=2048", "evaluation.seq_len=128", "tracking=none", "runtime.kernels=reference")
-EXPORT = "export=compressed_tensors"
-HERE = "export.format=read_here"
+EXPORT = ("export=compressed_tensors",)
+HERE = ("export=none", "+export.read_here={beside_float: false}")
 
 
 @EXPORTERS.register("read_here")
@@ -141,7 +141,7 @@ def exported(outputs: Path) -> Runner:
     @cache
     def run(name: str) -> RunResult:
         recipe, *overrides = CASES[name].overrides
-        chosen = [*SMALL, EXPORT, *([] if name == APART else [HERE]), f"paths.outputs={outputs}/{name}"]
+        chosen = [*SMALL, *(EXPORT if name == APART else HERE), f"paths.outputs={outputs}/{name}"]
         return wrapq.run(recipe.removeprefix("recipe="), [*overrides, *chosen])
 
     return run

@@ -10,7 +10,8 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import wrapq
-from tests.export.conftest import EXPORT, HERE, SMALL, ReadHere, Runner, weights
+from tests.export.conftest import HERE, SMALL, ReadHere, Runner, weights
+from tests.exports import export_of
 from wrapq.cli import main
 from wrapq.engine.export import export_run
 from wrapq.engine.progress import Progress
@@ -19,7 +20,7 @@ from wrapq.export.base import EXPORTERS
 from wrapq.export.compressed_tensors import CompressedTensors
 from wrapq.recipe.schema import Export, Settings
 
-FORMAT = Export(format="compressed_tensors")
+FORMAT = {"compressed_tensors": Export()}
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -53,11 +54,11 @@ class OneTensorLost(CompressedTensors):
 @pytest.mark.slow  # the plain tests export later, too; this one compares every byte
 def test_it_is_the_same_bytes_later(exported: Runner, tmp_path: Path) -> None:
     run, target = exported("w4a16"), tmp_path / "later"
-    options = ["export=compressed_tensors", "--to", str(target)]
+    options = ["export=compressed_tensors", "export.compressed_tensors.beside_float=false", "--to", str(target)]
     result = CliRunner().invoke(main, ["export", str(run.folder), *options])
     assert result.exit_code == 0, result.output
     assert str(target) in result.output.replace("\n", "")
-    assert files_of(target) == files_of(run.exported.path)
+    assert files_of(target) == files_of(export_of(run).path)
     assert {"config.json", "model.safetensors", "generation_config.json", "tokenizer.json"} <= set(files_of(target))
     again = CliRunner().invoke(main, ["export", str(run.folder), *options])
     assert again.exit_code == OutputError.exit_code and "exists already" in again.output
@@ -67,7 +68,7 @@ def test_a_wrong_scale_is_found_and_nothing_is_left(exported: Runner) -> None:
     folder = exported("w4a16").folder
     before = files_of(folder)
     with pytest.raises(ModelError, match="the one_scale_wrong export loads, but computes something else"):
-        export_run(str(folder), Export(format="one_scale_wrong"), Settings(), Progress())
+        export_run(str(folder), {"one_scale_wrong": Export()}, Settings(), Progress())
     assert files_of(folder) == before
     assert not (folder / "export" / ".one_scale_wrong.partial").exists()
 
@@ -75,7 +76,7 @@ def test_a_wrong_scale_is_found_and_nothing_is_left(exported: Runner) -> None:
 def test_a_lost_tensor_is_found(exported: Runner) -> None:
     folder = exported("w4a16").folder
     with pytest.raises(ModelError, match=r"does not load the export: .*model\.layers\.2\.mlp\.up_proj\.weight_packed"):
-        export_run(str(folder), Export(format="one_tensor_lost"), Settings(), Progress())
+        export_run(str(folder), {"one_tensor_lost": Export()}, Settings(), Progress())
 
 
 def test_the_plan_is_asked_again(exported: Runner) -> None:
@@ -113,14 +114,13 @@ def test_tied_embeddings_are_stored_once(tmp_path: Path) -> None:
     chosen = [
         *overrides,
         *SMALL,
-        EXPORT,
-        HERE,
+        *HERE,
         "model=hf",
         f"model.path={model}",
         f"paths.outputs={tmp_path}",
         "evaluation.tokens=256",
     ]
     run = wrapq.run(recipe.removeprefix("recipe="), chosen)
-    tensors = load_file(run.exported.path / "model.safetensors")
+    tensors = load_file(export_of(run).path / "model.safetensors")
     assert "model.embed_tokens.weight" in tensors and "lm_head.weight" not in tensors
-    assert run.exported.error < 1e-6
+    assert export_of(run).error < 1e-6

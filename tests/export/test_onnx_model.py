@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import wrapq
 from tests.export.test_lowering import converted, logits, off
 from tests.export.test_refusals import planned
+from tests.exports import export_of
 from tests.models import random_model
 from wrapq.errors import ModelError, PlanError
 from wrapq.export import onnx_model
@@ -161,6 +162,7 @@ def test_a_quantized_table_and_every_point(make_model: Callable[..., nn.Module],
 
 
 SMALL = ("evaluation.tokens=1024", "evaluation.seq_len=128", "tracking=none", "runtime.kernels=reference")
+ALONE = "export.onnx.beside_float=false"
 CALIBRATED = ("calibration.samples=4", "calibration.seq_len=64")
 RUNS = {
     "onnx_w4a16": (CALIBRATED, EXACT),
@@ -177,22 +179,21 @@ RUNS = {
 )
 def test_a_run_exports_what_it_measured(recipe: str, tmp_path: Path) -> None:
     words, allowed = RUNS[recipe]
-    words = [*words, *SMALL, "export=onnx", "goals.export_token_ms=1000", "goals.export_greedy_agreement=0.5"]
+    words = [*words, *SMALL, "export=onnx", ALONE, "goals.export_token_ms=1000", "goals.export_greedy_agreement=0.5"]
     done = wrapq.run(recipe, [*words, f"paths.outputs={tmp_path}"])
-    assert done is not None and done.exported is not None and done.exported.error <= allowed
-    assert done.figures["export_size_mb"] == done.exported.size / 1e6
+    assert export_of(done).error <= allowed
+    assert done.figures["export_size_mb"] == export_of(done).size / 1e6
     assert done.goals["export_token_ms"].met and done.figures["export_first_token_ms"] > 0
     if recipe == "onnx_w4a16":
         assert done.figures["export_top1_agreement"] == done.figures["export_greedy_agreement"] == 1
-    assert {MODEL, "tokenizer.json"} <= {file.name for file in done.exported.path.iterdir()}
-    assert done.exported.size == (done.exported.path / MODEL).stat().st_size
-    assert any("onnxruntime.InferenceSession" in note for note in done.exported.notes)
+    assert {MODEL, "tokenizer.json"} <= {file.name for file in export_of(done).path.iterdir()}
+    assert export_of(done).size == (export_of(done).path / MODEL).stat().st_size
+    assert any("onnxruntime.InferenceSession" in note for note in export_of(done).notes)
 
 
 @pytest.mark.slow
 def test_a_finished_run_is_exported_later_to_the_same_bytes(tmp_path: Path) -> None:
-    done = wrapq.run("onnx_w8a8", [*CALIBRATED, *SMALL, f"paths.outputs={tmp_path}"])
-    assert done is not None and done.exported is not None
+    done = wrapq.run("onnx_w8a8", [*CALIBRATED, *SMALL, ALONE, f"paths.outputs={tmp_path}"])
     command = [
         sys.executable,
         "-m",
@@ -200,11 +201,12 @@ def test_a_finished_run_is_exported_later_to_the_same_bytes(tmp_path: Path) -> N
         "export",
         str(done.folder),
         "export=onnx",
+        ALONE,
         "--to",
         str(tmp_path / "again"),
     ]
     subprocess.run(command, check=True, capture_output=True)
-    assert (tmp_path / "again" / MODEL).read_bytes() == (done.exported.path / MODEL).read_bytes()
+    assert (tmp_path / "again" / MODEL).read_bytes() == (export_of(done).path / MODEL).read_bytes()
 
 
 @pytest.mark.slow
@@ -237,8 +239,10 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(package: str) -> str:
         raise PackageNotFoundError(package)
 
-    monkeypatch.setattr("wrapq.export.program.version", absent)
-    with pytest.raises(PlanError, match=r"onnx needs onnxruntime, which is not installed\n.*wrapq\[onnx\]"):
+    monkeypatch.setattr("wrapq.export.base.version", absent)
+    with pytest.raises(
+        PlanError, match=r"made with torchao and onnxscript and onnxruntime, which are not installed\n.*wrapq\[onnx\]"
+    ):
         planned("recipe=w4a16_rtn", "export=onnx")
 
 

@@ -36,6 +36,7 @@ The peer runs in its own environment: `WRAPQ_PEER_PYTHON` names its interpreter,
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -44,10 +45,12 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 import wrapq
 from tests.export.stored import Layer, Tensors, as_bytes, bits, bytes_of, rounded, tiles
+from tests.exports import export_of
 from tests.models import DEMO
 from tests.peers.environment import peer_python, run_oneshots
 from wrapq.quant.qparams import QParams
@@ -100,14 +103,20 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def theirs(tmp_path_factory: pytest.TempPathFactory, tokens: Path) -> Reader:
-    """What llm-compressor saves for a scheme and a dtype; all of it is made in one process."""
-    folder = tmp_path_factory.mktemp("peer")
-    order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(0))
-    save_file({"ids": load_file(tokens)["ids"][order].contiguous()}, folder / "ids.safetensors")
-    jobs = [_job(name, dtype, folder) for name, scheme in SCHEMES.items() for dtype in scheme.dtypes]
-    answers = list(run_oneshots(peer_python(folder / "env"), jobs, folder))
-    assert not [answer for answer in answers if "error" in answer]
+def theirs(tmp_path_factory: pytest.TempPathFactory, tokens: Path, worker_id: str) -> Reader:
+    """What llm-compressor saves for a scheme and a dtype; all of it is made in one process, once for all workers."""
+    alone = worker_id == "master"
+    folder = tmp_path_factory.mktemp("peer") if alone else tmp_path_factory.getbasetemp().parent / "peer"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "done").exists():
+            folder.mkdir(exist_ok=True)
+            order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(0))
+            save_file({"ids": load_file(tokens)["ids"][order].contiguous()}, folder / "ids.safetensors")
+            jobs = [_job(name, dtype, folder) for name, scheme in SCHEMES.items() for dtype in scheme.dtypes]
+            answers = list(run_oneshots(peer_python(folder / "env"), jobs, folder))
+            assert not [answer for answer in answers if "error" in answer]
+            shutil.rmtree(folder / "env", ignore_errors=True)  # gigabytes
+            (folder / "done").touch()
     return lambda name, dtype: load_file(folder / dtype / name / "model.safetensors")
 
 
@@ -138,10 +147,13 @@ def ours(tmp_path_factory: pytest.TempPathFactory, tokens: Path) -> Reader:
         else:
             recipe, own = ("w8a8_static", [*nearest, *data]) if SCHEMES[name].data else ("w4a16_rtn", [])
             own = [f"scheme@rules.linear={name.lower()}", *own]
-        target = ["export=compressed_tensors", "export.reader=transformers", f"paths.outputs={folder}/{dtype}/{name}"]
-        exported = wrapq.run(recipe, [f"model.dtype={dtype}", *own, *small, *target]).exported
-        assert exported is not None
-        return load_file(exported.path / "model.safetensors")
+        target = [
+            "export=compressed_tensors",
+            "export.compressed_tensors={reader: transformers, beside_float: false}",
+            f"paths.outputs={folder}/{dtype}/{name}",
+        ]
+        run = wrapq.run(recipe, [f"model.dtype={dtype}", *own, *small, *target])
+        return load_file(export_of(run).path / "model.safetensors")
 
     return export
 

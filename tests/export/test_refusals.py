@@ -13,12 +13,13 @@ from wrapq.errors import PlanError, RecipeError, WrapqError
 from wrapq.export import compressed_tensors as exporter_module
 from wrapq.export.vllm import fusion_refusals, linear_note, linear_refusal, unequal_global_scales
 from wrapq.recipe.compose import compose
+from wrapq.recipe.schema import Recipe
 from wrapq.resolve.plan import Plan
 from wrapq.resolve.resolve import resolve
 
 INT8 = "+rules.more={match: {name: 'PATTERN'}, weight: 'int8:g128'}"
 OTHERWISE = "quantize it otherwise, leave it float, or run with export=none"
-WITHOUT_VLLM = "quantize it otherwise, or give vLLM up with export.reader=transformers"
+WITHOUT_VLLM = "quantize it otherwise, or give vLLM up with export.compressed_tensors.reader=transformers"
 
 
 def planned(*overrides: str) -> Plan:
@@ -214,12 +215,26 @@ def test_some_caches_only() -> None:
 
 def test_names_and_options_are_checked_without_a_model() -> None:
     with pytest.raises(RecipeError, match="unknown export format 'compresed'") as error:
-        planned("recipe=w8a16", "export.format=compresed")
-    assert "did you mean: compressed_tensors, none" in str(error.value)
+        planned("recipe=w8a16", "+export.compresed={}")
+    assert "did you mean: compressed_tensors" in str(error.value)
+    with pytest.raises(RecipeError, match=r"unknown export 'onx'\n.*did you mean: onnx"):
+        planned("recipe=w8a16", "export=[openvino,onx]")
     with pytest.raises(RecipeError, match="did you mean: reader"):
-        planned("recipe=w8a16", "export=compressed_tensors", "+export.raeder=vllm")
-    with pytest.raises(RecipeError, match="nothing reads it"):
+        planned("recipe=w8a16", "export=compressed_tensors", "+export.compressed_tensors.raeder=vllm")
+    with pytest.raises(RecipeError, match=r"export\.reader: 'vllm' is wrong here: a mapping"):
         planned("recipe=w8a16", "export=none", "+export.reader=vllm")
+    with pytest.raises(RecipeError, match="is not the name of a model"):
+        planned("model=[hf,demo]")
+
+
+def test_records_of_one_export_are_read() -> None:
+    recipe = planned("recipe=w8a16", "export=compressed_tensors").recipe
+    for format_name, options in (("none", {}), ("compressed_tensors", {"reader": "vllm"})):
+        before = Recipe.model_validate({**recipe.model_dump(), "export": {"format": format_name, **options}})
+        assert before == recipe.model_copy(update={"export": before.export})
+        assert {name: export.options for name, export in before.export.items()} == (
+            {format_name: options} if options else {}
+        )
 
 
 def test_a_plan_without_export_is_not_asked() -> None:

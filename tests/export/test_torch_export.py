@@ -11,6 +11,7 @@ import torch
 
 import wrapq
 from tests.export.test_refusals import planned
+from tests.exports import export_of
 from wrapq.engine.record import RunResult
 from wrapq.errors import ModelError, PlanError
 from wrapq.export.run_program import PROGRAM
@@ -20,6 +21,7 @@ pytest.importorskip("torchao")
 
 SMALL = ("evaluation.tokens=1024", "evaluation.seq_len=128", "tracking=none", "runtime.kernels=reference")
 EXPORT, CALIBRATED = "export=torch_export", ("calibration.samples=4", "calibration.seq_len=64")
+ALONE = "export.torch_export.beside_float=false"
 CASES = {
     "w8a8_static": (["recipe=w8a8_static", *CALIBRATED], 5e-2),
     "w4a16_gptq": (["recipe=w4a16_gptq", "stack.round.act_order=false", *CALIBRATED], 1e-6),
@@ -32,7 +34,7 @@ SLOW = [name for name in CASES if name != "w4a16_gptq"]
 
 
 def finished(words: list[str], folder: Path) -> RunResult:
-    run = wrapq.run(words[0].removeprefix("recipe="), [*words[1:], *SMALL, EXPORT, f"paths.outputs={folder}"])
+    run = wrapq.run(words[0].removeprefix("recipe="), [*words[1:], *SMALL, EXPORT, ALONE, f"paths.outputs={folder}"])
     assert run is not None
     return run
 
@@ -41,19 +43,19 @@ def finished(words: list[str], folder: Path) -> RunResult:
 def test_a_run_exports_what_it_measured(name: str, tmp_path: Path) -> None:
     words, allowed = CASES[name]
     run = finished(words, tmp_path)
-    assert run.exported.error <= allowed
-    assert {PROGRAM, "tokenizer.json"} <= {file.name for file in run.exported.path.iterdir()}
-    assert run.exported.size == (run.exported.path / PROGRAM).stat().st_size
-    assert any("torch.export.load" in note for note in run.exported.notes)
+    assert export_of(run).error <= allowed
+    assert {PROGRAM, "tokenizer.json"} <= {file.name for file in export_of(run).path.iterdir()}
+    assert export_of(run).size == (export_of(run).path / PROGRAM).stat().st_size
+    assert any("torch.export.load" in note for note in export_of(run).notes)
 
 
 @pytest.mark.slow
 def test_a_finished_run_is_exported_later_to_the_same_bytes_and_strictly(tmp_path: Path) -> None:
     run = finished(["recipe=w8a8_static", *CALIBRATED], tmp_path)
-    command = [sys.executable, "-m", "wrapq", "export", str(run.folder), EXPORT]
-    for target, more in (("again", ()), ("strict", ("export.strict=true",))):
+    command = [sys.executable, "-m", "wrapq", "export", str(run.folder), EXPORT, ALONE]
+    for target, more in (("again", ()), ("strict", ("export.torch_export.strict=true",))):
         subprocess.run([*command, *more, "--to", str(tmp_path / target)], check=True, capture_output=True)
-    first, again = (torch.export.load(folder / PROGRAM) for folder in (run.exported.path, tmp_path / "again"))
+    first, again = (torch.export.load(folder / PROGRAM) for folder in (export_of(run).path, tmp_path / "again"))
     assert str(first.graph) == str(again.graph)
     assert all(torch.equal(tensor, again.state_dict[name]) for name, tensor in first.state_dict.items())
     ids = torch.arange(3 * 20).view(3, 20)

@@ -126,7 +126,7 @@ def _plan(console: Terminal, plan: Plan, text: str) -> None:
 def _result(console: Terminal, plan: Plan, text: str) -> None:
     exported = Exported(Path(text), 0.0, 1, (text,), figures={"top1_agreement": 1.0})
     seconds = {"total": 1.0, text: 1.0}
-    more = {"notes": (text,), "run_id": text, "run_url": text, "kernels": text, "exported": exported}
+    more = {"notes": (text,), "run_id": text, "run_url": text, "kernels": text, "exports": {text: exported}}
     show_result(console, RunResult(Path(text), STAGES, {"float": 1, "quantized": 1}, seconds, {}, **more), 1)
 
 

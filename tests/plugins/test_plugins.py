@@ -36,7 +36,7 @@ WEIGHTS = {
     "name": "blocks",
     "rules": {"linear": {"match": {"name": "*.mlp.*"}}},
     "stack": {"round": {"algorithm": "narrower", "shares": [1.0, 0.9]}},
-    "export": {"format": "dequantized"},
+    "export": {"dequantized": {"beside_float": False}},
     "goals": {"cosine": 0.5},
 }
 
@@ -93,7 +93,7 @@ def test_a_wrong_option_is_told_like_any_other(wrapq: Wrapq) -> None:
 
 
 def test_an_exporter_refuses_in_the_plan(wrapq: Wrapq) -> None:
-    shown = wrapq("plan", "recipe=team.yaml", *SMALL, "export.format=dequantized", status=2)
+    shown = wrapq("plan", "recipe=team.yaml", *SMALL, "+export.dequantized={}", status=2)
     assert "a float checkpoint has no activations" in shown
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import wrapq
+from tests.exports import export_of
 from tests.models import DEMO, random_model, without_weights
 from wrapq.engine.progress import Progress
 from wrapq.engine.replay import verify
@@ -37,7 +38,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A finished run with an export."""
     out = tmp_path_factory.mktemp("runs")
     small = [*SMALL, WEIGHT, f"model.path={random_model('llama', out / 'model')}", f"paths.outputs={out}"]
-    return wrapq.run("w4a16_rtn", [*small, "export=compressed_tensors"])
+    return wrapq.run("w4a16_rtn", [*small, "export=compressed_tensors", "export.compressed_tensors.beside_float=false"])
 
 
 def source(path: Path, dequantize: bool = True) -> ModelSource:
@@ -87,10 +88,10 @@ def test_fp8_in_blocks(tmp_path: Path) -> None:
 
 
 def test_an_export_and_the_run_that_it_is_of(run: Any) -> None:
-    assert "compressed-tensors (pack-quantized, 4 bits)" in refusal(run.exported.path)
+    assert "compressed-tensors (pack-quantized, 4 bits)" in refusal(export_of(run).path)
     assert "a run of wrapq (int4:g32:sym)" in refusal(run.folder)
     expected = wrapq.load(run.folder)(IDS).logits
-    for path in (run.exported.path, run.folder):
+    for path in (export_of(run).path, run.folder):
         model = load_float(source(path), CPU)
         assert torch.equal(model(IDS).logits, expected)
         assert {p.dtype for p in model.parameters()} == {torch.float32}
@@ -98,7 +99,7 @@ def test_an_export_and_the_run_that_it_is_of(run: Any) -> None:
 
 
 def test_a_run_of_what_was_taken_apart_is_verified_and_evaluated(run: Any, tmp_path: Path) -> None:
-    path = [f"model.path={run.exported.path}", "model.dequantize=true"]
+    path = [f"model.path={export_of(run).path}", "model.dequantize=true"]
     again = wrapq.run("w4a16_rtn", [*path, *SMALL, WEIGHT, f"paths.outputs={tmp_path}"])
     composed = compose(["recipe=w4a16_rtn", WEIGHT, *path])
     assert "float here is what comes out of it: compressed-tensors (pack-quantized, 4 bits)" in str(
@@ -111,7 +112,7 @@ def test_a_run_of_what_was_taken_apart_is_verified_and_evaluated(run: Any, tmp_p
 
 def test_a_float_checkpoint_is_not_taken_apart_and_blocks_are_not_streamed(run: Any) -> None:
     assert "model.dequantize: nothing to take apart: the weights of" in refusal(DEMO, dequantize=True)
-    path = [f"model.path={run.exported.path}", "model.dequantize=true", "runtime.load=streaming"]
+    path = [f"model.path={export_of(run).path}", "model.dequantize=true", "runtime.load=streaming"]
     with pytest.raises(PlanError, match=r"runtime\.load: streaming: a checkpoint that is quantized already"):
         wrapq.run("w4a16_rtn", [*path, *SMALL, WEIGHT])
 

@@ -12,6 +12,7 @@ from torch import nn
 
 import wrapq
 from tests.conftest import build_model
+from tests.exports import export_of
 from tests.models import saved
 from wrapq.graph.blocks import find_blocks
 from wrapq.graph.towers import find_towers
@@ -91,10 +92,11 @@ def test_a_run_and_its_export_take_the_processor_along(tmp_path: Path) -> None:
     path = saved(model, tmp_path / "model")
     for name, text in FILES.items():
         (path / name).write_text(text)
-    more = ["calibration.samples=2", "calibration.seq_len=32", "export=compressed_tensors", f"paths.outputs={tmp_path}"]
+    export = ["export=compressed_tensors", "export.compressed_tensors.beside_float=false"]
+    more = ["calibration.samples=2", "calibration.seq_len=32", *export, f"paths.outputs={tmp_path}"]
     run = wrapq.run("w8a8_static", [f"model.path={path}", *SMALL, *more])
-    assert run.exported is not None and run.exported.error < 1e-6
-    for folder in (run.folder, run.exported.path):
+    assert export_of(run).error < 1e-6
+    for folder in (run.folder, export_of(run).path):
         assert {name: (folder / name).read_text() for name in FILES} == FILES
     loaded = wrapq.load(run.folder)
     quantized = [name for name, module in loaded.named_modules() if isinstance(module, QuantizedModule)]

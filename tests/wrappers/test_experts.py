@@ -13,6 +13,7 @@ from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 import wrapq
 from tests.conftest import build_model
+from tests.exports import export_of
 from tests.models import DEMO
 from wrapq import PTQConfig
 from wrapq.errors import PlanError
@@ -151,9 +152,9 @@ def test_transforms_change_each_expert(token_batches: list[Tensor]) -> None:
 def test_a_run_whole_and_streamed_and_its_export(folder: Path, tmp_path: Path) -> None:
     small = [f"model.path={folder}", *EVALUATION, "calibration.samples=4", "calibration.seq_len=64", "tracking=none"]
     small += ["rules.linear.weight=int4:g32:sym", f"paths.outputs={tmp_path}"]
-    export = ["export=compressed_tensors", "export.reader=transformers"]
+    export = ["export=compressed_tensors", "export.compressed_tensors={reader: transformers, beside_float: false}"]
     whole = wrapq.run("w4a16_gptq", [*small, *export])
-    assert whole.exported is not None and whole.exported.error < 1e-6
+    assert export_of(whole).error < 1e-6
     streamed = wrapq.run("w4a16_gptq", [*small, "runtime.load=streaming"])
     assert streamed.digests["qparams"] == whole.digests["qparams"]
     loaded = [wrapq.load(run.folder) for run in (whole, streamed)]
@@ -196,7 +197,9 @@ def test_an_export_that_transformers_would_not_put_together_is_refused(tmp_path:
     build_model("mixtral", vocab_size=2048).save_pretrained(tmp_path / "model")
     overrides = [f"model.path={tmp_path / 'model'}", "rules.linear.weight=int4:g16:sym", "tracking=none"]
     with pytest.raises(PlanError, match="does not put experts of MixtralForCausalLM together"):
-        wrapq.run("w4a16_rtn", [*overrides, "export=compressed_tensors", "export.reader=transformers"])
+        wrapq.run(
+            "w4a16_rtn", [*overrides, "export=compressed_tensors", "export.compressed_tensors.reader=transformers"]
+        )
 
 
 @pytest.mark.parametrize("family", ["llama4", "longcat_flash"])

@@ -39,7 +39,7 @@ def evaluate(path: str, overrides: tuple[str, ...], config_dirs: tuple[Path, ...
 @click.option("--to", "target", type=click.Path(path_type=Path), help="A new folder, instead of one in the run's.")
 @takes_recipe
 def export(run: str, overrides: tuple[str, ...], config_dirs: tuple[Path, ...], target: Path | None) -> None:
-    """Write a finished run's model in another project's format: wrapq export RUN export=compressed_tensors
+    """Write a finished run's model in other projects' formats: wrapq export RUN export=[onnx,openvino]
 
     RUN is the folder of a run, or the name of a recipe whose newest run is meant.
     """
@@ -53,7 +53,8 @@ def export(run: str, overrides: tuple[str, ...], config_dirs: tuple[Path, ...], 
     console = make_console()
     progress = ConsoleProgress(console)
     target = target and expand(target)
-    show_export(console, export_run(run, composed.recipe.export, composed.settings, progress, target))
+    for name, exported in export_run(run, composed.recipe.export, composed.settings, progress, target).items():
+        show_export(console, name, exported)
 
 
 @click.command()

@@ -8,7 +8,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from wrapq.console.plain_table import plain_table
-from wrapq.export.base import Exporter, make_exporter
+from wrapq.export.base import Exporter, make_exporters
 from wrapq.metrics import megabytes
 from wrapq.resolve.listing import list_points, list_stages, list_untouched, with_options
 from wrapq.resolve.plan import Plan
@@ -36,14 +36,14 @@ def plan_tables(plan: Plan, full: bool = False) -> Iterator[RenderableType]:
     yield plain_table("stages", *list_stages(plan))
     if plan.notes:
         yield Text("\n".join(f"note: {note}" for note in plan.notes))
-    if (exporter := make_exporter(plan.recipe.export)) is not None:
-        yield _export(plan, exporter)
+    for name, exporter in make_exporters(plan.recipe.export).items():
+        yield _export(plan, name, exporter)
     yield _estimates(plan)
 
 
-def _export(plan: Plan, exporter: Exporter) -> Text:
+def _export(plan: Plan, name: str, exporter: Exporter) -> Text:
     """The export format with its options, its layers and notes on what it expresses differently."""
-    named = with_options(plan.recipe.export.format, exporter.options.model_dump())
+    named = with_options(name, exporter.options.model_dump())
     notes = (f"note: {note}" for note in exporter.notes(plan))
     return Text("\n  ".join([f"export {named}", *exporter.layers(plan), *notes]))
 

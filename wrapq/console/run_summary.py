@@ -95,19 +95,22 @@ def show_result(console: Console, result: RunResult, tokens: int) -> None:
     if result.run_id:
         console.print(f"MLflow run {result.run_id}: {result.run_url or 'wrapq ui shows it'}")
     console.print(f"load it: wrapq.load({json.dumps(str(result.folder), ensure_ascii=False)})")
-    if result.exported is not None:
-        show_export(console, result.exported)
+    for name, exported in result.exports.items():
+        show_export(console, name, exported)
 
 
-def show_export(console: Console, exported: Exported) -> None:
-    """Where an export lies, and that it was checked."""
-    console.print(f"export: {exported.path}, {megabytes(exported.size)} of weights")
+def show_export(console: Console, name: str, exported: Exported) -> None:
+    """Where an export in the format `name` lies, and that it was checked."""
+    console.print(f"{name}: {exported.path}, {megabytes(exported.size)} of weights")
     found = exported.figures
     line = f"loaded by its own library in a fresh process: logits off by {exported.error:.1e} of their norm"
     console.print(f"{line}, {percent(found['top1_agreement'])} of next tokens the same")
     words = {"first_token_ms": "to the first token", "token_ms": "for each after it"}
-    times = [f"{milliseconds(found[name])} {what}" for name, what in words.items() if name in found]
-    times += [f"{megabytes(found['peak_mb'] * 1e6)} of memory"] if "peak_mb" in found else []
-    if times:
-        threads = f"{exported.threads} thread{'s' if exported.threads > 1 else ''}"
-        console.print(f"there, with {threads}: {', '.join(times)}")
+    threads = f"{exported.threads} thread{'s' if exported.threads > 1 else ''}"
+    for who, before in ((f"there, with {threads}", ""), ("the float model there", "float_")):
+        times = [
+            f"{milliseconds(found[before + name])} {what}" for name, what in words.items() if before + name in found
+        ]
+        times += [f"{megabytes(found[f'{before}peak_mb'] * 1e6)} of memory"] if f"{before}peak_mb" in found else []
+        if times:
+            console.print(f"{who}: {', '.join(times)}")

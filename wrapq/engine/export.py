@@ -14,11 +14,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from wrapq.engine.beside_float import FloatBeside, with_float
 from wrapq.engine.host import use_machine
 from wrapq.engine.measure import forward_logits
 from wrapq.engine.progress import Progress
 from wrapq.errors import ModelError, OutputError, PlanError, Problem
-from wrapq.export.base import EXPORTERS, NONE, Exporter, make_exporter
+from wrapq.export.base import EXPORTERS, make_exporters
 from wrapq.export.reload import greedy
 from wrapq.export.stopwatch import TOKENS
 from wrapq.ownership import own
@@ -47,7 +48,8 @@ class Exported:
         size: bytes of its weights.
         notes: what somebody must know who loads it.
         threads: with which it was measured.
-        figures: what was measured of it in its runtime, by the names of `wrapq.metrics` without their `export_`.
+        figures: what was measured of it in its runtime, by the names of `wrapq.metrics` without their `export_`; those
+            of the float model there begin with `float_`.
     """
 
     path: Path
@@ -60,9 +62,10 @@ class Exported:
 
 def export_model(
     model: nn.Module,
-    exporter: Exporter,
+    name: str,
     plan: Plan,
     run: Path,
+    beside: FloatBeside,
     target: Path | None = None,
     ids: Tensor | None = None,
 ) -> Exported:
@@ -70,9 +73,10 @@ def export_model(
 
     Args:
         model: the run's model, on any device; the export is compared on the same.
-        exporter: the one of the plan's recipe.
+        name: the format, one of those of the plan's recipe.
         plan: the run's plan.
         run: the run's folder, which has the tokenizer.
+        beside: measures the float model in the same runtime.
         target: an empty or new folder for the export; `export/FORMAT` in the run's when not given.
         ids: the token ids [B, T] on which it is compared; any when not given.
 
@@ -82,8 +86,7 @@ def export_model(
     """
     from transformers import AutoTokenizer
 
-    name = plan.recipe.export.format
-    place = target or run / EXPORTS / name
+    exporter, place = make_exporters(plan.recipe.export)[name], target or run / EXPORTS / name
     with _whole_folder(place, replace=target is None) as partial:
         folder = RunFolder(partial)
         exporter.export(model, plan, folder)
@@ -112,43 +115,51 @@ def export_model(
     figures = {"top1_agreement": float((theirs.argmax(-1) == ours.argmax(-1)).float().mean()), "size_mb": size / 1e6}
     if reading.tokens is not None and own is not None:
         figures["greedy_agreement"] = float((reading.tokens.numpy() == own).mean())
-    notes = (*reading.notes, *exporter.notes(plan))
-    return Exported(place, error, size, notes, torch.get_num_threads(), {**figures, **reading.measured})
+    figures |= reading.measured
+    notes = [*reading.notes, *exporter.notes(plan)]
+    if plan.recipe.export[name].beside_float:
+        floats, failed = beside.figures(name, exporter, plan, ids, device, place.parent)
+        figures, notes = with_float(figures, floats), notes + [failed] * bool(failed)
+    return Exported(place, error, size, tuple(notes), torch.get_num_threads(), figures)
 
 
 def export_run(
-    run: str, export: Export, settings: Settings, progress: Progress, target: Path | None = None
-) -> Exported:
+    run: str, exports: Mapping[str, Export], settings: Settings, progress: Progress, target: Path | None = None
+) -> dict[str, Exported]:
     """Export a finished run; what `wrapq export` does.
 
     Args:
         run: the folder of a run, or of a recipe's runs, of which the newest is taken, or the name of a recipe.
-        export: the format and its options.
+        exports: the formats and their options.
         settings: device and threads, and the folder in which a recipe's name is looked up.
         progress: told of each step.
-        target: see `export_model`.
+        target: see `export_model`; with several formats each has a folder in it.
 
     Raises:
         RecipeError, PlanError: no such format or option, or the format cannot say what the run quantized.
         ModelError, OutputError: see `export_model`; there is no such run.
     """
-    if export.format == NONE:
+    if not exports:
         words = ", ".join(f"export={name}" for name in EXPORTERS)
         raise PlanError([Problem("", "export", "no format is chosen", (), f"say which: {words}")])
     record = find_run(run, Path(settings.paths.outputs))
-    recipe = record.plan.recipe.model_copy(update={"export": export})
+    recipe = record.plan.recipe.model_copy(update={"export": dict(exports)})
     check_names(recipe, Sources({}))
     plan = record.plan.model_copy(update={"recipe": recipe})
     check_export(plan)
-    _check_target(target or record.folder / EXPORTS / export.format, target is None, weight_bytes(record.folder))
+    targets = {name: target / name if target and len(exports) > 1 else target for name in exports}
+    for name, given in targets.items():
+        _check_target(given or record.folder / EXPORTS / name, given is None, weight_bytes(record.folder))
+    beside, found = FloatBeside(settings, record.digests["model"]), {}
     with use_machine(settings, recipe.seed) as device, blaming_files(record.folder):
         with progress.task("Loading the model"):
             model = load(record.folder, device, trust_remote_code=settings.runtime.trust_remote_code)
-        with progress.task("Exporting and loading the export"):
-            exported = export_model(model, cast(Exporter, make_exporter(export)), plan, record.folder, target)
-    for text in exported.notes:
-        progress.note(text)
-    return exported
+        for name, given in targets.items():
+            with progress.task(f"Exporting to {name} and loading that"):
+                found[name] = export_model(model, name, plan, record.folder, beside, given)
+            for text in found[name].notes:
+                progress.note(f"{name}: {text}")
+    return found
 
 
 def _check_target(target: Path, replace: bool, needed_bytes: int) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from wrapq.engine.context import Run
-from wrapq.engine.export import EXPORTS, Exported
+from wrapq.engine.export import Exported
 from wrapq.engine.goals import COLLAPSED, GoalVerdict, all_met, collapsed, judge
 from wrapq.engine.measure import Quality
 from wrapq.foreign import markdown
@@ -36,13 +36,13 @@ class RunResult:
     Attributes:
         folder: where everything lies.
         metrics: for each stage (`float`, `weights`, `quantized`) its metrics.
-        sizes: bytes of the float and of the quantized model, and of its export.
+        sizes: bytes of the float and of the quantized model.
         seconds: for each step of the run how long it took.
         digests: of model, data, plan, quantization parameters and outputs.
         notes: what a reader should know.
         run_id: the id of the MLflow run, or None.
         run_url: its page, where a server shows it.
-        exported: the copy in another project's format, where the recipe asks for one.
+        exports: the copies in other projects' formats that the recipe asks for, by format.
         goals: the verdict on every goal of the recipe.
         figures: what goals bound and sweeps compare, by the names of `wrapq.metrics`.
         kernels: which kernels run the model on this machine and how fast, in a line; `wrapq.load(..., runtime="auto")`.
@@ -56,7 +56,7 @@ class RunResult:
     notes: tuple[str, ...] = ()
     run_id: str | None = None
     run_url: str | None = None
-    exported: Exported | None = None
+    exports: dict[str, Exported] = field(default_factory=dict)
     kernels: str = ""
     figures: dict[str, float] = field(default_factory=dict)
     goals: dict[str, GoalVerdict] = field(default_factory=dict)
@@ -83,11 +83,11 @@ def tell_problems(run: Run) -> None:
         run.note_once(f"tracking: {problem}")
 
 
-def close_record(run: Run, quality: Quality, exported: Exported | None) -> RunResult:
+def close_record(run: Run, quality: Quality, exports: dict[str, Exported]) -> RunResult:
     """Record the run as finished; returns its result."""
     sizes = {FLOAT: run.plan.estimate.float_bytes, QUANTIZED: weight_bytes(run.folder.path)}
-    export = {} if exported is None else exported.figures
-    measured = Measured(quality.stages, sizes, run.seconds, run.plan.estimate.bits_per_weight, export)
+    copies = {name: export.figures for name, export in exports.items()}
+    measured = Measured(quality.stages, sizes, run.seconds, run.plan.estimate.bits_per_weight, copies)
     reached = measured.figures()
     verdicts = judge(run.plan.recipe.goals, reached)
     shared: dict[str, Any] = {"sizes": sizes, "seconds": run.seconds, "digests": run.digests, "kernels": run.kernels}
@@ -97,10 +97,14 @@ def close_record(run: Run, quality: Quality, exported: Exported | None) -> RunRe
         facts["goals"] = {name: asdict(verdict) for name, verdict in verdicts.items()}
     if collapsed(verdicts):
         facts["verdict"] = COLLAPSED
-    if exported is not None:
-        sizes[EXPORTS] = exported.size
-        facts["exported"] = {"path": str(exported.path), "error": exported.error, "figures": exported.figures}
-        run.tracker.metrics({"export/relative_error": exported.error})
+    if exports:
+        facts["exports"] = {
+            name: {"path": str(export.path), "error": export.error, "figures": export.figures}
+            for name, export in exports.items()
+        }
+    for name, export in exports.items():
+        own = {"relative_error": export.error, **export.figures}
+        run.tracker.metrics({f"export/{name}/{figure}": value for figure, value in own.items()})
     run.folder.write_status(FINISHED, **facts)
     run.folder.write_text(REPORT, render_run(run.folder.path))
     run.tracker.tags({**_digest_tags(run), "mlflow.note.content": run_note(run.plan, measured)})
@@ -126,7 +130,7 @@ def close_record(run: Run, quality: Quality, exported: Exported | None) -> RunRe
     tell_problems(run)
     shared |= {"notes": tuple(run.notes), "run_id": run.tracker.run_id, "run_url": run.tracker.run_url}
     forget_progress(run.folder)
-    return RunResult(run.folder.path, quality.stages, figures=reached, goals=verdicts, exported=exported, **shared)
+    return RunResult(run.folder.path, quality.stages, figures=reached, goals=verdicts, exports=exports, **shared)
 
 
 def record_goals(tracker: Tracker, verdicts: Mapping[str, GoalVerdict]) -> None:

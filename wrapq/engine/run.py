@@ -108,9 +108,9 @@ def _execute(run: Run) -> RunResult:
     quality = measure_run(run, walker, evaluation)
     explain_collapse(run, walker, evaluation, quality)
     compare_schedules(run, calibration, evaluation, quality)
-    exported = save_and_export(run, walker, evaluation, quality)
+    exports = save_and_export(run, walker, evaluation, quality)
     run.seconds["total"] = time.perf_counter() - start
-    return close_record(run, quality, exported)
+    return close_record(run, quality, exports)
 
 
 def _calibrate(run: Run, calibration: Samples | None) -> Walker:

@@ -15,6 +15,7 @@ from wrapq.calibration.finalize import release
 from wrapq.calibration.scheduler import run_blocks
 from wrapq.calibration.walker import Walker
 from wrapq.data.samples import Samples
+from wrapq.engine.beside_float import FloatBeside
 from wrapq.engine.context import Run
 from wrapq.engine.export import Exported, export_model
 from wrapq.engine.histograms import block_curves, value_histograms
@@ -23,7 +24,6 @@ from wrapq.engine.measure import Quality, device_of, forward_logits
 from wrapq.engine.run_data import read_tokenizer, sources_of
 from wrapq.engine.streaming_checkpoint import INDEX, load_streamed, save_streamed, streamed_files
 from wrapq.errors import ModelError
-from wrapq.export.base import make_exporter
 from wrapq.graph.blocks import find_blocks
 from wrapq.large_pages import give_back
 from wrapq.observers.forward_context import in_context
@@ -37,7 +37,7 @@ _CHECKED = 128
 """Tokens on which the saved model is compared: a difference in any weight or point shows in all of them."""
 
 
-def save_and_export(run: Run, walker: Walker, evaluation: Samples, quality: Quality) -> Exported | None:
+def save_and_export(run: Run, walker: Walker, evaluation: Samples, quality: Quality) -> dict[str, Exported]:
     """Convert, save, check, export, and measure kernels; a streamed model is converted, saved and checked only.
 
     The saved model must have the outputs of the wrapped one.
@@ -67,18 +67,18 @@ def save_and_export(run: Run, walker: Walker, evaluation: Samples, quality: Qual
         if run.settings.runtime.kernels != REFERENCE:
             what = "kernels are not measured where blocks are streamed"
             run.note(f"{what}; wrapq.load(..., runtime='auto') measures them")
-        return None
-    exported = None
-    if (exporter := make_exporter(run.plan.recipe.export)) is not None:
-        with run.step("export", "Exporting and loading the export"):
-            whole = evaluation.attention_mask is None  # no padding, which the formats would have to be told of
-            ids = evaluation.input_ids if whole else None
-            exported = export_model(model, exporter, run.plan, folder.path, ids=ids)
-        for text in exported.notes:
-            run.note(f"export: {text}")
+        return {}
+    # without padding, which the formats would have to be told of
+    ids = evaluation.input_ids if evaluation.attention_mask is None else None
+    beside, exports = FloatBeside(run.settings, run.digests["model"]), {}
+    for name in run.plan.recipe.export:
+        with run.step(f"export_{name}", f"Exporting to {name} and loading that"):
+            exports[name] = export_model(model, name, run.plan, folder.path, beside, ids=ids)
+        for text in exports[name].notes:
+            run.note(f"{name}: {text}")
     with run.step("kernels", "Measuring kernels"):
         record_kernels(run, model)
-    return exported
+    return exports
 
 
 def _save_record(run: Run, saved: Saved, walker: Walker, values: Mapping[str, Any], quality: Quality) -> None:

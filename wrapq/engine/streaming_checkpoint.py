@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from wrapq.calibration.block_loader import BlockLoader
 from wrapq.calibration.processes import Processes
 from wrapq.errors import PlanError, Problem
-from wrapq.export.base import NONE
 from wrapq.graph.blocks import Blocks, find_blocks
 from wrapq.recipe.schema import Settings
 from wrapq.resolve.plan import Plan
@@ -51,8 +50,8 @@ def check_streaming(plan: Plan, settings: Settings, processes: Processes) -> Non
     if plan.recipe.model.dequantize:
         what = "a checkpoint that is quantized already is taken apart as a whole"
         problems.append((what, "use runtime.load=whole"))
-    if plan.recipe.export.format != NONE:
-        what = f"the export {plan.recipe.export.format} is made and compared with the whole model in memory"
+    if plan.recipe.export:
+        what = f"the export {', '.join(plan.recipe.export)} is made and compared with the whole model in memory"
         problems.append((what, "leave the export to `wrapq export`, where there is memory"))
     if plan.recipe.evaluation.compare_schedules:
         what = "the result of the other schedule is held in memory"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import ClassVar, NamedTuple, Protocol
 
@@ -14,9 +16,6 @@ from wrapq.errors import Problem, and_more
 from wrapq.recipe.schema import Export
 from wrapq.registry import Configurable, Place, Registry, build
 from wrapq.resolve.plan import ModulePlan, Plan
-
-NONE = "none"
-"""The format that stands for no export."""
 
 
 class Folder(Protocol):
@@ -81,6 +80,8 @@ class Exporter(Configurable, ABC):
 
     weights: ClassVar[str] = "*.safetensors"
     """Which of its files hold the weights."""
+    extra: ClassVar[tuple[str, tuple[str, ...]]] = ("", ())
+    """The extra with what makes and runs the export, and the packages of it that it asks for."""
 
     @abstractmethod
     def check(self, plan: Plan) -> Iterable[Problem]:
@@ -98,6 +99,14 @@ class Exporter(Configurable, ABC):
             ModelError: the other project does not load the files, or loads only some of them.
         """
 
+    def versions(self) -> dict[str, str]:
+        """Those of the packages that it asks for, as far as they are installed."""
+        found = {}
+        for package in self.extra[1]:
+            with suppress(PackageNotFoundError):
+                found[package] = version(package)
+        return found
+
     def layers(self, plan: Plan) -> Iterable[str]:
         """What the format calls each kind of quantized layer in `plan`, and how many there are."""
         return ()
@@ -112,12 +121,15 @@ class Exporter(Configurable, ABC):
 
 
 EXPORTERS: Registry[type[Exporter]] = Registry("export format", "wrapq.export")
-FORMAT = Place("export", "format", Export.model_fields, owner="the format {}", instead=(NONE,))
-"""Where a recipe names an exporter."""
 
 
-def make_exporter(config: Export) -> Exporter | None:
-    """The exporter that `config`, which is checked, asks for; None for none."""
-    if config.format == NONE:
-        return None
-    return build(EXPORTERS, config.format, config.options, FORMAT)
+def make_exporter(name: str, config: Export, source: Callable[[str], str] = lambda path: "") -> Exporter:
+    """The exporter called `name`, with the options of `config`; raises `ProblemsError`, with what is the `source` of a
+    dotted path, where there is none of that name or an option is wrong."""
+    place = Place(f"export.{name}", "", Export.model_fields, source, "the format {}")
+    return build(EXPORTERS, name, config.options, place)
+
+
+def make_exporters(exports: Mapping[str, Export]) -> dict[str, Exporter]:
+    """The exporters that a recipe, which is checked, asks for, by their formats."""
+    return {name: make_exporter(name, config) for name, config in exports.items()}

@@ -21,7 +21,7 @@ from wrapq.wrappers.experts import can_be_taken_apart
 
 VLLM = "vllm"
 _REMEDY = "quantize it otherwise, leave it float, or run with export=none"
-_READER_REMEDY = "quantize it otherwise, or give vLLM up with export.reader=transformers"
+_READER_REMEDY = "quantize it otherwise, or give vLLM up with export.compressed_tensors.reader=transformers"
 _LINEAR, _ATTENTION = "Linear", "Attention"
 _CACHE_POINTS = {"key", "value"}
 

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from packaging.version import Version
@@ -64,6 +64,7 @@ class CompressedTensorsOptions(Options):
 class CompressedTensors(Exporter):
     """Exporter of compressed-tensors checkpoints."""
 
+    extra: ClassVar[tuple[str, tuple[str, ...]]] = "export", (LIBRARY,)
     Options = CompressedTensorsOptions
     options: CompressedTensorsOptions
 
@@ -72,7 +73,7 @@ class CompressedTensors(Exporter):
         if found is None or Version(found) < Version(OLDEST):
             what = f"the export is loaded by transformers to check it, which needs {LIBRARY} {OLDEST} or newer"
             here = "is not installed" if found is None else f"is {found} here"
-            yield Problem("", "export.format", f"{what}; it {here}", (), "pip install 'wrapq[export]'")
+            yield Problem("", "export.compressed_tensors", f"{what}; it {here}", (), "pip install 'wrapq[export]'")
         yield from self._translate(plan).problems
 
     def export(self, model: nn.Module, plan: Plan, folder: Folder) -> None:
@@ -83,14 +84,17 @@ class CompressedTensors(Exporter):
             raise PlanError(translation.problems)
         tensors = _tensors(model, translation.schemes, getattr(torch, plan.model.dtype))
         if self.options.reader == VLLM and (wrong := next(unequal_global_scales(tensors), None)):
-            raise ModelError(f"{wrong}: run the recipe again, or give vLLM up with export.reader=transformers")
+            raise ModelError(
+                f"{wrong}: run the recipe again, or give vLLM up with export.compressed_tensors.reader=transformers"
+            )
         folder.write(WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
         config = json.loads(cast(Any, model).config.to_json_string())
         config.pop("_name_or_path", None)  # where the float model lay on this machine
         config["dtype"] = plan.model.dtype
         modules = model.named_modules(remove_duplicate=False)  # those whose tensors are tied to another's too
         linear = [name for name, module in modules if isinstance(module, nn.Linear)]
-        config["quantization_config"] = quantization_config(translation, linear)
+        if plan.modules:
+            config["quantization_config"] = quantization_config(translation, linear)
         folder.write_text(CONFIG, json.dumps(config, indent=2) + "\n")
 
     def read(self, folder: Path, ids: Tensor, device: str) -> Reading:

@@ -65,7 +65,7 @@ class Onnx(ProgramExporter):
         yield from super().check(plan)
         if not _keeps_tokens(ModelSource(plan.recipe.model).hf_config):
             what = f"{plan.model.type} keeps more of tokens than keys and values, which this format hands over"
-            yield Problem("", "export.format", what, (), "run with export=none, or export=torch_export")
+            yield Problem("", "export", what, (), "run with export=none, or export=torch_export")
 
     def write(self, model: nn.Module, folder: Folder) -> None:
         made = onnx_model(model)

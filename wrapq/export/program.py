@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -32,11 +31,9 @@ class ProgramExporter(Exporter, ABC):
     """An exporter of what `wrapq.export.lowering` makes of a model.
 
     Attributes:
-        extra: the extra of the package with what it needs, and the packages of it that it asks for.
         runtime: what runs the export, and the script that lets it; see `wrapq.export.reload`.
     """
 
-    extra: ClassVar[tuple[str, tuple[str, ...]]]
     runtime: ClassVar[tuple[str, str]]
 
     @abstractmethod
@@ -60,7 +57,7 @@ class ProgramExporter(Exporter, ABC):
         return inexpressible(spec, weight)
 
     def check(self, plan: Plan) -> Iterable[Problem]:
-        refusals, format_name = Refusals(), plan.recipe.export.format
+        refusals = Refusals()
         for module in plan.modules:
             for point in module.points:
                 if reason := self.inexpressible(point.quant_spec, point.role == "weight"):
@@ -73,12 +70,10 @@ class ProgramExporter(Exporter, ABC):
             refusals.refused["", what, "run with float_prefix=0, or with export=none"] = ["float_prefix"]
         yield from refusals.problems
         extra, packages = self.extra
-        for package in packages:
-            try:
-                version(package)
-            except PackageNotFoundError:
-                what = f"{format_name} needs {package}, which is not installed"
-                yield Problem("", "export.format", what, (), f"pip install 'wrapq[{extra}]'")
+        if missing := [package for package in packages if package not in self.versions()]:
+            are = "which is not" if len(missing) == 1 else "which are not"
+            what = f"it is made with {' and '.join(missing)}, {are} installed"
+            yield Problem("", f"export.{extra}", what, (), f"pip install 'wrapq[{extra}]'")
 
     def tolerance(self, plan: Plan) -> float:
         specs = [p.quant_spec for module in plan.modules for p in module.points if p.role == "activation"]

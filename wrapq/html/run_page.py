@@ -18,7 +18,8 @@ from wrapq.resolve.listing import Listing, list_points, list_stages, list_untouc
 from wrapq.runs.folder import HISTOGRAMS, LOCK, MODULES, RECIPE
 from wrapq.runs.run_record import RunRecord
 
-_SIZES = {"float": "float model", "quantized": "quantized model", "export": "export"}
+_SIZES = {"float": "float model", "quantized": "quantized model"}
+_EXPORT = "export_"
 _ERROR, _SQNR = "output_error", "weight_sqnr_db"
 _LABELS = {_ERROR: "error of the output", _SQNR: "SQNR of the weight, dB"}
 _EXPLAINED = {
@@ -61,6 +62,7 @@ def render_run(folder: Path) -> str:
         "spread": _spread(values.get("weights", {}), blocks),
         "sizes": _bars("Size of the tensors", "", "size", sizes, megabytes),
         "seconds": _bars("Time of each step", "step", "time", steps, duration),
+        "exports": _exports(measured.exports),
         "kernels": facts.get("kernels", ""),
         "plan": _listed("Quantization points", list_points(plan, blocks)),
         "algorithms": _listed("Stages", list_stages(plan)),
@@ -93,6 +95,19 @@ def _tiles(measured: Measured) -> list[tuple[str, str, str]]:
                 note = f"{metric.text(before)} in float"
             tiles.append((f"{metric.label[0].upper()}{metric.label[1:]}", metric.text(value), note))
     return tiles
+
+
+def _exports(exports: Mapping[str, Mapping[str, float]]) -> Table | None:
+    """A row for each export, beneath it what the float model does in the same runtime."""
+    rows: dict[str, Mapping[str, float]] = {}
+    for name, figures in exports.items():
+        floats = {key.removeprefix(f"{FLOAT}_"): value for key, value in figures.items() if key.startswith(f"{FLOAT}_")}
+        rows |= {name: figures} | ({f"{name}, float model": floats} if floats else {})
+    shown = [(metric, metric.name.removeprefix(_EXPORT)) for metric in metrics() if metric.name.startswith(_EXPORT)]
+    shown = [(metric, key) for metric, key in shown if any(key in figures for figures in rows.values())]
+    columns = [Column("export"), *(Column(metric.label.removeprefix("export, "), number=True) for metric, _ in shown)]
+    cells = {name: [metric.text(figures.get(key)) for metric, key in shown] for name, figures in rows.items()}
+    return Table("In their runtimes", columns, [Row((name, *row)) for name, row in cells.items()]) if rows else None
 
 
 def _stages(measured: Measured) -> Table:

@@ -17,6 +17,7 @@ from wrapq.errors import Problem, RecipeError, unknown
 from wrapq.paths import expand
 from wrapq.recipe.hydra_defaults import Defaults, compose_defaults, parse_override
 from wrapq.recipe.preset_index import PRIMARY, RECIPE, Library
+from wrapq.recipe.presets import SEVERAL
 
 _PATH = re.compile(r"[./~].*|.*\.ya?ml", re.DOTALL)
 """What names a recipe by its file."""
@@ -80,10 +81,12 @@ def _choice_problem(library: Library, override: Override) -> Problem | None:
     if override.is_force_add():
         what = f"a {group} is chosen with {group}=NAME or added with +{group}@PLACE=NAME, not with ++"
         return Problem(source, "", what)
-    if not isinstance(value, str):
+    names = value if group in SEVERAL and isinstance(value, list) else [value]
+    if not all(isinstance(name, str) for name in names):
         remedy = f"there is: {', '.join(library.options(group))}"
         return Problem(source, "", f"{value!r} is not the name of a {group}", remedy=remedy)
-    return None if library.has(f"{group}/{value}") else unknown(source, "", group, value, library.options(group))
+    missing = [str(name) for name in names if not library.has(f"{group}/{name}")]
+    return unknown(source, "", group, missing[0], library.options(group)) if missing else None
 
 
 def _spell_out(override: Override, known: Defaults) -> Override:

@@ -42,8 +42,13 @@ def recipe_schema(
     defs: Json = schema["$defs"]
     defs["Spec"] = _spec_schema(defs)
     places = [("Stage", "algorithm", algorithms), ("Calibration", "source", sources), ("Evaluation", "source", sources)]
-    for model, key, things in [*places, ("Export", "format", exporters), ("ObserverChoice", "name", observers)]:
+    for model, key, things in [*places, ("ObserverChoice", "name", observers)]:
         _with_options(defs, model, key, things)
+    own = defs.pop("Export")["properties"]
+    formats = {
+        name: _closed({**own, **_properties(defs, f"Export_{name}_", options)}) for name, options in exporters.items()
+    }
+    schema["properties"]["export"] = {**schema["properties"]["export"], **_closed(formats)}
     defs["SpecFields"]["properties"]["observer"]["examples"] = list(observers)
     defs["ObserverComparison"]["additionalProperties"] = False
     schema["properties"] = {"defaults": _DEFAULTS, **schema["properties"]}
@@ -80,11 +85,7 @@ def _with_options(defs: Json, model: str, key: str, things: Mapping[str, type[Ba
     schema["properties"][key]["examples"] = list(things)
     chosen, merged = [], dict[str, list[Json]]()
     for name, options in things.items():
-        # the inner definitions of the options get names of their own
-        prefix = f"{model}_{name}_"
-        their = options.model_json_schema(ref_template=f"#/$defs/{prefix}{{model}}")
-        defs |= {f"{prefix}{inner}": value for inner, value in their.get("$defs", {}).items()}
-        properties = their.get("properties", {})
+        properties = _properties(defs, f"{model}_{name}_", options)
         for option, option_schema in properties.items():
             merged.setdefault(option, []).append(option_schema)
         named = {"properties": {key: {"const": name}}, "required": [key]}
@@ -95,6 +96,17 @@ def _with_options(defs: Json, model: str, key: str, things: Mapping[str, type[Ba
     schema["additionalProperties"] = False
     if chosen:
         schema["allOf"] = chosen
+
+
+def _properties(defs: Json, prefix: str, options: type[BaseModel]) -> Json:
+    """The schemas of some options by name; their inner definitions get names of their own among `defs`."""
+    their = options.model_json_schema(ref_template=f"#/$defs/{prefix}{{model}}")
+    defs |= {f"{prefix}{inner}": value for inner, value in their.get("$defs", {}).items()}
+    return dict(their.get("properties", {}))
+
+
+def _closed(properties: Json) -> Json:
+    return {"type": "object", "properties": properties, "additionalProperties": False}
 
 
 def _loosen(node: Any, within_if: bool = False) -> Any:

@@ -24,6 +24,8 @@ ENTRY_POINT_GROUP = "wrapq.presets"
 EXPERIMENT_GROUPS = ("model", "scheme", "algorithm", "calibration", "evaluation", "export")
 SETTINGS_GROUPS = ("tracking", "runtime", "paths", "sweep", "launcher")
 GROUPS = EXPERIMENT_GROUPS + SETTINGS_GROUPS
+SEVERAL = ("export",)
+"""The groups of which several presets may be chosen: `export=[onnx,openvino]`."""
 SUFFIX = ".yaml"
 _PACKAGE = Path(__file__).resolve().parents[1]
 

@@ -193,10 +193,10 @@ class Evaluation(_Open):
 
 
 class Export(_Open):
-    """A copy of the result in another project's format, checked before the run ends; its options stand beside it."""
+    """A copy of the result in another project's format, checked before the run ends, with the format's options."""
 
-    format: Annotated[str, Field(min_length=1)] = "none"
-    """The exporter's registered name, compressed_tensors or a plug-in's; `none` writes no copy."""
+    beside_float: bool = True
+    """Whether the float model is measured in the same runtime too, so that it is known what the copy gains there."""
 
 
 def _metric_name(name: str) -> str:
@@ -253,12 +253,22 @@ class Recipe(_Closed):
     float_prefix: Annotated[int, Field(ge=0, le=2**53)] = 0
     """So many first tokens of each sequence whose activations stay float, as a runtime that computes their keys and
     values once, in float, keeps them."""
-    export: Export = Export()
-    """Whether the result is also written in another project's format."""
+    export: dict[EntryName, Export] = {}
+    """In which formats of other projects the result is written too: compressed_tensors, onnx, ... or a plug-in's."""
     seed: Seed = 0
     """The seed of everything random outside calibration."""
     goals: Goals = Goals()
     """What the quantized model should reach."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_export(cls, data: Any) -> Any:
+        """Records of earlier versions have one export, which names its format beside its options."""
+        export = data.get("export") if isinstance(data, dict) else None
+        if not isinstance(export, dict) or not isinstance(export.get("format"), str):
+            return data
+        options = {key: value for key, value in export.items() if key != "format"}
+        return {**data, "export": {} if export["format"] == "none" else {export["format"]: options}}
 
     def digest(self) -> str:
         """SHA-256, in hex, of what decides the result: all but `name` and `description`, which are labels, and `goals`,

@@ -12,7 +12,7 @@ from wrapq.algorithms.transform import Transform
 from wrapq.calibration.token_weights import why_no_gradients
 from wrapq.data.sources.base import SOURCES
 from wrapq.errors import CalibrationError, PlanError, Problem, ProblemsError, RecipeError, SpecError, and_more
-from wrapq.export.base import EXPORTERS, FORMAT, NONE, make_exporter
+from wrapq.export.base import make_exporter, make_exporters
 from wrapq.graph.blocks import Blocks, find_blocks
 from wrapq.graph.mixtures import EXPERT_NAME
 from wrapq.graph.towers import find_towers
@@ -181,7 +181,7 @@ def check_names(recipe: Recipe, sources: Sources) -> list[StackEntry]:
     stack, problems = check_stack(recipe.stack, sources, recipe.rules, recipe.stack_order, parallel, compared)
     problems += _check_source("calibration", recipe.calibration, sources)
     problems += _check_source("evaluation", recipe.evaluation, sources)
-    problems += _check_export(recipe.export, sources)
+    problems += _check_exports(recipe.export, sources)
     if problems:
         raise RecipeError(problems)
     return stack
@@ -199,9 +199,9 @@ def resolve_specs(
 
 
 def check_export(plan: Plan) -> None:
-    """Raise `PlanError` with everything that the export's format cannot say."""
-    exporter = make_exporter(plan.recipe.export)
-    if exporter is not None and (problems := list(exporter.check(plan))):
+    """Raise `PlanError` with everything that the formats of its exports cannot say."""
+    exporters = make_exporters(plan.recipe.export).values()
+    if problems := [problem for exporter in exporters for problem in exporter.check(plan)]:
         raise PlanError(problems)
 
 
@@ -289,15 +289,14 @@ def _check_source(section: str, config: Calibration | Evaluation, sources: Sourc
     return []
 
 
-def _check_export(config: Export, sources: Sources) -> Sequence[Problem]:
-    if config.format == NONE:
-        what = "nothing reads it: export.format is none"
-        return [sources.unread(f"export.{key}", what, "choose a format: export=...") for key in config.options]
-    try:
-        build(EXPORTERS, config.format, config.options, replace(FORMAT, source=sources.of))
-    except ProblemsError as error:
-        return error.problems
-    return []
+def _check_exports(exports: Mapping[str, Export], sources: Sources) -> Sequence[Problem]:
+    problems: list[Problem] = []
+    for name, config in exports.items():
+        try:
+            make_exporter(name, config, sources.of)
+        except ProblemsError as error:
+            problems += error.problems
+    return problems
 
 
 def _unread(recipe: Recipe, stages: Sequence[StagePlan], sources: Sources) -> list[Problem]:

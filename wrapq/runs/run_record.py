@@ -100,8 +100,8 @@ class RunRecord:
         """Metrics, sizes and times of a finished run."""
         try:
             stages, sizes, seconds = (self.facts[key] for key in ("stages", "sizes", "seconds"))
-            export = self.facts.get("exported", {}).get("figures", {})
-            measured = Measured(stages, sizes, seconds, self.plan.estimate.bits_per_weight, export)
+            exports = {name: export["figures"] for name, export in self.facts.get("exports", {}).items()}
+            measured = Measured(stages, sizes, seconds, self.plan.estimate.bits_per_weight, exports)
             measured.figures()
         except (AttributeError, KeyError, TypeError, ZeroDivisionError) as error:
             raise ModelError(f"{self.folder} is not the folder of a finished run: {error!r} in run.json") from error
