@@ -65,6 +65,8 @@ def test_the_names_in_mlflow() -> None:
         "seconds/total",
         "export/token_ms",
         "export/first_token_ms",
+        "export/token_speedup",
+        "export/first_token_speedup",
         "export/peak_mb",
         "export/size_mb",
         "export/top1_agreement",

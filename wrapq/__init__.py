@@ -14,7 +14,7 @@ _EXPORTS = {
     "WrapqError": "wrapq.errors",
     "calibrate": "wrapq.api",
     "convert": "wrapq.api",
-    "load": "wrapq.runs.checkpoint",
+    "load": "wrapq.engine.registered",
     "padding": "wrapq.api",
     "prepare": "wrapq.api",
     "quantize": "wrapq.engine.quantize_module",
@@ -27,10 +27,10 @@ __all__ = [*_EXPORTS]
 if TYPE_CHECKING:
     from wrapq.api import PTQConfig, calibrate, convert, padding, prepare, restore
     from wrapq.engine.quantize_module import quantize
+    from wrapq.engine.registered import load
     from wrapq.engine.run import run
     from wrapq.errors import WrapqError
     from wrapq.quant.spec import QuantSpec
-    from wrapq.runs.checkpoint import load
     from wrapq.version import __version__
 
 

@@ -12,6 +12,7 @@ from wrapq.engine.context import Run
 from wrapq.engine.export import Exported
 from wrapq.engine.goals import COLLAPSED, GoalVerdict, all_met, collapsed, judge
 from wrapq.engine.measure import Quality
+from wrapq.engine.registered import MLMODEL, mlmodel
 from wrapq.foreign import markdown
 from wrapq.html.note import run_note
 from wrapq.html.run_page import render_run
@@ -116,8 +117,9 @@ def close_record(run: Run, quality: Quality, exports: dict[str, Exported]) -> Ru
         if (run.folder.path / name).exists():
             run.tracker.artifact(run.folder.path / name)
     if (entry := run.settings.tracking.register_as) is not None:
+        run.folder.write_text(MLMODEL, mlmodel(run.source.vocab_size, {"recipe": run.plan.recipe.name, **run.digests}))
         for file in sorted(run.folder.path.iterdir()):
-            if file.is_file() and file.suffix in _MODEL_FILES and file.name not in _RECORDS:
+            if file.is_file() and (file.suffix in _MODEL_FILES or file.name == MLMODEL) and file.name not in _RECORDS:
                 run.tracker.artifact(file, "model")
         figures = {f"{stage}.perplexity": f"{metrics['perplexity']:.4f}" for stage, metrics in quality.stages.items()}
         tags = {"recipe": run.plan.recipe.name, **figures, **_digest_tags(run)}
