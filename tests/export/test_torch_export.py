@@ -82,3 +82,26 @@ def test_a_damaged_program_is_told(tmp_path: Path) -> None:
     (tmp_path / PROGRAM).write_bytes(b"PK nothing")
     with pytest.raises(ModelError, match=r"torch.export.load does not run the export: "):
         TorchExport().read(tmp_path, torch.arange(8)[None], "cpu")
+
+
+@pytest.mark.slow
+def test_it_is_compiled_for_this_processor(tmp_path: Path) -> None:
+    words = ["export=aot_inductor", "export.aot_inductor.beside_float=false", *SMALL, *CALIBRATED]
+    run = wrapq.run("w8a8_static", [*words, f"paths.outputs={tmp_path}"])
+    exported = export_of(run)
+    assert exported.error <= 5e-2 and exported.figures["top1_agreement"] > 0.9
+    assert exported.size == (exported.path / "compiled.pt2").stat().st_size
+    assert exported.figures["first_token_ms"] > 0
+    assert any("aoti_load_package" in note for note in exported.notes)
+
+
+def test_without_a_compiler_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import cpp_builder
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    def none() -> str:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
+    with pytest.raises(PlanError, match="there is no C\\+\\+ compiler here\n    install g"):
+        planned("recipe=w8a8_static", "export=aot_inductor")

@@ -1,4 +1,5 @@
-"""Running a program of `torch.export` as its users will: in a fresh process, with nothing of wrapq imported.
+"""Running a program of `torch.export`, or what AOTInductor made of it, as its users will: in a fresh process, with
+nothing of wrapq imported.
 
 As a script, `run_program.py FOLDER IDS LOGITS DEVICE`, as `wrapq.export.reload`.
 """
@@ -13,15 +14,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save
 
-PROGRAM, LOGITS = "model.pt2", "logits"
-"""The file of a program, and what the logits are called."""
+PROGRAM, COMPILED, LOGITS = "model.pt2", "compiled.pt2", "logits"
+"""The file of a program, that of a compiled one, and what the logits are called."""
 
 
 def main(folder: str, ids: str, logits: str, device: str) -> None:
     """See the module."""
-    import torchao  # noqa: F401 - which registers the operators
-
-    program: Any = torch.export.load(Path(folder, PROGRAM)).module().to(device)
+    program = _program(Path(folder), device)
     tokens = load_file(ids)["ids"].to(device)
     with torch.no_grad():
         output = program(input_ids=tokens, attention_mask=torch.ones_like(tokens)).float().cpu().contiguous()
@@ -32,6 +31,14 @@ def main(folder: str, ids: str, logits: str, device: str) -> None:
 
     measured = runpy.run_path(str(Path(__file__).with_name("stopwatch.py")))["measured_once"](first_token)
     Path(logits).write_bytes(save({LOGITS: output, **{name: torch.from_numpy(t) for name, t in measured.items()}}))
+
+
+def _program(folder: Path, device: str) -> Any:
+    if (compiled := folder / COMPILED).is_file():  # for the device of the model it was made of
+        return torch._inductor.aoti_load_package(str(compiled))
+    import torchao  # noqa: F401 - which registers the operators
+
+    return torch.export.load(folder / PROGRAM).module().to(device)
 
 
 if __name__ == "__main__":

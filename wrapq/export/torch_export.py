@@ -52,11 +52,15 @@ class TorchExport(ProgramExporter):
     extra: ClassVar[tuple[str, tuple[str, ...]]] = "torch_export", (NEEDED,)
     runtime: ClassVar[tuple[str, str]] = "torch.export.load", run_program.__file__
 
-    def write(self, model: nn.Module, folder: Folder) -> None:
+    def program(self, model: nn.Module) -> Any:
+        """The `ExportedProgram` of the converted `model`, as `Logits`, its batch and length open."""
         ids = example_ids(model, 2, 8)
         given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         open_axes = dict.fromkeys(given, (OPEN, OPEN))
-        program = traced(Logits(lower(model)).eval(), given, open_axes, self.options.strict)
+        return traced(Logits(lower(model)).eval(), given, open_axes, self.options.strict)
+
+    def write(self, model: nn.Module, folder: Folder) -> None:
+        program = self.program(model)
 
         def save(path: Path) -> None:
             with path.open("wb") as file:  # by its name, torch would say that this is no .pt2 yet

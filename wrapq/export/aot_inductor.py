@@ -1,0 +1,59 @@
+"""A program that AOTInductor compiled: machine code for the processor it was made on, which torch loads from Python and
+C++."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from wrapq.errors import ModelError, Problem
+from wrapq.export.base import EXPORTERS, Folder
+from wrapq.export.program import first_line
+from wrapq.export.run_program import COMPILED
+from wrapq.export.torch_export import TorchExport
+from wrapq.resolve.plan import Plan
+
+_LOAD = f"torch._inductor.aoti_load_package('{COMPILED}')(input_ids, attention_mask) gives the logits"
+_HERE = "it is machine code for this kind of processor, and for this version of torch"
+
+
+@EXPORTERS.register("aot_inductor")
+class AotInductor(TorchExport):
+    """Exporter of what AOTInductor makes of a program of `torch.export`."""
+
+    weights: ClassVar[str] = COMPILED
+    runtime: ClassVar[tuple[str, str]] = "AOTInductor", TorchExport.runtime[1]
+
+    def check(self, plan: Plan) -> Iterable[Problem]:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        yield from super().check(plan)
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler:
+            what = "AOTInductor compiles, and there is no C++ compiler here"
+            yield Problem("", "export.aot_inductor", what, (), "install g++ or clang, or name one by CXX")
+
+    def write(self, model: nn.Module, folder: Folder) -> None:
+        program = self.program(model)
+        inductor: Any = torch._inductor
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                folder.write_files(
+                    lambda path: inductor.aoti_compile_and_package(program, package_path=str(path / COMPILED))
+                )
+        except Exception as error:  # of what the compiler met in somebody else's code, there is no list
+            raise ModelError(f"AOTInductor does not take this model: {first_line(error)}") from error
+
+    def layers(self, plan: Plan) -> Iterable[str]:
+        yield f"{COMPILED}: {len(plan.modules)} modules, compiled with what is around them"
+
+    def notes(self, plan: Plan) -> Iterable[str]:
+        yield _LOAD
+        yield _HERE
