@@ -26,14 +26,12 @@ _SCHEMES = ("models:/", "runs:/")
 _IDS = "input_ids"
 
 
-def mlmodel(vocabulary: int, facts: Mapping[str, Any]) -> str:
+def mlmodel(vocabulary: int | None, facts: Mapping[str, Any]) -> str:
     """The file by which MLflow knows a run's folder for a model: a function of `input_ids` [B, T] whose result are the
     logits [B, T, V], and `facts` of it."""
-    tensors = ({"name": _IDS}, "int64", [-1, -1]), ({}, "float32", [-1, -1, vocabulary])
-    inputs, outputs = (
-        json.dumps([{**name, "type": "tensor", "tensor-spec": {"dtype": dtype, "shape": shape}}])
-        for name, dtype, shape in tensors
-    )
+    ids = {"name": _IDS, "type": "tensor", "tensor-spec": {"dtype": "int64", "shape": [-1, -1]}}
+    logits = {"type": "tensor", "tensor-spec": {"dtype": "float32", "shape": [-1, -1, vocabulary or -1]}}
+    inputs, outputs = (json.dumps([tensor]) for tensor in (ids, logits))
     function = {"loader_module": __name__, "python_version": platform.python_version()}
     flavors = {"python_function": function, "wrapq": dict(facts)}
     return yaml.safe_dump({"flavors": flavors, "signature": {"inputs": inputs, "outputs": outputs}}, sort_keys=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 
 import torch
 
@@ -11,10 +11,12 @@ from wrapq.algorithms.base import ALGORITHMS, Corrector
 from wrapq.algorithms.transform import Transform
 from wrapq.errors import SpecError
 from wrapq.export.base import Refusals
+from wrapq.export.nearest import ELSE, remedy_for
 from wrapq.export.scheme import INT, MXFP4, NVFP4, PACK, Args, Scheme, cache_args, linear_scheme
 from wrapq.export.vllm import cache_refusal, fusion_refusals, linear_refusal
 from wrapq.graph.mixtures import EXPERT_NAME
 from wrapq.graph.usage import find_initialized
+from wrapq.quant.spec import QuantSpec
 from wrapq.resolve.model_source import ModelSource
 from wrapq.resolve.plan import ModulePlan, Plan
 from wrapq.wrappers.experts import can_be_taken_apart
@@ -84,7 +86,7 @@ def _linear(module: ModulePlan, translation: Translation, reader: str, dtype: st
     try:
         scheme = linear_scheme({point.name: point.quant_spec for point in module.points})
     except SpecError as error:
-        translation.refuse(module, str(error), _REMEDY)
+        translation.refuse(module, str(error), _remedy(module))
         return
     reason = linear_refusal(scheme) if reader == VLLM else None
     if scheme.half_only and dtype != "bfloat16":
@@ -96,6 +98,21 @@ def _linear(module: ModulePlan, translation: Translation, reader: str, dtype: st
         translation.schemes[module.name] = scheme
         if module.block is None:
             translation.outside.append(module.name)
+
+
+def _remedy(module: ModulePlan) -> str:
+    """What to do about a linear layer that there is no scheme for."""
+    specs = {point.name: point.quant_spec for point in module.points}
+
+    def fits(point: str, spec: QuantSpec) -> bool:
+        try:
+            linear_scheme({**specs, point: spec})
+        except SpecError:
+            return False
+        return True
+
+    found = (remedy_for(spec, point == "weight", partial(fits, point)) for point, spec in specs.items())
+    return next((remedy for remedy in found if remedy != ELSE), _REMEDY)
 
 
 def _corrections(plan: Plan, translation: Translation) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,13 +14,13 @@ from torch import Tensor, nn
 from wrapq.errors import ModelError, PlanError, Problem
 from wrapq.export.base import Exporter, Folder, Reading, Refusals
 from wrapq.export.lowering import inexpressible
+from wrapq.export.nearest import remedy_for
 from wrapq.export.reload import read
 from wrapq.export.stopwatch import LOGITS
 from wrapq.graph.mixtures import EXPERT_NAME
 from wrapq.quant.spec import QuantSpec
 from wrapq.resolve.plan import Plan
 
-_REMEDY = "quantize it otherwise, leave it float, or run with export=none"
 _SAME, _STEP, _COARSE_STEP = 1e-3, 5e-2, 0.25
 """Weights alone; and activations, where a number between two steps may fall to either side, as the operators multiply
 by the reciprocal of a scale; with fewer than 8 bits each such step is large."""
@@ -60,8 +61,10 @@ class ProgramExporter(Exporter, ABC):
         refusals = Refusals()
         for module in plan.modules:
             for point in module.points:
-                if reason := self.inexpressible(point.quant_spec, point.role == "weight"):
-                    refusals.refuse(module, f"{point.name} in {point.quant_spec}: {reason}", _REMEDY)
+                spec, weight = point.quant_spec, point.role == "weight"
+                if reason := self.inexpressible(spec, weight):
+                    remedy = remedy_for(spec, weight, partial(self._says, weight))
+                    refusals.refuse(module, f"{point.name} in {spec}: {reason}", remedy)
             if EXPERT_NAME.fullmatch(module.name):
                 what = "which tokens come to an expert depends on the data, which torch.export does not follow"
                 refusals.refuse(module, what, "run with export=none, or export=compressed_tensors")
@@ -74,6 +77,9 @@ class ProgramExporter(Exporter, ABC):
             are = "which is not" if len(missing) == 1 else "which are not"
             what = f"it is made with {' and '.join(missing)}, {are} installed"
             yield Problem("", f"export.{extra}", what, (), f"pip install 'wrapq[{extra}]'")
+
+    def _says(self, weight: bool, spec: QuantSpec) -> bool:
+        return self.inexpressible(spec, weight) is None
 
     def tolerance(self, plan: Plan) -> float:
         specs = [p.quant_spec for module in plan.modules for p in module.points if p.role == "activation"]
