@@ -39,6 +39,7 @@ _ANSWERS = {0, 2, 3, 4, 5, 6, 7, 10, 11}
 _DIFFERS = ("diff", "verify")  # for which 1 is an answer
 _WHOLE = ("w4a4_rotated_gptq", "w8a8_smoothquant", "w2a16_autoround")  # of which every key is written
 _LONG = (b"samples:", b"autoround", b"awq", b"spinquant")  # recipes in which a number may ask for hours
+_LONG += (b"/export: onnx", b"/export: gguf", b"/export: executorch", b"/export: circle")  # and what translates models
 FAMILIES = ("llama", "qwen2", "gpt2", "mixtral", "gemma2", "phi3", "opt")
 _LOAD = """
 import sys, wrapq
