@@ -86,10 +86,10 @@ def export_model(
     place = target or run / EXPORTS / name
     with _whole_folder(place, replace=target is None) as partial:
         folder = RunFolder(partial)
-        exporter.export(model, plan, folder)
         with reading_model(f"{run}: cannot read the tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(run, trust_remote_code=False)
         folder.write_files(tokenizer.save_pretrained)
+        exporter.export(model, plan, folder)
         for file in (GENERATION, *PROCESSOR_FILES):
             if (run / file).is_file():
                 folder.write_text(file, (run / file).read_text(encoding="utf-8"))

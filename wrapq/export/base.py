@@ -88,7 +88,8 @@ class Exporter(Configurable, ABC):
 
     @abstractmethod
     def export(self, model: nn.Module, plan: Plan, folder: Folder) -> None:
-        """Write configuration and weights of the converted `model`; equal models give equal bytes."""
+        """Write configuration and weights of the converted `model`, beside its tokenizer, which is in the folder
+        already; equal models give equal bytes."""
 
     @abstractmethod
     def read(self, folder: Path, ids: Tensor, device: str) -> Reading:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar
@@ -49,11 +49,7 @@ class ProgramExporter(Exporter, ABC):
         self.write(model, folder)
 
     def read(self, folder: Path, ids: Tensor, device: str) -> Reading:
-        name, script = self.runtime
-        answer = read(folder, ids, device, script)
-        if not answer.logits:
-            raise ModelError(f"{name} does not run the export: {answer.reason}")
-        return Reading(answer.logits[LOGITS], answer.measured, answer.tokens)
+        return run_script(*self.runtime, folder, ids, device)
 
     def inexpressible(self, spec: QuantSpec, weight: bool) -> str | None:
         """As `wrapq.export.lowering.inexpressible`, in this format."""
@@ -72,19 +68,31 @@ class ProgramExporter(Exporter, ABC):
             what = "no operator says that first tokens stay float"
             refusals.refused["", what, "run with float_prefix=0, or with export=none"] = ["float_prefix"]
         yield from refusals.problems
-        extra, packages = self.extra
-        for package in packages:
-            try:
-                version(package)
-            except PackageNotFoundError:
-                what = f"{format_name} needs {package}, which is not installed"
-                yield Problem("", "export.format", what, (), f"pip install 'wrapq[{extra}]'")
+        yield from missing_packages(format_name, *self.extra)
 
     def tolerance(self, plan: Plan) -> float:
         specs = [p.quant_spec for module in plan.modules for p in module.points if p.role == "activation"]
         if not specs:
             return _SAME if plan.model.dtype == "float32" else _STEP
         return _STEP if all(spec.dtype.bits >= 8 for spec in specs) else _COARSE_STEP
+
+
+def missing_packages(format_name: str, extra: str, packages: Iterable[str]) -> Iterator[Problem]:
+    """Those of the `packages` of an extra that a format needs and that are not installed."""
+    for package in packages:
+        try:
+            version(package)
+        except PackageNotFoundError:
+            what = f"{format_name} needs {package}, which is not installed"
+            yield Problem("", "export.format", what, (), f"pip install 'wrapq[{extra}]'")
+
+
+def run_script(name: str, script: str, folder: Path, ids: Tensor, device: str) -> Reading:
+    """What the runtime called `name` computes of the export in `folder`, by a script; see `Exporter.read`."""
+    answer = read(folder, ids, device, script)
+    if not answer.logits:
+        raise ModelError(f"{name} does not run the export: {answer.reason}")
+    return Reading(answer.logits[LOGITS], answer.measured, answer.tokens)
 
 
 def traced(function: nn.Module, given: Mapping[str, Any], open_axes: Mapping[str, Any], strict: bool = False) -> Any:
