@@ -17,11 +17,14 @@ from tests.export.test_lowering import converted, logits, off
 from tests.export.test_onnx_model import CALIBRATED, SMALL
 from tests.export.test_refusals import planned
 from tests.models import DEMO, random_model
+from wrapq.engine.export import export_run
+from wrapq.engine.progress import Progress
 from wrapq.errors import ModelError, PlanError
 from wrapq.export.gguf.ggml_types import NEAREST
 from wrapq.export.gguf.writer import write_gguf
 from wrapq.export.gguf_model import Gguf
 from wrapq.export.run_gguf import MODEL
+from wrapq.recipe.schema import Export, Settings
 
 pytest.importorskip("gguf")
 ROUNDED = 2e-2
@@ -99,6 +102,16 @@ def test_a_run_exports_what_it_measured(recipe: str, words: tuple[str, ...], all
     assert done.exported.size == (done.exported.path / MODEL).stat().st_size
     assert {MODEL, "tokenizer.json"} <= {file.name for file in done.exported.path.iterdir()}
     assert any("llama-cli" in note for note in done.exported.notes)
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_exported_later_to_the_same_bytes(tmp_path: Path) -> None:
+    needs_llama_cpp()
+    done = wrapq.run("gguf_q8_0", [*SMALL, f"paths.outputs={tmp_path}"])
+    assert done is not None and done.exported is not None
+    again = export_run(str(done.folder), Export(format="gguf"), Settings(), Progress(), tmp_path / "again")
+    assert again.path == tmp_path / "again"
+    assert (again.path / MODEL).read_bytes() == (done.exported.path / MODEL).read_bytes()
 
 
 @pytest.mark.slow
