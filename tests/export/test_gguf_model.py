@@ -146,7 +146,7 @@ OF_GROUPS = "weight in int4:g128:sym: no type of ggml that wrapq writes holds it
         ),
         (["recipe=gguf_q8_0", "float_prefix=1"], ["no word for first tokens that stay float"]),
         (
-            ["recipe=gguf_q8_0", "+algorithm@stack.low=low_rank"],
+            ["recipe=gguf_q8_0", "+algorithm@stack.low=low_rank", "stack.low.rules=[linear]"],
             ["llama.cpp has no word for a low-rank repair", "~stack.low"],
         ),
         (
