@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby
 from typing import Any
 
 from wrapq.errors import ModelError
@@ -127,8 +127,7 @@ def _check_pieces(model: Mapping[str, Any]) -> None:
     unless merges come by their pieces, and are all that make these."""
     merges, vocab = _merges(model), model["vocab"]
     made = [left + right for left, right in merges]
-    runs = 1 + sum(before != after for before, after in pairwise(made))
-    if runs != len(set(made)):
+    if sum(1 for _ in groupby(made)) != len(set(made)):
         raise ModelError("the merges of the tokenizer are not in the order of the pieces that they make")
     known = set(merges)
     for piece in dict.fromkeys(made):
