@@ -241,7 +241,8 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("wrapq.export.base.version", absent)
     with pytest.raises(
-        PlanError, match=r"made with torchao and onnxscript and onnxruntime, which are not installed\n.*wrapq\[onnx\]"
+        PlanError,
+        match=r"with torchao and onnxscript and onnxruntime, which are not installed\n.*wrapq\[onnx\]",
     ):
         planned("recipe=w4a16_rtn", "export=onnx")
 

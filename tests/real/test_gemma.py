@@ -12,6 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from wrapq.export.gguf.writer import write_gguf
+from wrapq.export.gguf_model import Gguf
+from wrapq.export.reload import greedy
+from wrapq.export.run_gguf import MODEL
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(1200)]
 SMALL = ("calibration.samples=8", "evaluation.tokens=1024", "evaluation.seq_len=512", "tracking=none")
@@ -103,3 +110,20 @@ def test_what_ruins_it_is_said(real_model: Callable[[str], Path], tmp_path: Path
     assert reached.status == 12 and math.isfinite(reached.kl), said
     named = re.search(r"with one kind of point in float: (\S+) ", said)
     assert named and named[1] == "model.layers.*.mlp.down_proj.input"
+
+
+def test_llama_cpp_runs_it(real_model: Callable[[str], Path], tmp_path: Path) -> None:
+    """Its own norms, windows and tokenizer, as float: what llama.cpp computes is what transformers does."""
+    pytest.importorskip("llama_cpp", reason="pip install 'wrapq[gguf]' compiles llama.cpp, which takes minutes")
+    folder = real_model("gemma3-270m")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = tokenizer("The file is read line by line, and each of them", return_tensors="pt")["input_ids"]
+    tokenizer.save_pretrained(tmp_path)
+    write_gguf(model, tokenizer, tmp_path / MODEL, "gemma", torch.bfloat16)
+    reading = Gguf().read(tmp_path, ids, "cpu")
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits
+    assert (reading.logits - expected).norm() <= 1e-2 * expected.norm()
+    assert reading.tokens is not None
+    assert reading.tokens[0, :8].tolist() == greedy(model, ids.numpy(), 8)[0].tolist()

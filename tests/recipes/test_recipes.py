@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,12 @@ NAMES = sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in 
 
 
 def small(name: str) -> list[str]:
-    composed = compose([f"recipe={name}"])
+    unexported = ["export=none"] if name.startswith("gguf") and find_spec("llama_cpp") is None else []
+    composed = compose([f"recipe={name}", *unexported])
     learned = [f"stack.{name}.iterations=3" for name, s in composed.recipe.stack.items() if s.algorithm == "autoround"]
     calibrated = resolve(composed.recipe, composed.sources).needs_calibration
-    return ["evaluation.tokens=1024", *(["calibration.samples=8"] if calibrated else []), *learned]
+    alone = [f"export.{format_name}.beside_float=false" for format_name in composed.recipe.export]
+    return ["evaluation.tokens=1024", *(["calibration.samples=8"] if calibrated else []), *learned, *unexported, *alone]
 
 
 def test_the_folder_is_what_the_presets_list() -> None:

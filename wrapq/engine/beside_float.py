@@ -37,10 +37,10 @@ class FloatBeside:
         self.settings, self.model = settings, model
 
     def figures(
-        self, name: str, exporter: Exporter, plan: Plan, ids: Tensor, device: torch.device, beside: Path
+        self, name: str, exporter: Exporter, plan: Plan, ids: Tensor, device: torch.device, export: Path
     ) -> tuple[dict[str, float], str]:
         """As `Reading.measured`, and `size_mb`, of the float model that `plan` quantizes, exported by the `exporter` of
-        the format `name` into a folder, which does not stay, in `beside`; none, and why, where that cannot be done."""
+        the format `name` into a folder beside `export`, which does not stay; none, and why, where it cannot be done."""
         runtime = self.settings.runtime
         store = StoreUse(Store(self.settings.paths.cache_folder(), runtime.cache_gb * 1e9))
         where = [device_class(device), environment(), exporter.versions(), code_digest()]
@@ -49,7 +49,7 @@ class FloatBeside:
         if runtime.cache_gb and (stored := store.store.get(key)) is not None:
             return {figure: float(value) for figure, value in stored.tensors.items()}, ""
         try:
-            found = self._measure(exporter, plan, ids, device, beside)
+            found = self._measure(exporter, plan, ids, device, export)
         except (WrapqError, OSError) as error:
             return {}, f"the float model is not measured beside it: {error}"
         if runtime.cache_gb:
@@ -58,12 +58,15 @@ class FloatBeside:
         return found, ""
 
     def _measure(
-        self, exporter: Exporter, plan: Plan, ids: Tensor, device: torch.device, beside: Path
+        self, exporter: Exporter, plan: Plan, ids: Tensor, device: torch.device, export: Path
     ) -> dict[str, float]:
+        from transformers import AutoTokenizer
+
         nothing = plan.model_copy(update={"modules": (), "stages": ()})
         source = ModelSource(plan.recipe.model, self.settings.runtime.trust_remote_code)
-        with tempfile.TemporaryDirectory(dir=beside, prefix=f".{FLOAT}-") as name:
+        with tempfile.TemporaryDirectory(dir=export.parent, prefix=f".{FLOAT}-") as name:
             folder = RunFolder(Path(name))
+            AutoTokenizer.from_pretrained(export, trust_remote_code=False).save_pretrained(name)
             exporter.export(load_float(source, device), nothing, folder)
             size = sum(file.stat().st_size for file in folder.path.glob(exporter.weights))
             return {**exporter.read(folder.path, ids, str(device)).measured, "size_mb": size / 1e6}

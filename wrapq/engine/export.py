@@ -89,10 +89,10 @@ def export_model(
     exporter, place = make_exporters(plan.recipe.export)[name], target or run / EXPORTS / name
     with _whole_folder(place, replace=target is None) as partial:
         folder = RunFolder(partial)
-        exporter.export(model, plan, folder)
         with reading_model(f"{run}: cannot read the tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(run, trust_remote_code=False)
         folder.write_files(tokenizer.save_pretrained)
+        exporter.export(model, plan, folder)
         for file in (GENERATION, *PROCESSOR_FILES):
             if (run / file).is_file():
                 folder.write_text(file, (run / file).read_text(encoding="utf-8"))
@@ -118,7 +118,7 @@ def export_model(
     figures |= reading.measured
     notes = [*reading.notes, *exporter.notes(plan)]
     if plan.recipe.export[name].beside_float:
-        floats, failed = beside.figures(name, exporter, plan, ids, device, place.parent)
+        floats, failed = beside.figures(name, exporter, plan, ids, device, place)
         figures, notes = with_float(figures, floats), notes + [failed] * bool(failed)
     return Exported(place, error, size, tuple(notes), torch.get_num_threads(), figures)
 

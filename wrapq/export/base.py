@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -89,7 +89,8 @@ class Exporter(Configurable, ABC):
 
     @abstractmethod
     def export(self, model: nn.Module, plan: Plan, folder: Folder) -> None:
-        """Write configuration and weights of the converted `model`; equal models give equal bytes."""
+        """Write configuration and weights of the converted `model`, beside its tokenizer, which is in the folder
+        already; equal models give equal bytes."""
 
     @abstractmethod
     def read(self, folder: Path, ids: Tensor, device: str) -> Reading:
@@ -106,6 +107,14 @@ class Exporter(Configurable, ABC):
             with suppress(PackageNotFoundError):
                 found[package] = version(package)
         return found
+
+    def missing_packages(self) -> Iterator[Problem]:
+        """Those that it asks for and that are not installed."""
+        extra, packages = self.extra
+        if missing := [package for package in packages if package not in self.versions()]:
+            are = "which is not" if len(missing) == 1 else "which are not"
+            what = f"it is made and run with {' and '.join(missing)}, {are} installed"
+            yield Problem("", f"export.{extra}", what, (), f"pip install 'wrapq[{extra}]'")
 
     def layers(self, plan: Plan) -> Iterable[str]:
         """What the format calls each kind of quantized layer in `plan`, and how many there are."""

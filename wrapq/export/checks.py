@@ -7,9 +7,8 @@ from functools import cache, partial
 
 import torch
 
-from wrapq.algorithms.base import ALGORITHMS, Corrector
-from wrapq.algorithms.transform import Transform
 from wrapq.errors import SpecError
+from wrapq.export.additions import refuse_corrections, refuse_online
 from wrapq.export.base import Refusals
 from wrapq.export.nearest import ELSE, remedy_for
 from wrapq.export.scheme import INT, MXFP4, NVFP4, PACK, Args, Scheme, cache_args, linear_scheme
@@ -65,8 +64,8 @@ def translate(plan: Plan, reader: str) -> Translation:
         what = "compressed-tensors has no word for first tokens that stay float, and readers would quantize them"
         translation.refused[("", what, "run with float_prefix=0, or with export=none")] = ["float_prefix"]
     _cache(plan, translation, reader)
-    _corrections(plan, translation)
-    _online(plan, translation)
+    refuse_corrections(plan, translation, "compressed-tensors")
+    refuse_online(plan, translation)
     _experts(plan, translation)
     _initialized(plan, translation)
     schemes = translation.schemes
@@ -113,33 +112,6 @@ def _remedy(module: ModulePlan) -> str:
 
     found = (remedy_for(spec, point == "weight", partial(fits, point)) for point, spec in specs.items())
     return next((remedy for remedy in found if remedy != ELSE), _REMEDY)
-
-
-def _corrections(plan: Plan, translation: Translation) -> None:
-    """What the stack adds beside the weights and the model that a reader builds has no place for."""
-    modules = {f"{module.name}.weight": module for module in plan.modules}
-    for stage in plan.stages:
-        kind = ALGORITHMS.get(stage.algorithm)
-        for module in (modules[target] for target in stage.targets if issubclass(kind, Corrector)):
-            remedy = f"leave it out with ~stack.{stage.name}, or run with export=none"
-            if issubclass(kind, Corrector) and kind.adds == "low_rank":
-                what = "compressed-tensors has no word for a low-rank repair beside the weight"
-                translation.refuse(module, what, remedy)
-            elif not module.has_bias:
-                translation.refuse(module, "it has no bias, and readers would drop the one of the correction", remedy)
-
-
-def _online(plan: Plan, translation: Translation) -> None:
-    """What changes at each forward, which a reader that builds the model anew would not do."""
-    modules = {module.name: module for module in plan.modules}
-    for stage in plan.stages:
-        for name in stage.online:
-            kind = ALGORITHMS.get(stage.algorithm)
-            option = f"as with stack.{stage.name}.{kind.offline}, " if issubclass(kind, Transform) else ""
-            what = f"{stage.name} changes what comes to it at each forward, and readers would drop that"
-            remedy = f"leave it out, {option}or run with export=none"
-            if name in modules:  # else it reads the tensor that others are given divided
-                translation.refuse(modules[name], what, remedy)
 
 
 def _experts(plan: Plan, translation: Translation) -> None:

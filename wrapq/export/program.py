@@ -47,11 +47,7 @@ class ProgramExporter(Exporter, ABC):
         self.write(model, folder)
 
     def read(self, folder: Path, ids: Tensor, device: str) -> Reading:
-        name, script = self.runtime
-        answer = read(folder, ids, device, script)
-        if not answer.logits:
-            raise ModelError(f"{name} does not run the export: {answer.reason}")
-        return Reading(answer.logits[LOGITS], answer.measured, answer.tokens)
+        return run_script(*self.runtime, folder, ids, device)
 
     def inexpressible(self, spec: QuantSpec, weight: bool) -> str | None:
         """As `wrapq.export.lowering.inexpressible`, in this format."""
@@ -72,11 +68,7 @@ class ProgramExporter(Exporter, ABC):
             what = "no operator says that first tokens stay float"
             refusals.refused["", what, "run with float_prefix=0, or with export=none"] = ["float_prefix"]
         yield from refusals.problems
-        extra, packages = self.extra
-        if missing := [package for package in packages if package not in self.versions()]:
-            are = "which is not" if len(missing) == 1 else "which are not"
-            what = f"it is made with {' and '.join(missing)}, {are} installed"
-            yield Problem("", f"export.{extra}", what, (), f"pip install 'wrapq[{extra}]'")
+        yield from self.missing_packages()
 
     def _says(self, weight: bool, spec: QuantSpec) -> bool:
         return self.inexpressible(spec, weight) is None
@@ -86,6 +78,14 @@ class ProgramExporter(Exporter, ABC):
         if not specs:
             return _SAME if plan.model.dtype == "float32" else _STEP
         return _STEP if all(spec.dtype.bits >= 8 for spec in specs) else _COARSE_STEP
+
+
+def run_script(name: str, script: str, folder: Path, ids: Tensor, device: str) -> Reading:
+    """What the runtime called `name` computes of the export in `folder`, by a script; see `Exporter.read`."""
+    answer = read(folder, ids, device, script)
+    if not answer.logits:
+        raise ModelError(f"{name} does not run the export: {answer.reason}")
+    return Reading(answer.logits[LOGITS], answer.measured, answer.tokens)
 
 
 def traced(function: nn.Module, given: Mapping[str, Any], open_axes: Mapping[str, Any], strict: bool = False) -> Any:
