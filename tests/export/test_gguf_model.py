@@ -172,6 +172,6 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(package: str) -> str:
         raise PackageNotFoundError(package)
 
-    monkeypatch.setattr("wrapq.export.program.version", absent)
-    with pytest.raises(PlanError, match=r"gguf needs llama-cpp-python, which is not installed\n.*wrapq\[gguf\]"):
+    monkeypatch.setattr("wrapq.export.base.version", absent)
+    with pytest.raises(PlanError, match=r"with gguf and llama-cpp-python, which are not installed\n.*wrapq\[gguf\]"):
         planned("recipe=gguf_q8_0", "export=gguf")
