@@ -7,14 +7,13 @@ from functools import cache
 
 import torch
 
-from wrapq.algorithms.base import ALGORITHMS, Corrector
-from wrapq.algorithms.transform import Transform
 from wrapq.errors import SpecError
+from wrapq.export.additions import refuse_corrections, refuse_float_prefix, refuse_online
 from wrapq.export.base import Refusals
+from wrapq.export.folder_checkpoint import refuse_initialized
 from wrapq.export.scheme import INT, MXFP4, NVFP4, PACK, Args, Scheme, cache_args, linear_scheme
 from wrapq.export.vllm import cache_refusal, fusion_refusals, linear_refusal
 from wrapq.graph.mixtures import EXPERT_NAME
-from wrapq.graph.usage import find_initialized
 from wrapq.resolve.model_source import ModelSource
 from wrapq.resolve.plan import ModulePlan, Plan
 from wrapq.wrappers.experts import can_be_taken_apart
@@ -59,14 +58,15 @@ def translate(plan: Plan, reader: str) -> Translation:
         elif module.wrapper != _ATTENTION:
             what = f"compressed-tensors quantizes linear layers and the cache, not {module.type}"
             translation.refuse(module, what, _REMEDY)
-    if plan.recipe.float_prefix:
-        what = "compressed-tensors has no word for first tokens that stay float, and readers would quantize them"
-        translation.refused[("", what, "run with float_prefix=0, or with export=none")] = ["float_prefix"]
+    refuse_float_prefix(plan, translation, "compressed-tensors")
     _cache(plan, translation, reader)
-    _corrections(plan, translation)
-    _online(plan, translation)
+    refuse_corrections(plan, translation, "compressed-tensors")
+    refuse_online(plan, translation)
     _experts(plan, translation)
-    _initialized(plan, translation)
+    dtypes = {"int": torch.int8, "float": torch.float8_e4m3fn}
+    packed = (PACK, NVFP4, MXFP4)
+    stored = {n: None if s.format in packed else dtypes[s.weights["type"]] for n, s in translation.schemes.items()}
+    refuse_initialized(plan, translation, stored)
     schemes = translation.schemes
     asymmetric = [name for name, scheme in schemes.items() if scheme.format == PACK and not scheme.weights["symmetric"]]
     if asymmetric and (len(translation.layers_by_scheme()) > 1 or translation.cache is not None):
@@ -98,33 +98,6 @@ def _linear(module: ModulePlan, translation: Translation, reader: str, dtype: st
             translation.outside.append(module.name)
 
 
-def _corrections(plan: Plan, translation: Translation) -> None:
-    """What the stack adds beside the weights and the model that a reader builds has no place for."""
-    modules = {f"{module.name}.weight": module for module in plan.modules}
-    for stage in plan.stages:
-        kind = ALGORITHMS.get(stage.algorithm)
-        for module in (modules[target] for target in stage.targets if issubclass(kind, Corrector)):
-            remedy = f"leave it out with ~stack.{stage.name}, or run with export=none"
-            if issubclass(kind, Corrector) and kind.adds == "low_rank":
-                what = "compressed-tensors has no word for a low-rank repair beside the weight"
-                translation.refuse(module, what, remedy)
-            elif not module.has_bias:
-                translation.refuse(module, "it has no bias, and readers would drop the one of the correction", remedy)
-
-
-def _online(plan: Plan, translation: Translation) -> None:
-    """What changes at each forward, which a reader that builds the model anew would not do."""
-    modules = {module.name: module for module in plan.modules}
-    for stage in plan.stages:
-        for name in stage.online:
-            kind = ALGORITHMS.get(stage.algorithm)
-            option = f"as with stack.{stage.name}.{kind.offline}, " if issubclass(kind, Transform) else ""
-            what = f"{stage.name} changes what comes to it at each forward, and readers would drop that"
-            remedy = f"leave it out, {option}or run with export=none"
-            if name in modules:  # else it reads the tensor that others are given divided
-                translation.refuse(modules[name], what, remedy)
-
-
 def _experts(plan: Plan, translation: Translation) -> None:
     """Experts that transformers keeps in one tensor, and puts together from other names or formats than ours."""
     modules = {module: match[2] for module in plan.modules if (match := EXPERT_NAME.fullmatch(module.name))}
@@ -141,27 +114,6 @@ def _experts(plan: Plan, translation: Translation) -> None:
         return
     for module, reason in unread.items():
         translation.refuse(module, reason, _REMEDY)
-
-
-def _initialized(plan: Plan, translation: Translation) -> None:
-    """Layers whose weights transformers does not find where it initializes the modules around them, before it unpacks
-    any."""
-    import transformers
-
-    if not hasattr(transformers, plan.model.type):  # code of the model's own, which no export takes along
-        return
-    model = ModelSource(plan.recipe.model).meta_model()
-    there = {name for name, module in model.named_modules() if module._parameters.get("weight") is not None}
-    kinds = {"int": torch.int8, "float": torch.float8_e4m3fn}
-    stored = {
-        name: None if scheme.format in (PACK, NVFP4, MXFP4) else kinds[scheme.weights["type"]]
-        for name, scheme in translation.schemes.items()
-        if name in there
-    }
-    failing = find_initialized(model, stored) if stored else ()
-    for module in (module for module in plan.modules if module.name in failing):
-        what = f"transformers does not load a {plan.model.type} whose {module.type} there is not a float"
-        translation.refuse(module, f"{what}: it initializes the weight", _REMEDY)
 
 
 @cache

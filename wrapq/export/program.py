@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar
@@ -72,19 +72,23 @@ class ProgramExporter(Exporter, ABC):
             what = "no operator says that first tokens stay float"
             refusals.refused["", what, "run with float_prefix=0, or with export=none"] = ["float_prefix"]
         yield from refusals.problems
-        extra, packages = self.extra
-        for package in packages:
-            try:
-                version(package)
-            except PackageNotFoundError:
-                what = f"{format_name} needs {package}, which is not installed"
-                yield Problem("", "export.format", what, (), f"pip install 'wrapq[{extra}]'")
+        yield from missing_packages(format_name, *self.extra)
 
     def tolerance(self, plan: Plan) -> float:
         specs = [p.quant_spec for module in plan.modules for p in module.points if p.role == "activation"]
         if not specs:
             return _SAME if plan.model.dtype == "float32" else _STEP
         return _STEP if all(spec.dtype.bits >= 8 for spec in specs) else _COARSE_STEP
+
+
+def missing_packages(format_name: str, extra: str, packages: Iterable[str]) -> Iterator[Problem]:
+    """Those of the `packages` of an extra that a format needs and that are not installed."""
+    for package in packages:
+        try:
+            version(package)
+        except PackageNotFoundError:
+            what = f"{format_name} needs {package}, which is not installed"
+            yield Problem("", "export.format", what, (), f"pip install 'wrapq[{extra}]'")
 
 
 def traced(function: nn.Module, given: Mapping[str, Any], open_axes: Mapping[str, Any], strict: bool = False) -> Any:
