@@ -61,7 +61,7 @@ class GptqLayout(Int32Layout):
 
     def quantization_config(self, model: nn.Module, plan: Plan, weights: Mapping[str, PackedWeight]) -> dict[str, Any]:
         spec, symmetric = plan.modules[0].points[0].quant_spec, is_symmetric(plan)
-        said = {
+        section = {
             "quant_method": "gptq",
             "bits": spec.dtype.bits,
             "group_size": group_size_of(spec),
@@ -71,9 +71,9 @@ class GptqLayout(Int32Layout):
             "block_name_to_quantize": plan.model.blocks,
         }
         if floats := _left_float(model, plan, weights):
-            said["modules_in_block_to_quantize"] = [list(weights)]  # read by transformers and vLLM
-            said["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in floats}  # by GPTQModel and SGLang
-        return said
+            section["modules_in_block_to_quantize"] = [list(weights)]  # read by transformers and vLLM
+            section["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in floats}  # by GPTQModel and SGLang
+        return section
 
     def notes(self, plan: Plan) -> Iterable[str]:
         yield from super().notes(plan)

@@ -117,8 +117,8 @@ class Int32Layout(Exporter, ABC):
             raise ModelError(f"{large[0]}: its scales are too large for {_SCALES}, which {self.layout} has")
         bits, symmetric = _scheme(plan)[0], is_symmetric(plan)
         packed = {name: self.tensors(weight, bits, symmetric) for name, weight in weights.items()}
-        said = self.quantization_config(model, plan, weights)
-        write_checkpoint(folder, model, plan.model.dtype, all_tensors(model, packed), said)
+        section = self.quantization_config(model, plan, weights)
+        write_checkpoint(folder, model, plan.model.dtype, all_tensors(model, packed), section)
 
     def read(self, folder: Path, ids: Tensor, device: str) -> Reading:
         answer = read(folder, ids, device)
@@ -254,8 +254,8 @@ def _by_row(values: Tensor, rows: int) -> Tensor:
 
 
 def _groups(qparams: QParams, columns: int) -> Tensor:
-    slots = torch.arange(columns) if qparams.permutation is None else qparams.permutation.cpu()
-    return (slots // (qparams.spec.group_size or columns)).to(torch.int32)
+    places = torch.arange(columns) if qparams.permutation is None else qparams.permutation.cpu()
+    return (places // (qparams.spec.group_size or columns)).to(torch.int32)
 
 
 def unsigned(bits: int) -> DType:
