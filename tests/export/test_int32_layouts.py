@@ -72,7 +72,7 @@ def converted(spec: str) -> QuantizedWeight:
 
 
 def gptq_tensors(layer: QuantizedWeight, symmetric: bool) -> dict[str, Tensor]:
-    return GptqLayout().tensors(packed_weight(layer, "a"), layer.specs["weight"].dtype.bits, symmetric)
+    return GptqLayout().tensors(packed_weight(layer), layer.specs["weight"].dtype.bits, symmetric)
 
 
 @pytest.mark.parametrize("spec", GPTQ_SPECS)
@@ -94,7 +94,7 @@ def test_gptq_holds_the_weight_to_the_bit(spec: str) -> None:
 @pytest.mark.parametrize("spec", [spec for spec in GPTQ_SPECS if "int4" in spec])
 def test_awq_holds_the_weight_to_the_bit(spec: str) -> None:
     layer = converted(spec)
-    tensors = AwqLayout().tensors(packed_weight(layer, "a"), 4, False)
+    tensors = AwqLayout().tensors(packed_weight(layer), 4, False)
     assert torch.equal(awq_weight(tensors, {"group_size": layer.specs["weight"].group_size or -1}), layer.weight)
     assert tensors["qweight"].shape == (layer.matrix_shape[1], layer.matrix_shape[0] // 8)
 
@@ -112,10 +112,10 @@ def test_groups_in_activation_order(kind: str) -> None:
     ordered = dataclasses.replace(qparams, permutation=torch.randperm(layer.matrix_shape[1]))
     layer.set_weight(layer.codes(), ordered)
     said = {"bits": 4, "checkpoint_format": "gptq_v2", "desc_act": True}
-    assert packed_weight(layer, "a").ordered
+    assert packed_weight(layer).ordered
     assert torch.equal(gptq_weight(gptq_tensors(layer, False), said), layer.weight)
     with pytest.raises(ModelError, match=r"a: AWQ's layout has no place for groups that follow an activation order"):
-        AwqLayout().quantization_config(layer, planned("recipe=w4a16_rtn"), {"a": packed_weight(layer, "a")})
+        AwqLayout().quantization_config(layer, planned("recipe=w4a16_rtn"), {"a": packed_weight(layer)})
 
 
 def run(recipe: str, export: str, folder: Path, *words: str) -> wrapq.engine.record.RunResult:
@@ -189,7 +189,7 @@ def test_fused_layers_that_are_all_float_are_named_as_engines_call_them(installe
 
 
 def converted_layer() -> object:
-    return packed_weight(converted("int4:g32:sym"), "a")
+    return packed_weight(converted("int4:g32:sym"))
 
 
 def refusal(*words: str) -> str:
@@ -248,7 +248,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], str, str]] = {
     ),
     "the head": (
         (RTN, "~rules.head", "export=gptq"),
-        "lm_head: transformers reads GPTQ's layout in blocks alone, and leaves the layers before and after them float",
+        "lm_head: transformers reads GPTQ's layout in blocks alone, and leaves the layers outside them float",
         "leave it float, or run with export=none",
     ),
     "an embedding": (

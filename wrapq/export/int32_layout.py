@@ -111,8 +111,8 @@ class Int32Layout(Exporter, ABC):
     def export(self, model: nn.Module, plan: Plan, folder: Folder) -> None:
         if problems := self._refusals(plan).problems:
             raise PlanError(problems)
-        modules = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedWeight)}
-        weights = {name: packed_weight(module, name) for name, module in modules.items()}
+        modules = model.named_modules()
+        weights = {name: packed_weight(module) for name, module in modules if isinstance(module, QuantizedWeight)}
         if large := [name for name, weight in weights.items() if not weight.scales.isfinite().all()]:
             raise ModelError(f"{large[0]}: its scales are too large for {_SCALES}, which {self.layout} has")
         bits, symmetric = _scheme(plan)[0], is_symmetric(plan)
@@ -166,20 +166,17 @@ class Int32Layout(Exporter, ABC):
             return
         specs = {point.name: point.quant_spec for point in module.points}
         if module.block is None:
-            what = (
-                f"transformers reads {self.layout} in blocks alone, and leaves the layers before and after them float"
-            )
+            what = f"transformers reads {self.layout} in blocks alone, and leaves the layers outside them float"
             refusals.refuse(module, what, _REMEDY)
         elif others := {name: spec for name, spec in specs.items() if name != "weight"}:
             what = f"{self.layout} has weights alone, and {next(iter(others))} is {next(iter(others.values()))}"
             near = self._nearest(module) if self._reason(module) else None
-            weight = f" and quantize its weight as {near}" if near else ""
-            refusals.refuse(module, what, f"leave {', '.join(others)} float{weight}, or run with export=none")
+            also = f" and quantize its weight as {near}" if near else ""
+            refusals.refuse(module, what, f"leave {', '.join(others)} float{also}, or run with export=none")
         elif reason := self._reason(module):
             near = self._nearest(module)
-            refusals.refuse(
-                module, f"{specs['weight']}: {reason}", f"quantize it as {near}, {_REMEDY}" if near else _REMEDY
-            )
+            remedy = f"quantize it as {near}, {_REMEDY}" if near else _REMEDY
+            refusals.refuse(module, f"{specs['weight']}: {reason}", remedy)
         else:
             refusals.schemes[module.name] = specs["weight"].dtype.bits, group_size_of(specs["weight"])
 
@@ -234,8 +231,8 @@ def is_symmetric(plan: Plan) -> bool:
     return all(spec.symmetric and spec.dtype.signed for spec in specs)
 
 
-def packed_weight(module: QuantizedWeight, where: str) -> PackedWeight:
-    """The parts of the weight of a layer called `where`."""
+def packed_weight(module: QuantizedWeight) -> PackedWeight:
+    """The parts of the weight of a layer."""
     qparams, codes = module.qparams("weight"), module.codes()
     least, scale = qparams.spec.dtype.least_code, _by_row(qparams.scale, len(codes))
     zero = torch.zeros_like(scale) if qparams.zero_point is None else _by_row(qparams.zero_point, len(codes))
