@@ -27,6 +27,26 @@ def peer_python(folder: Path, also: Sequence[str] = ()) -> Path:
     return python
 
 
+def beside(folder: Path, packages: Sequence[str]) -> Path:
+    """The interpreter of a virtual environment made in `folder` that has what this one has, and `packages`, which want
+    other versions of something or change what other packages do.
+
+    Raises:
+        subprocess.CalledProcessError: they cannot be installed.
+    """
+    python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    site = run([str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"])
+    Path(site.strip(), "beside.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
+    run([str(python), "-m", "pip", "install", "-q", *packages])
+    return python
+
+
+def run(command: Sequence[str]) -> str:
+    """What a command says that ends well."""
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
 def run_oneshots(
     python: Path, jobs: Sequence[dict[str, Any]], folder: Path, script: Path = ONESHOT
 ) -> Iterator[dict[str, Any]]:

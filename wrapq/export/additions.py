@@ -34,3 +34,10 @@ def refuse_online(plan: Plan, refusals: Refusals) -> None:
             remedy = f"leave it out, {option}or run with export=none"
             if name in modules:  # else it reads the tensor that others are given divided
                 refusals.refuse(modules[name], what, remedy)
+
+
+def refuse_float_prefix(plan: Plan, refusals: Refusals, name: str) -> None:
+    """Refuse first tokens that stay float, for a format called `name`."""
+    if plan.recipe.float_prefix:
+        what = f"{name} has no word for first tokens that stay float, and readers would quantize them"
+        refusals.refused[("", what, "run with float_prefix=0, or with export=none")] = ["float_prefix"]

@@ -114,7 +114,7 @@ class Exporter(Configurable, ABC):
         if missing := [package for package in packages if package not in self.versions()]:
             are = "which is not" if len(missing) == 1 else "which are not"
             what = f"it is made and run with {' and '.join(missing)}, {are} installed"
-            yield Problem("", f"export.{extra}", what, (), f"pip install 'wrapq[{extra}]'")
+            yield Problem("", "export", what, (), f"pip install 'wrapq[{extra}]'")
 
     def layers(self, plan: Plan) -> Iterable[str]:
         """What the format calls each kind of quantized layer in `plan`, and how many there are."""

@@ -8,13 +8,13 @@ from functools import cache, partial
 import torch
 
 from wrapq.errors import SpecError
-from wrapq.export.additions import refuse_corrections, refuse_online
+from wrapq.export.additions import refuse_corrections, refuse_float_prefix, refuse_online
 from wrapq.export.base import Refusals
+from wrapq.export.folder_checkpoint import refuse_initialized
 from wrapq.export.nearest import ELSE, remedy_for
 from wrapq.export.scheme import INT, MXFP4, NVFP4, PACK, Args, Scheme, cache_args, linear_scheme
 from wrapq.export.vllm import cache_refusal, fusion_refusals, linear_refusal
 from wrapq.graph.mixtures import EXPERT_NAME
-from wrapq.graph.usage import find_initialized
 from wrapq.quant.spec import QuantSpec
 from wrapq.resolve.model_source import ModelSource
 from wrapq.resolve.plan import ModulePlan, Plan
@@ -60,14 +60,15 @@ def translate(plan: Plan, reader: str) -> Translation:
         elif module.wrapper != _ATTENTION:
             what = f"compressed-tensors quantizes linear layers and the cache, not {module.type}"
             translation.refuse(module, what, _REMEDY)
-    if plan.recipe.float_prefix:
-        what = "compressed-tensors has no word for first tokens that stay float, and readers would quantize them"
-        translation.refused[("", what, "run with float_prefix=0, or with export=none")] = ["float_prefix"]
+    refuse_float_prefix(plan, translation, "compressed-tensors")
     _cache(plan, translation, reader)
     refuse_corrections(plan, translation, "compressed-tensors")
     refuse_online(plan, translation)
     _experts(plan, translation)
-    _initialized(plan, translation)
+    dtypes = {"int": torch.int8, "float": torch.float8_e4m3fn}
+    packed = (PACK, NVFP4, MXFP4)
+    stored = {n: None if s.format in packed else dtypes[s.weights["type"]] for n, s in translation.schemes.items()}
+    refuse_initialized(plan, translation, stored)
     schemes = translation.schemes
     asymmetric = [name for name, scheme in schemes.items() if scheme.format == PACK and not scheme.weights["symmetric"]]
     if asymmetric and (len(translation.layers_by_scheme()) > 1 or translation.cache is not None):
@@ -130,27 +131,6 @@ def _experts(plan: Plan, translation: Translation) -> None:
         return
     for module, reason in unread.items():
         translation.refuse(module, reason, _REMEDY)
-
-
-def _initialized(plan: Plan, translation: Translation) -> None:
-    """Layers whose weights transformers does not find where it initializes the modules around them, before it unpacks
-    any."""
-    import transformers
-
-    if not hasattr(transformers, plan.model.type):  # code of the model's own, which no export takes along
-        return
-    model = ModelSource(plan.recipe.model).meta_model()
-    there = {name for name, module in model.named_modules() if module._parameters.get("weight") is not None}
-    kinds = {"int": torch.int8, "float": torch.float8_e4m3fn}
-    stored = {
-        name: None if scheme.format in (PACK, NVFP4, MXFP4) else kinds[scheme.weights["type"]]
-        for name, scheme in translation.schemes.items()
-        if name in there
-    }
-    failing = find_initialized(model, stored) if stored else ()
-    for module in (module for module in plan.modules if module.name in failing):
-        what = f"transformers does not load a {plan.model.type} whose {module.type} there is not a float"
-        translation.refuse(module, f"{what}: it initializes the weight", _REMEDY)
 
 
 @cache

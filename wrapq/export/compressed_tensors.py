@@ -6,11 +6,10 @@ under the names of the library. Embeddings and norms stay as they are.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import ClassVar, Literal
 
 import torch
 from packaging.version import Version
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from wrapq.errors import ModelError, PlanError, Problem
 from wrapq.export.base import EXPORTERS, Exporter, Folder, Reading
 from wrapq.export.checks import VLLM, Translation, translate
+from wrapq.export.folder_checkpoint import all_tensors, write_checkpoint
 from wrapq.export.reload import DEQUANTIZED, FLOAT_CACHE, Answer, read
 from wrapq.export.scheme import DENSE, MIXED, Args, Scheme
 from wrapq.export.tensors import CACHE_NAMES, activation_tensors, linear_tensors
@@ -30,7 +30,6 @@ from wrapq.runtime.module import QuantizedModule, QuantizedWeight
 
 LIBRARY, OLDEST = "compressed-tensors", "0.15.0"
 """What transformers takes; up to 0.18 some formats do not load, which the comparison of every export shows."""
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
 _ROUNDING = {"float32": 1e-5, "bfloat16": 3e-2, "float16": 1e-2}
 _STEP = {"float32": 1e-2, "bfloat16": 5e-2, "float16": 5e-2}
 """With quantized activations of 8 bits: a number between two steps may fall to either side, and what follows shows it.
@@ -77,25 +76,18 @@ class CompressedTensors(Exporter):
         yield from self._translate(plan).problems
 
     def export(self, model: nn.Module, plan: Plan, folder: Folder) -> None:
-        from safetensors.torch import save_file
-
         translation = self._translate(plan)
         if translation.problems:
             raise PlanError(translation.problems)
-        tensors = _tensors(model, translation.schemes, getattr(torch, plan.model.dtype))
+        tensors = all_tensors(model, _packed(model, translation.schemes, getattr(torch, plan.model.dtype)))
         if self.options.reader == VLLM and (wrong := next(unequal_global_scales(tensors), None)):
             raise ModelError(
                 f"{wrong}: run the recipe again, or give vLLM up with export.compressed_tensors.reader=transformers"
             )
-        folder.write(WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-        config = json.loads(cast(Any, model).config.to_json_string())
-        config.pop("_name_or_path", None)  # where the float model lay on this machine
-        config["dtype"] = plan.model.dtype
         modules = model.named_modules(remove_duplicate=False)  # those whose tensors are tied to another's too
         linear = [name for name, module in modules if isinstance(module, nn.Linear)]
-        if plan.modules:
-            config["quantization_config"] = quantization_config(translation, linear)
-        folder.write_text(CONFIG, json.dumps(config, indent=2) + "\n")
+        section = quantization_config(translation, linear) if plan.modules else {}
+        write_checkpoint(folder, model, plan.model.dtype, tensors, section)
 
     def read(self, folder: Path, ids: Tensor, device: str) -> Reading:
         answer = read(folder, ids, device)
@@ -158,29 +150,16 @@ def quantization_config(translation: Translation, layers: Iterable[str]) -> Args
     }
 
 
-def _tensors(model: nn.Module, schemes: Mapping[str, Scheme], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Everything that the checkpoint holds: packed layers, cache scales, the rest as it is, tied tensors once."""
-    quantized = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedModule)}
-    own = {
-        f"{name}.{key}"
-        for name, module in quantized.items()
-        for key in (*module._parameters, *module._buffers)
-        if any(key.startswith(f"{point}_") for point in module.specs)
-    }
-    tensors: dict[str, Tensor] = {}
-    seen: set[tuple[int, torch.Size]] = set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        place = (tensor.data_ptr(), tensor.shape)
-        if name not in own and not (tensor.numel() and place in seen):
-            seen.add(place)
-            tensors[name] = tensor
-    for name, module in quantized.items():
+def _packed(model: nn.Module, schemes: Mapping[str, Scheme], dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:
+    """For each quantized module what the library stores for it: packed layers, and the scales of the cache."""
+    packed: dict[str, dict[str, Tensor]] = {}
+    for name, module in model.named_modules():
         if isinstance(module, QuantizedWeight):
-            made = [linear_tensors(module, schemes[name], name)]
-        else:
+            packed[name] = linear_tensors(module, schemes[name], name)
+        elif isinstance(module, QuantizedModule):
             made = [activation_tensors(key, module.qparams(point), dtype) for point, key in CACHE_NAMES.items()]
-        tensors |= {f"{name}.{key}": tensor for part in made for key, tensor in part.items()}
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            packed[name] = {key: tensor for part in made for key, tensor in part.items()}
+    return packed
 
 
 def _version() -> str | None:
