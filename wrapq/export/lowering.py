@@ -7,6 +7,7 @@ groups, blocks and the ranges of each token. `torch.export` keeps these as they 
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any, cast
 
@@ -51,6 +52,18 @@ def lower(model: nn.Module) -> nn.Module:
     if prefix_tokens(model):
         raise ValueError("a float prefix is kept by hooks, which no operator says")
     return _copied(model, {})
+
+
+def in_float32(lowered: nn.Module) -> nn.Module:
+    """The lowered model itself, or a copy of it in float32: runtimes have few kernels for shorter types on a CPU."""
+    floats = [t.dtype for t in (*lowered.parameters(), *lowered.buffers()) if t.is_floating_point()]
+    if all(dtype == torch.float32 for dtype in floats):
+        return lowered
+    wide = copy.deepcopy(lowered).float()
+    for module in wide.modules():
+        if isinstance(module, Lowered):
+            module.weight_dtype = torch.float32
+    return wide
 
 
 def _copied(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
@@ -112,6 +125,8 @@ class Lowered(nn.Module):
         if scale.numel() == 1 and point != "weight":
             self.fixed[point] = float(scale), int(zero)
         else:
+            if point != "weight" or _of_channels(self.specs[point]):
+                scale, zero = scale.reshape(-1), zero.reshape(-1)
             self.register_buffer(f"{point}_scale", scale)
             self.register_buffer(f"{point}_zero_point", zero)
 
@@ -126,11 +141,11 @@ class Lowered(nn.Module):
         ops: Any = torch.ops.quantized_decomposed
         if point in self.fixed:
             codes = ops.quantize_per_tensor(x, *self.fixed[point], *grid)
-            return cast(Tensor, ops.dequantize_per_tensor(codes, *self.fixed[point], *grid)).to(x.dtype)
-        parts = (cast(Tensor, self._buffers[f"{point}_{part}"]).reshape(-1) for part in ("scale", "zero_point"))
+            return _in_dtype(ops.dequantize_per_tensor(codes, *self.fixed[point], *grid), x.dtype)
+        parts = (self._buffers[f"{point}_{part}"] for part in ("scale", "zero_point"))
         by_channel = (*parts, (spec.axis or 0) % x.dim(), *grid)
         codes = ops.quantize_per_channel(x, *by_channel)
-        return cast(Tensor, ops.dequantize_per_channel(codes, *by_channel)).to(x.dtype)
+        return _in_dtype(ops.dequantize_per_channel(codes, *by_channel), x.dtype)
 
     def on_weight_input(self, raw: Tensor, x: Tensor) -> Tensor:
         return x
@@ -156,15 +171,15 @@ class Lowered(nn.Module):
         if spec.block_size is not None:  # each row in blocks of its own
             tall, wide = spec.block_size
             rows, spec = ids // tall, replace(spec, block_size=(1, wide))
-        if scale.dim() > 1 and len(scale) > 1:  # else all rows share it
+        if scale.dim() > 0 and len(scale) > 1:  # else all rows share it
             scale, zero = scale.index_select(0, rows), zero.index_select(0, rows)
         return self._dequantized(self.weight_codes.index_select(0, ids), scale, zero, spec)
 
     def _dequantized(self, codes: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:
         grid = spec.dtype.qmin, spec.dtype.qmax
-        if spec.granularity == "channel" and (spec.axis or 0) % 2 == 0:
+        if _of_channels(spec):
             ops: Any = torch.ops.quantized_decomposed
-            matrix = ops.dequantize_per_channel(codes, scale.reshape(-1), zero.reshape(-1), 0, *grid, codes.dtype)
+            matrix = ops.dequantize_per_channel(codes, scale, zero, 0, *grid, codes.dtype)
         else:
             rows, columns = codes.shape
             block = _block(spec, codes)
@@ -173,7 +188,17 @@ class Lowered(nn.Module):
             matrix = matrix if whole is codes else matrix[:rows, :columns]
         order = self._buffers.get("weight_order")
         matrix = matrix if order is None else matrix.index_select(1, order)
-        return cast(Tensor, matrix).to(self.weight_dtype)
+        return _in_dtype(matrix, self.weight_dtype)
+
+
+def _of_channels(weight: QuantSpec) -> bool:
+    """Whether each output channel has a scale."""
+    return weight.granularity == "channel" and (weight.axis or 0) % 2 == 0
+
+
+def _in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A conversion to the same type would stand in a program, between what compilers match as neighbours."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _dynamic(x: Tensor, spec: QuantSpec) -> Tensor:
@@ -181,11 +206,11 @@ def _dynamic(x: Tensor, spec: QuantSpec) -> Tensor:
     grid = spec.dtype.qmin, spec.dtype.qmax
     kind, block = "SYMMETRIC" if spec.symmetric else "ASYMMETRIC", _block(spec, x)
     ops: Any = torch.ops.torchao
-    wide, codes = x.float(), storage_dtype(spec.dtype)
+    wide, codes = _in_dtype(x, torch.float32), storage_dtype(spec.dtype)
     types = {"eps": TINY, "scale_dtype": torch.float32, "zero_point_dtype": torch.int32}
     scale, zero = ops.choose_qparams_affine(wide, kind, block, codes, *grid, **types)
     quantized = ops.quantize_affine(wide, block, scale, zero, codes, *grid)
-    return ops.dequantize_affine(quantized, block, scale, zero, codes, *grid).to(x.dtype)
+    return _in_dtype(ops.dequantize_affine(quantized, block, scale, zero, codes, *grid), x.dtype)
 
 
 def _block(spec: QuantSpec, x: Tensor) -> list[int]:
