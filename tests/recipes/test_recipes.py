@@ -16,12 +16,16 @@ from wrapq.runtime.module import QuantizedModule
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 NAMES = sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml"))
 
+APART = ("circle_", "executorch_")
+"""Whose exports run under `pytest -m runtime`."""
+
 
 def small(name: str) -> list[str]:
-    composed = compose([f"recipe={name}"])
+    bare = ["export=none"] if name.startswith(APART) else []
+    composed = compose([f"recipe={name}", *bare])
     learned = [f"stack.{name}.iterations=3" for name, s in composed.recipe.stack.items() if s.algorithm == "autoround"]
     calibrated = resolve(composed.recipe, composed.sources).needs_calibration
-    return ["evaluation.tokens=1024", *(["calibration.samples=8"] if calibrated else []), *learned]
+    return [*bare, "evaluation.tokens=1024", *(["calibration.samples=8"] if calibrated else []), *learned]
 
 
 def test_the_folder_is_what_the_presets_list() -> None:
