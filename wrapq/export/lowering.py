@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from wrapq.quant.affine import TINY, storage_dtype
+from wrapq.quant.dtypes import dtype_named
 from wrapq.quant.qparams import QParams
 from wrapq.quant.spec import QuantSpec
 from wrapq.runtime.module import QuantizedModule, QuantizedWeight, add_low_rank
@@ -40,9 +41,14 @@ def inexpressible(spec: QuantSpec, weight: bool) -> str | None:
     return None
 
 
-def lower(model: nn.Module) -> nn.Module:
+def lower(model: nn.Module, unsigned: bool = False) -> nn.Module:
     """A copy of the converted `model` that computes the same in standard operators; other modules and all their tensors
     are shared, and `model` stays as it is.
+
+    Args:
+        model: the converted one.
+        unsigned: put integers of at most 8 bits on the unsigned grid, codes and zero points moved up by half of it, and
+            look rows up in whole tables; for what knows no other grid, and no integers of single rows.
 
     Raises:
         ValueError: a point is `inexpressible`, or a float prefix, which no operator knows.
@@ -51,7 +57,7 @@ def lower(model: nn.Module) -> nn.Module:
 
     if prefix_tokens(model):
         raise ValueError("a float prefix is kept by hooks, which no operator says")
-    return _copied(model, {})
+    return _copied(model, {}, unsigned)
 
 
 def in_float32(lowered: nn.Module) -> nn.Module:
@@ -66,11 +72,13 @@ def in_float32(lowered: nn.Module) -> nn.Module:
     return wide
 
 
-def _copied(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
+def _copied(module: nn.Module, made: dict[nn.Module, nn.Module], unsigned: bool) -> nn.Module:
     """`module` itself where nothing in it is quantized; one for all places at which a module stands."""
     if module not in made:
-        children = {name: _copied(child, made) for name, child in module._modules.items() if child is not None}
-        new = _lowered(module) if isinstance(module, QuantizedModule) else module
+        children = {
+            name: _copied(child, made, unsigned) for name, child in module._modules.items() if child is not None
+        }
+        new = _lowered(module, unsigned) if isinstance(module, QuantizedModule) else module
         if new is module and any(child is not module._modules[name] for name, child in children.items()):
             new = shadow(module, type(module))
         if new is not module:
@@ -79,10 +87,10 @@ def _copied(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
     return made[module]
 
 
-def _lowered(module: QuantizedModule) -> nn.Module:
+def _lowered(module: QuantizedModule, unsigned: bool) -> nn.Module:
     wrapper, original = module.wrapper, original_class(module)
     new = shadow(module, combined_class("Lowered", Lowered, wrapper, original, beneath=wrapper.beneath))
-    new.__dict__["fixed"] = {}
+    new.__dict__["fixed"], new.__dict__["specs"], new.__dict__["whole"] = {}, dict(module.specs), unsigned
     for point, spec in module.specs.items():
         if reason := inexpressible(spec, point == "weight"):
             raise ValueError(f"{type(module).__name__}.{point}: {reason}")
@@ -91,9 +99,13 @@ def _lowered(module: QuantizedModule) -> nn.Module:
         qparams = module.qparams(point)
         for name in (*qparams.tensors(point), *(_WEIGHT if point == "weight" else ())):
             (new._parameters if name in new._parameters else new._buffers).pop(name)
-        new.hold_scales(point, qparams)
+        up = 0
+        if unsigned and spec.dtype.signed and spec.dtype.bits <= 8:
+            up = 2 ** (spec.dtype.bits - 1)
+            new.specs[point] = replace(spec, dtype=dtype_named(f"uint{spec.dtype.bits}"), symmetric=False)
+        new.hold_scales(point, qparams, up)
         if point == "weight":
-            new.hold_codes(cast(QuantizedWeight, module).codes(), qparams)
+            new.hold_codes(cast(QuantizedWeight, module).codes(), qparams, up)
     return new
 
 
@@ -104,27 +116,32 @@ class Lowered(nn.Module):
     specs: dict[str, QuantSpec]
     wrapper: Any
     fixed: dict[str, tuple[float, int]]
-    """Scale and zero point of each activation that has one."""
+    """Scale and zero point of each point that has one."""
+    whole: bool
+    """Whether rows are looked up in the whole weight."""
     weight_codes: Tensor
     weight_scale: Tensor
     weight_zero_point: Tensor
     weight_layout: torch.Size
     weight_dtype: torch.dtype
 
-    def hold_codes(self, codes: Tensor, qparams: QParams) -> None:
-        """Hold the integers [N, K] of the weight, those of each group side by side."""
+    def hold_codes(self, codes: Tensor, qparams: QParams, up: int) -> None:
+        """Hold the integers [N, K] of the weight, moved up, those of each group side by side."""
+        if up:
+            codes = (codes.to(torch.int16) + up).to(torch.uint8)
         if qparams.permutation is not None:
             codes = torch.empty_like(codes).index_copy_(1, qparams.permutation, codes)
             self.register_buffer("weight_order", qparams.permutation)
         self.register_buffer("weight_codes", codes.contiguous())
 
-    def hold_scales(self, point: str, qparams: QParams) -> None:
-        """Hold the fixed parameters of `point`."""
+    def hold_scales(self, point: str, qparams: QParams, up: int) -> None:
+        """Hold the fixed parameters of `point`, zero points moved up."""
         scale, zero = qparams.scale.detach(), qparams.zero_point
         zero = torch.zeros_like(scale, dtype=torch.int32) if zero is None else zero.to(torch.int32)
-        if scale.numel() == 1 and point != "weight":
+        zero = zero + up
+        if scale.numel() == 1 and (point != "weight" or self.specs[point].granularity == "tensor"):
             self.fixed[point] = float(scale), int(zero)
-        else:
+        if point == "weight" or scale.numel() > 1:
             if point != "weight" or _of_channels(self.specs[point]):
                 scale, zero = scale.reshape(-1), zero.reshape(-1)
             self.register_buffer(f"{point}_scale", scale)
@@ -165,7 +182,7 @@ class Lowered(nn.Module):
 
     def weight_rows(self, ids: Tensor) -> Tensor | None:
         """The rows [M, K] of the weight for `ids` [M]; None where it is not quantized."""
-        if "weight_codes" not in self._buffers:
+        if "weight_codes" not in self._buffers or self.whole:
             return None
         spec, scale, zero, rows = self.specs["weight"], self.weight_scale, self.weight_zero_point, ids
         if spec.block_size is not None:  # each row in blocks of its own
@@ -177,8 +194,10 @@ class Lowered(nn.Module):
 
     def _dequantized(self, codes: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:
         grid = spec.dtype.qmin, spec.dtype.qmax
-        if _of_channels(spec):
-            ops: Any = torch.ops.quantized_decomposed
+        ops: Any = torch.ops.quantized_decomposed
+        if "weight" in self.fixed:
+            matrix = ops.dequantize_per_tensor(codes, *self.fixed["weight"], *grid, codes.dtype)
+        elif _of_channels(spec):
             matrix = ops.dequantize_per_channel(codes, scale, zero, 0, *grid, codes.dtype)
         else:
             rows, columns = codes.shape
