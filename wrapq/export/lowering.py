@@ -139,7 +139,7 @@ class Lowered(nn.Module):
         scale, zero = qparams.scale.detach(), qparams.zero_point
         zero = torch.zeros_like(scale, dtype=torch.int32) if zero is None else zero.to(torch.int32)
         zero = zero + up
-        if scale.numel() == 1 and (point != "weight" or self.whole and self.specs[point].granularity == "tensor"):
+        if scale.numel() == 1 and (point != "weight" or (self.whole and self.specs[point].granularity == "tensor")):
             self.fixed[point] = float(scale), int(zero)
         if point == "weight" or scale.numel() > 1:
             if point != "weight" or _of_channels(self.specs[point]):
