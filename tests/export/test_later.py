@@ -97,7 +97,7 @@ def test_the_command_says_what_it_takes() -> None:
     assert result.exit_code == 2
     assert "rules.linear.weight=int4: a finished run takes only export, runtime, paths" in result.output
     result = CliRunner().invoke(main, ["export", "x"])
-    assert result.exit_code == PlanError.exit_code and "say which: export=awq, " in result.output
+    assert result.exit_code == PlanError.exit_code and "say which: export=aot_inductor, export=awq, " in result.output
 
 
 def test_tied_embeddings_are_stored_once(tmp_path: Path) -> None:

@@ -17,9 +17,13 @@ from wrapq.runtime.module import QuantizedModule
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 NAMES = sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml"))
 
+APART = ("circle_", "executorch_")
+"""Whose exports run under `pytest -m runtime`."""
+
 
 def small(name: str) -> list[str]:
-    unexported = ["export=none"] if name.startswith("gguf") and find_spec("llama_cpp") is None else []
+    elsewhere = APART if find_spec("llama_cpp") else (*APART, "gguf_")
+    unexported = ["export=none"] if name.startswith(elsewhere) else []
     composed = compose([f"recipe={name}", *unexported])
     learned = [f"stack.{name}.iterations=3" for name, s in composed.recipe.stack.items() if s.algorithm == "autoround"]
     calibrated = resolve(composed.recipe, composed.sources).needs_calibration

@@ -7,6 +7,7 @@ groups, blocks and the ranges of each token. `torch.export` keeps these as they 
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from wrapq.quant.affine import TINY, storage_dtype
+from wrapq.quant.dtypes import dtype_named
 from wrapq.quant.qparams import QParams
 from wrapq.quant.spec import QuantSpec
 from wrapq.runtime.module import QuantizedModule, QuantizedWeight, add_low_rank
@@ -39,9 +41,14 @@ def inexpressible(spec: QuantSpec, weight: bool) -> str | None:
     return None
 
 
-def lower(model: nn.Module) -> nn.Module:
+def lower(model: nn.Module, unsigned: bool = False) -> nn.Module:
     """A copy of the converted `model` that computes the same in standard operators; other modules and all their tensors
     are shared, and `model` stays as it is.
+
+    Args:
+        model: the converted one.
+        unsigned: put integers of at most 8 bits on the unsigned grid, codes and zero points moved up by half of it, and
+            look rows up in whole tables; for what knows no other grid, and no integers of single rows.
 
     Raises:
         ValueError: a point is `inexpressible`, or a float prefix, which no operator knows.
@@ -50,14 +57,28 @@ def lower(model: nn.Module) -> nn.Module:
 
     if prefix_tokens(model):
         raise ValueError("a float prefix is kept by hooks, which no operator says")
-    return _copied(model, {})
+    return _copied(model, {}, unsigned)
 
 
-def _copied(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
+def in_float32(lowered: nn.Module) -> nn.Module:
+    """The lowered model itself, or a copy of it in float32: runtimes have few kernels for shorter types on a CPU."""
+    floats = [t.dtype for t in (*lowered.parameters(), *lowered.buffers()) if t.is_floating_point()]
+    if all(dtype == torch.float32 for dtype in floats):
+        return lowered
+    wide = copy.deepcopy(lowered).float()
+    for module in wide.modules():
+        if isinstance(module, Lowered):
+            module.weight_dtype = torch.float32
+    return wide
+
+
+def _copied(module: nn.Module, made: dict[nn.Module, nn.Module], unsigned: bool) -> nn.Module:
     """`module` itself where nothing in it is quantized; one for all places at which a module stands."""
     if module not in made:
-        children = {name: _copied(child, made) for name, child in module._modules.items() if child is not None}
-        new = _lowered(module) if isinstance(module, QuantizedModule) else module
+        children = {
+            name: _copied(child, made, unsigned) for name, child in module._modules.items() if child is not None
+        }
+        new = _lowered(module, unsigned) if isinstance(module, QuantizedModule) else module
         if new is module and any(child is not module._modules[name] for name, child in children.items()):
             new = shadow(module, type(module))
         if new is not module:
@@ -66,10 +87,10 @@ def _copied(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
     return made[module]
 
 
-def _lowered(module: QuantizedModule) -> nn.Module:
+def _lowered(module: QuantizedModule, unsigned: bool) -> nn.Module:
     wrapper, original = module.wrapper, original_class(module)
     new = shadow(module, combined_class("Lowered", Lowered, wrapper, original, beneath=wrapper.beneath))
-    new.__dict__["fixed"] = {}
+    new.__dict__["fixed"], new.__dict__["specs"], new.__dict__["whole"] = {}, dict(module.specs), unsigned
     for point, spec in module.specs.items():
         if reason := inexpressible(spec, point == "weight"):
             raise ValueError(f"{type(module).__name__}.{point}: {reason}")
@@ -78,9 +99,13 @@ def _lowered(module: QuantizedModule) -> nn.Module:
         qparams = module.qparams(point)
         for name in (*qparams.tensors(point), *(_WEIGHT if point == "weight" else ())):
             (new._parameters if name in new._parameters else new._buffers).pop(name)
-        new.hold_scales(point, qparams)
+        up = 0
+        if unsigned and spec.dtype.signed and spec.dtype.bits <= 8:
+            up = 2 ** (spec.dtype.bits - 1)
+            new.specs[point] = replace(spec, dtype=dtype_named(f"uint{spec.dtype.bits}"), symmetric=False)
+        new.hold_scales(point, qparams, up)
         if point == "weight":
-            new.hold_codes(cast(QuantizedWeight, module).codes(), qparams)
+            new.hold_codes(cast(QuantizedWeight, module).codes(), qparams, up)
     return new
 
 
@@ -91,27 +116,34 @@ class Lowered(nn.Module):
     specs: dict[str, QuantSpec]
     wrapper: Any
     fixed: dict[str, tuple[float, int]]
-    """Scale and zero point of each activation that has one."""
+    """Scale and zero point of each point that has one."""
+    whole: bool
+    """Whether rows are looked up in the whole weight."""
     weight_codes: Tensor
     weight_scale: Tensor
     weight_zero_point: Tensor
     weight_layout: torch.Size
     weight_dtype: torch.dtype
 
-    def hold_codes(self, codes: Tensor, qparams: QParams) -> None:
-        """Hold the integers [N, K] of the weight, those of each group side by side."""
+    def hold_codes(self, codes: Tensor, qparams: QParams, up: int) -> None:
+        """Hold the integers [N, K] of the weight, moved up, those of each group side by side."""
+        if up:
+            codes = (codes.to(torch.int16) + up).to(torch.uint8)
         if qparams.permutation is not None:
             codes = torch.empty_like(codes).index_copy_(1, qparams.permutation, codes)
             self.register_buffer("weight_order", qparams.permutation)
         self.register_buffer("weight_codes", codes.contiguous())
 
-    def hold_scales(self, point: str, qparams: QParams) -> None:
-        """Hold the fixed parameters of `point`."""
+    def hold_scales(self, point: str, qparams: QParams, up: int) -> None:
+        """Hold the fixed parameters of `point`, zero points moved up."""
         scale, zero = qparams.scale.detach(), qparams.zero_point
         zero = torch.zeros_like(scale, dtype=torch.int32) if zero is None else zero.to(torch.int32)
-        if scale.numel() == 1 and point != "weight":
+        zero = zero + up
+        if scale.numel() == 1 and (point != "weight" or (self.whole and self.specs[point].granularity == "tensor")):
             self.fixed[point] = float(scale), int(zero)
-        else:
+        if point == "weight" or scale.numel() > 1:
+            if point != "weight" or _of_channels(self.specs[point]):
+                scale, zero = scale.reshape(-1), zero.reshape(-1)
             self.register_buffer(f"{point}_scale", scale)
             self.register_buffer(f"{point}_zero_point", zero)
 
@@ -126,11 +158,11 @@ class Lowered(nn.Module):
         ops: Any = torch.ops.quantized_decomposed
         if point in self.fixed:
             codes = ops.quantize_per_tensor(x, *self.fixed[point], *grid)
-            return cast(Tensor, ops.dequantize_per_tensor(codes, *self.fixed[point], *grid)).to(x.dtype)
-        parts = (cast(Tensor, self._buffers[f"{point}_{part}"]).reshape(-1) for part in ("scale", "zero_point"))
+            return _in_dtype(ops.dequantize_per_tensor(codes, *self.fixed[point], *grid), x.dtype)
+        parts = (self._buffers[f"{point}_{part}"] for part in ("scale", "zero_point"))
         by_channel = (*parts, (spec.axis or 0) % x.dim(), *grid)
         codes = ops.quantize_per_channel(x, *by_channel)
-        return cast(Tensor, ops.dequantize_per_channel(codes, *by_channel)).to(x.dtype)
+        return _in_dtype(ops.dequantize_per_channel(codes, *by_channel), x.dtype)
 
     def on_weight_input(self, raw: Tensor, x: Tensor) -> Tensor:
         return x
@@ -150,21 +182,23 @@ class Lowered(nn.Module):
 
     def weight_rows(self, ids: Tensor) -> Tensor | None:
         """The rows [M, K] of the weight for `ids` [M]; None where it is not quantized."""
-        if "weight_codes" not in self._buffers:
+        if "weight_codes" not in self._buffers or self.whole:
             return None
         spec, scale, zero, rows = self.specs["weight"], self.weight_scale, self.weight_zero_point, ids
         if spec.block_size is not None:  # each row in blocks of its own
             tall, wide = spec.block_size
             rows, spec = ids // tall, replace(spec, block_size=(1, wide))
-        if scale.dim() > 1 and len(scale) > 1:  # else all rows share it
+        if scale.dim() > 0 and len(scale) > 1:  # else all rows share it
             scale, zero = scale.index_select(0, rows), zero.index_select(0, rows)
         return self._dequantized(self.weight_codes.index_select(0, ids), scale, zero, spec)
 
     def _dequantized(self, codes: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:
         grid = spec.dtype.qmin, spec.dtype.qmax
-        if spec.granularity == "channel" and (spec.axis or 0) % 2 == 0:
-            ops: Any = torch.ops.quantized_decomposed
-            matrix = ops.dequantize_per_channel(codes, scale.reshape(-1), zero.reshape(-1), 0, *grid, codes.dtype)
+        ops: Any = torch.ops.quantized_decomposed
+        if "weight" in self.fixed:
+            matrix = ops.dequantize_per_tensor(codes, *self.fixed["weight"], *grid, codes.dtype)
+        elif _of_channels(spec):
+            matrix = ops.dequantize_per_channel(codes, scale, zero, 0, *grid, codes.dtype)
         else:
             rows, columns = codes.shape
             block = _block(spec, codes)
@@ -173,7 +207,17 @@ class Lowered(nn.Module):
             matrix = matrix if whole is codes else matrix[:rows, :columns]
         order = self._buffers.get("weight_order")
         matrix = matrix if order is None else matrix.index_select(1, order)
-        return cast(Tensor, matrix).to(self.weight_dtype)
+        return _in_dtype(matrix, self.weight_dtype)
+
+
+def _of_channels(weight: QuantSpec) -> bool:
+    """Whether each output channel has a scale."""
+    return weight.granularity == "channel" and (weight.axis or 0) % 2 == 0
+
+
+def _in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A conversion to the same type would stand in a program, between what compilers match as neighbours."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _dynamic(x: Tensor, spec: QuantSpec) -> Tensor:
@@ -181,11 +225,11 @@ def _dynamic(x: Tensor, spec: QuantSpec) -> Tensor:
     grid = spec.dtype.qmin, spec.dtype.qmax
     kind, block = "SYMMETRIC" if spec.symmetric else "ASYMMETRIC", _block(spec, x)
     ops: Any = torch.ops.torchao
-    wide, codes = x.float(), storage_dtype(spec.dtype)
+    wide, codes = _in_dtype(x, torch.float32), storage_dtype(spec.dtype)
     types = {"eps": TINY, "scale_dtype": torch.float32, "zero_point_dtype": torch.int32}
     scale, zero = ops.choose_qparams_affine(wide, kind, block, codes, *grid, **types)
     quantized = ops.quantize_affine(wide, block, scale, zero, codes, *grid)
-    return ops.dequantize_affine(quantized, block, scale, zero, codes, *grid).to(x.dtype)
+    return _in_dtype(ops.dequantize_affine(quantized, block, scale, zero, codes, *grid), x.dtype)
 
 
 def _block(spec: QuantSpec, x: Tensor) -> list[int]:

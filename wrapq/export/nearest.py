@@ -26,5 +26,5 @@ def _like(spec: QuantSpec, weight: bool) -> Iterator[QuantSpec]:
     shared = ["token:dyn"] if spec.dynamic else [*shared, "channel" if weight else "tensor"]
     for bits in (min(spec.dtype.bits, 8), 8, 4):
         for sharing in shared:
-            for zero in ("sym",) if spec.symmetric else ("asym", "sym"):
+            for zero in ("sym", "asym") if spec.symmetric else ("asym", "sym"):
                 yield QuantSpec.parse(f"int{bits}:{sharing}:{zero}")

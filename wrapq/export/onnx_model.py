@@ -3,12 +3,8 @@ the tokens before in, logits and the keys and values of all tokens out."""
 
 from __future__ import annotations
 
-import copy
 import inspect
-import logging
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -18,8 +14,8 @@ from torch import Tensor, nn
 from wrapq.errors import ModelError, Problem
 from wrapq.export import run_onnx
 from wrapq.export.base import EXPORTERS, Folder
-from wrapq.export.lowering import NEEDED, Lowered, lower
-from wrapq.export.program import OPEN, ProgramExporter, example_ids, first_line, traced
+from wrapq.export.lowering import NEEDED, in_float32, lower
+from wrapq.export.program import OPEN, ProgramExporter, example_ids, first_line, quiet, traced
 from wrapq.export.run_onnx import MODEL
 from wrapq.export.stopwatch import LOGITS, PAST, PRESENT
 from wrapq.resolve.model_source import ModelSource
@@ -99,7 +95,7 @@ def onnx_model(model: nn.Module, outright: bool = True) -> Any:
     Raises:
         ModelError: it keeps more than keys and values, or torch.export or torch.onnx does not take it.
     """
-    function, ids = LogitsAndCache(_in_float32(lower(model))).eval(), example_ids(model, 2, 5)
+    function, ids = LogitsAndCache(in_float32(lower(model))).eval(), example_ids(model, 2, 5)
     if not _keeps_tokens(cast(Any, model).config):
         raise ModelError(f"{type(model).__name__} keeps more of tokens than keys and values")
     with torch.no_grad():
@@ -119,18 +115,6 @@ def _keeps_tokens(config: Any) -> bool:
     return all(hasattr(layer, "keys") for layer in cache.layers)
 
 
-def _in_float32(lowered: nn.Module) -> nn.Module:
-    """The lowered model itself, or a copy of it in float32: onnxruntime has few kernels for shorter types on a CPU."""
-    floats = [t.dtype for t in (*lowered.parameters(), *lowered.buffers()) if t.is_floating_point()]
-    if all(dtype == torch.float32 for dtype in floats):
-        return lowered
-    wide = copy.deepcopy(lowered).float()
-    for module in wide.modules():
-        if isinstance(module, Lowered):
-            module.weight_dtype = torch.float32
-    return wide
-
-
 def _translated(program: Any, count: int, outright: bool) -> Any:
     """The program in ONNX, with `count` tensors that are kept of tokens before."""
     from wrapq.export.onnx.integer_products import separate
@@ -139,7 +123,7 @@ def _translated(program: Any, count: int, outright: bool) -> Any:
 
     kept = [f"{i // 2}.{('key', 'value')[i % 2]}" for i in range(count)]
     try:
-        with _quiet():
+        with quiet(*_LOUD):
             made: Any = torch.onnx.export(
                 program,
                 input_names=["input_ids", "attention_mask", *(f"{PAST}.{name}" for name in kept)],
@@ -153,18 +137,3 @@ def _translated(program: Any, count: int, outright: bool) -> Any:
     pack(made.model)
     separate(made.model, outright)
     return made.model
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what the exporter says of operators that the model has none of."""
-    loggers = {logging.getLogger(name): logging.getLogger(name).level for name in _LOUD}
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in loggers.items():
-            logger.setLevel(level)

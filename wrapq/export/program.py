@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -100,6 +103,25 @@ def traced(function: nn.Module, given: Mapping[str, Any], open_axes: Mapping[str
 def example_ids(model: nn.Module, batch: int, length: int) -> Tensor:
     """Token ids [B, T] to trace a language model with."""
     return torch.arange(batch * length, device=next(model.parameters()).device).view(batch, length)
+
+
+@contextmanager
+def quiet(*loud: str) -> Iterator[None]:
+    """Without the warnings of a converter, of its loggers `loud` among others; none that it imports sets up how this
+    process logs, which `logging.basicConfig` does where there is no handler."""
+    root, handler = logging.getLogger(), logging.NullHandler()
+    loggers = {logging.getLogger(name): logging.getLogger(name).level for name in loud}
+    root.addHandler(handler)
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        root.removeHandler(handler)
+        for logger, level in loggers.items():
+            logger.setLevel(level)
 
 
 def first_line(error: Exception) -> str:

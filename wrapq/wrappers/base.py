@@ -112,7 +112,7 @@ class Wrapper(nn.Module):
     @staticmethod
     def from_matrix(matrix: Tensor, layout: torch.Size) -> Tensor:
         """The inverse of `to_matrix`, for a weight of shape `layout`."""
-        return matrix.reshape(layout)
+        return matrix if matrix.shape == layout else matrix.reshape(layout)
 
 
 @dataclass(frozen=True)

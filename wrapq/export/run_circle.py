@@ -1,0 +1,39 @@
+"""Running a Circle model in tico's reference runtime, in a fresh process, with nothing of wrapq imported.
+
+As a script, `run_circle.py FOLDER IDS LOGITS DEVICE`, as `wrapq.export.reload`; the device is a CPU.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file, save
+
+MODEL = "model.circle"
+"""The file of a model."""
+
+
+def main(folder: str, ids: str, logits: str, device: str) -> None:
+    """See the module."""
+    from tico.circle.runtime import CircleReferenceRuntime, ExecutionMode
+
+    model = CircleReferenceRuntime(Path(folder, MODEL).read_bytes())
+    tokens, length = load_file(ids)["ids"], model.input_tensors[0].shape[1]
+    if tokens.shape[1] > length:
+        sys.exit(f"{MODEL} takes {length} tokens, not {tokens.shape[1]}")
+    padded = np.pad(tokens, ((0, 0), (0, length - tokens.shape[1])))  # no token sees those after it
+
+    def run(row: np.ndarray) -> np.ndarray:
+        return model.run([row], mode=ExecutionMode.FAKE_QUANTIZE).outputs[0]
+
+    output = np.concatenate([run(row[None])[:, : tokens.shape[1]] for row in padded])
+    stopwatch = runpy.run_path(str(Path(__file__).with_name("stopwatch.py")))
+    measured = stopwatch["measured_once"](lambda: run(padded[:1]))
+    Path(logits).write_bytes(save({stopwatch["LOGITS"]: np.ascontiguousarray(output), **measured}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

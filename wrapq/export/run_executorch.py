@@ -1,0 +1,38 @@
+"""Running a program of ExecuTorch as its users will: in a fresh process, with nothing of wrapq imported.
+
+As a script, `run_executorch.py FOLDER IDS LOGITS DEVICE`, as `wrapq.export.reload`; the device is a CPU.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+
+MODEL, METHOD = "model.pte", "forward"
+"""The file of a program, and its method."""
+
+
+def main(folder: str, ids: str, logits: str, device: str) -> None:
+    """See the module."""
+    from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
+    from executorch.runtime import Runtime
+
+    _unsafe_reset_threadpool(int(os.environ.get("OMP_NUM_THREADS", "1")))  # the one way to say how many
+    program = Runtime.get().load_program(Path(folder, MODEL))
+    method: Any = program.load_method(METHOD)
+    tokens = load_file(ids)["ids"]
+    output = torch.cat([method.execute([row])[0].clone() for row in tokens.split(1)])
+    stopwatch = runpy.run_path(str(Path(__file__).with_name("stopwatch.py")))
+    measured = stopwatch["measured_once"](lambda: method.execute([tokens[:1]]))
+    written = {stopwatch["LOGITS"]: output, **{name: torch.from_numpy(t) for name, t in measured.items()}}
+    Path(logits).write_bytes(save(written))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
