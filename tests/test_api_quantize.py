@@ -30,6 +30,7 @@ NO_EMBEDDING = "rules.embedding.match: type 'Embedding' matches no module"
 NO_ATTENTION = "rules.cache.match: type 'Attention' matches no module"
 BATCH_NORM = "rules.norm.match: matches only modules that have no wrapper: BatchNorm2d"
 GROUPS = [f"group size 128 does not divide the width {width} ({width} left over)" for width in (27, 16, 9, 32)]
+GROUPS_OF_32 = [each.replace("128", "32") for each in GROUPS[:-1]]
 NO_LOGITS = (
     "stack.round.gradient: tokens count by the gradient of a language model's loss, and {} makes no logits of tokens"
 )
@@ -42,6 +43,9 @@ ON_AN_ENCODER = {
 """All problems of each recipe that is refused; the others are done."""
 ON_A_NETWORK = {
     "demo": [MLP],
+    "gguf_q4_0": [NO_EMBEDDING],
+    "gguf_q8_0": [NO_EMBEDDING],
+    "circle_int16": [NO_EMBEDDING, BATCH_NORM],
     "int16_activations": [NO_EMBEDDING, BATCH_NORM],
     "npu_w4a16_spinquant_gptq": [NO_EMBEDDING, BATCH_NORM],
     "w2a16_autoround": [OUTSIDE.format("head")],
@@ -53,13 +57,27 @@ ON_A_NETWORK = {
 ON_CONVOLUTIONS = {
     **dict.fromkeys(NAMES, GROUPS),
     "demo": [MLP],
+    "gguf_q4_0": [NO_EMBEDDING, *GROUPS_OF_32],
+    "gguf_q8_0": [NO_EMBEDDING, *GROUPS_OF_32],
+    "circle_int16": [NO_EMBEDDING, BATCH_NORM],
+    "executorch_w4a8": GROUPS_OF_32,
     "int16_activations": [NO_EMBEDDING, BATCH_NORM],
     "npu_w4a16_spinquant_gptq": [NO_EMBEDDING, BATCH_NORM],
     "w2a16_autoround": [each.replace("128", "64") for each in GROUPS],
     "w4a16_gptq_gradient": [NO_LOGITS.format("Network"), *GROUPS],
     "w4a16_w8_embedding": [NO_EMBEDDING, *GROUPS],
     "w4a8_kv4_rotated": [NO_ATTENTION, *GROUPS],
-    **{name: [] for name in ("onnx_w8a8", "w8a8_dynamic", "w8a8_smoothquant", "w8a8_static", "w8a8_static_rotated")},
+    **{
+        name: []
+        for name in (
+            "executorch_w8a8",
+            "onnx_w8a8",
+            "w8a8_dynamic",
+            "w8a8_smoothquant",
+            "w8a8_static",
+            "w8a8_static_rotated",
+        )
+    },
 }
 RUN = ("int16_activations", "w4a8_kv4_rotated", "w8a16", "w8a8_static_rotated")
 """Run in the plain tests; the others are planned there, and their runs are slow."""
@@ -68,7 +86,7 @@ CASES = [
     for name in NAMES
     for run, late in (((True, False),) if name in RUN else ((False, False), (True, True)))
 ]
-LOST = {"w8": 0.01, "w4a4": 0.15, "w4": 0.05, "w3": 0.05, "onnx_w4": 0.05}
+LOST = {"w8": 0.01, "w4a4": 0.15, "w4": 0.05, "w3": 0.05, "onnx_w4": 0.05, "executorch_w4": 0.05, "gguf_q4": 0.05}
 """How far the outputs may move, relative to their norm, by the beginning of a recipe's name; 0.02 where none fits."""
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import wrapq
 from tests.export.conftest import HERE, SMALL, ReadHere, Runner, weights
 from tests.exports import export_of
+from tests.models import DEMO
 from wrapq.cli import main
 from wrapq.engine.export import export_run
 from wrapq.engine.progress import Progress
@@ -124,3 +125,17 @@ def test_tied_embeddings_are_stored_once(tmp_path: Path) -> None:
     tensors = load_file(export_of(run).path / "model.safetensors")
     assert "model.embed_tokens.weight" in tensors and "lm_head.weight" not in tensors
     assert export_of(run).error < 1e-6
+
+
+@pytest.mark.slow
+def test_without_the_float_model_the_export_is_measured_alone(exported: Runner, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(exported("w4a16").folder, copy)
+    (bare := tmp_path / "without weights").mkdir()
+    shutil.copy(DEMO / "config.json", bare)
+    plan = (copy / "plan.json").read_text()
+    (copy / "plan.json").write_text(plan.replace('"wrapq://demo"', f'"{bare}"'))
+    done = export_run(str(copy), FORMAT, Settings(), Progress())["compressed_tensors"]
+    assert "token_ms" in done.figures and not any(name.startswith("float_") for name in done.figures)
+    assert any(note.startswith("the float model is not measured beside it: ") for note in done.notes)
+    assert not list(done.path.parent.glob(".float-*"))

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wrapq.errors import WrapqError
+from wrapq.errors import WrapqError, reason_of
 from wrapq.export.base import Exporter
 from wrapq.metrics import FLOAT
 from wrapq.recipe.schema import Settings
@@ -51,7 +51,7 @@ class FloatBeside:
         try:
             found = self._measure(exporter, plan, ids, device, export)
         except (WrapqError, OSError) as error:
-            return {}, f"the float model is not measured beside it: {error}"
+            return {}, f"the float model is not measured beside it: {reason_of(error)}"
         if runtime.cache_gb:
             tensors = {figure: torch.tensor(value, dtype=torch.float64) for figure, value in found.items()}
             store.write(key, tensors, {"kind": "float model in a runtime"}, time.perf_counter() - start)

@@ -150,7 +150,7 @@ def export_run(
     targets = {name: target / name if target and len(exports) > 1 else target for name in exports}
     for name, given in targets.items():
         _check_target(given or record.folder / EXPORTS / name, given is None, weight_bytes(record.folder))
-    beside, found = FloatBeside(settings, record.digests["model"]), {}
+    beside, found = FloatBeside(settings, record.digests.get("model", "")), {}
     with use_machine(settings, recipe.seed) as device, blaming_files(record.folder):
         with progress.task("Loading the model"):
             model = load(record.folder, device, trust_remote_code=settings.runtime.trust_remote_code)
