@@ -87,7 +87,7 @@ class CompressedTensors(Exporter):
         modules = model.named_modules(remove_duplicate=False)  # those whose tensors are tied to another's too
         linear = [name for name, module in modules if isinstance(module, nn.Linear)]
         section = quantization_config(translation, linear) if plan.modules else {}
-        write_checkpoint(folder, model, plan.model.dtype, tensors, section)
+        write_checkpoint(folder, model, plan.model.dtype, tensors, {}, section)
 
     def read(self, folder: Path, ids: Tensor, device: str) -> Reading:
         answer = read(folder, ids, device)

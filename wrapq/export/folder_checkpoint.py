@@ -40,13 +40,18 @@ def all_tensors(model: nn.Module, packed: Mapping[str, Mapping[str, Tensor]]) ->
 
 
 def write_checkpoint(
-    folder: Folder, model: nn.Module, dtype: str, tensors: Mapping[str, Tensor], quantization: Mapping[str, Any]
+    folder: Folder,
+    model: nn.Module,
+    dtype: str,
+    tensors: Mapping[str, Tensor],
+    facts: Mapping[str, str],
+    quantization: Mapping[str, Any],
 ) -> None:
-    """Write `tensors`, and the configuration of `model`, which computes in `dtype`; `quantization` is its section on
-    how it is quantized, empty for a float model."""
+    """Write `tensors`, and the configuration of `model`, which computes in `dtype`; `facts` are what
+    the file says of the tensors, and `quantization` is the section on how it is quantized, empty for a float model."""
     from safetensors.torch import save_file
 
-    folder.write(WEIGHTS, lambda path: save_file(dict(tensors), path, metadata={"format": "pt"}))
+    folder.write(WEIGHTS, lambda path: save_file(dict(tensors), path, metadata={"format": "pt", **facts}))
     config = json.loads(cast(Any, model).config.to_json_string())
     config.pop("_name_or_path", None)  # where the float model lay on this machine
     config |= {"dtype": dtype, **({"quantization_config": dict(quantization)} if quantization else {})}

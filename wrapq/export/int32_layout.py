@@ -113,12 +113,12 @@ class Int32Layout(Exporter, ABC):
         if large := [name for name, weight in weights.items() if not weight.scales.isfinite().all()]:
             raise ModelError(f"{large[0]}: its scales are too large for {_SCALES}, which {self.layout} has")
         if not weights:  # the float model
-            write_checkpoint(folder, model, plan.model.dtype, all_tensors(model, {}), {})
+            write_checkpoint(folder, model, plan.model.dtype, all_tensors(model, {}), {}, {})
             return
         bits, symmetric = _scheme(plan)[0], is_symmetric(plan)
         packed = {name: self.tensors(weight, bits, symmetric) for name, weight in weights.items()}
         section = self.quantization_config(model, plan, weights)
-        write_checkpoint(folder, model, plan.model.dtype, all_tensors(model, packed), section)
+        write_checkpoint(folder, model, plan.model.dtype, all_tensors(model, packed), {}, section)
 
     def read(self, folder: Path, ids: Tensor, device: str) -> Reading:
         answer = read(folder, ids, device)
