@@ -64,7 +64,7 @@ class TorchaoTensors(Exporter):
 
     def notes(self, plan: Plan) -> Iterable[str]:
         if any(p.quant_spec.dtype.bits < 8 for module in plan.modules for p in module.points if p.role == "weight"):
-            yield "codes of fewer than 8 bits take a byte each, which torchao packs for a kernel of its own choice"
+            yield "codes of fewer than 8 bits take a byte each"
 
     def tolerance(self, plan: Plan) -> float:
         rounded = any(point.role == "activation" for module in plan.modules for point in module.points)
@@ -140,16 +140,15 @@ def _tensor(module: QuantizedWeight) -> Tensor:
     codes = (module.codes().to(torch.int16) - down).to(torch.int8).contiguous()
     rows, columns = codes.shape
     size = spec.group_size or columns
-    scale = qparams.scale.detach().reshape(-1, 1).expand(rows, 1) if qparams.scale.dim() < 2 else qparams.scale.detach()
-    scale = scale.expand(rows, columns // size).contiguous()
+    scale = qparams.scale.detach().reshape(rows, -1).contiguous()
     if _is_int8(spec):
         kinds = {True: MappingType.SYMMETRIC, False: MappingType.ASYMMETRIC}
         rounded = None if inputs is None else QuantizeTensorToInt8Kwargs(PerRow(), kinds[inputs.symmetric])
         return cast(Tensor, Int8Tensor(codes, scale, [1, columns], module.weight_dtype, act_quant_kwargs=rounded))
-    zero = torch.zeros_like(scale) if qparams.zero_point is None else qparams.zero_point.reshape(rows, -1).float()
+    zero = torch.zeros_like(scale) if qparams.zero_point is None else qparams.zero_point.reshape(rows, -1)
     target = getattr(torch, f"int{spec.dtype.bits}")
     rounds = None if inputs is None else "int8_asym_per_token"
-    zeros = (zero.expand_as(scale) - down).to(torch.int8).contiguous()
+    zeros = (zero.to(torch.int16) - down).to(torch.int8)
     return cast(Tensor, IntxUnpackedToInt8Tensor(codes, scale, zeros, target, (1, size), module.weight_dtype, rounds))
 
 
