@@ -221,7 +221,7 @@ def test_names_and_options_are_checked_without_a_model() -> None:
         planned("recipe=w8a16", "export=[openvino,onx]")
     with pytest.raises(RecipeError, match="did you mean: reader"):
         planned("recipe=w8a16", "export=compressed_tensors", "+export.compressed_tensors.raeder=vllm")
-    with pytest.raises(RecipeError, match=r"export\.reader: 'vllm' is wrong here: a mapping"):
+    with pytest.raises(RecipeError, match=r"a mapping of keys to values is expected\n.*export\.FORMAT\.reader"):
         planned("recipe=w8a16", "export=none", "+export.reader=vllm")
     with pytest.raises(RecipeError, match="is not the name of a model"):
         planned("model=[hf,demo]")

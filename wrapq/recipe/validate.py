@@ -71,7 +71,10 @@ def _problem(error: Any, path: KeyPath, layers: Layers) -> Problem:
         return layers.problem(path, f"{value!r} is not allowed here", remedy=remedy)
     shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
     shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
-    return layers.problem(path, f"{shown} is wrong here: {_SAYS.get(kind) or error['msg']}")
+    under = (
+        f"options stand under their format: export.FORMAT.{path[-1]}" if path[0] == "export" and len(path) == 2 else ""
+    )
+    return layers.problem(path, f"{shown} is wrong here: {_SAYS.get(kind) or error['msg']}", remedy=under)
 
 
 _SAYS = {
