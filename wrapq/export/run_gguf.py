@@ -9,6 +9,9 @@ from __future__ import annotations
 import os
 import runpy
 import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,36 +39,51 @@ def main(folder: str, ids: str, logits: str, device: str) -> None:
         "n_gpu_layers": -1 if device.startswith("cuda") else 0,
         "verbose": False,
     }
+    with _errors() as messages:
+        try:
+            model: Any = llama_cpp.Llama(**options)
+        except ValueError:
+            sys.exit(" ".join("".join(messages).split()))
+        with closing(model):
+            if reason := other_tokens(model, folder, tokens[0]):
+                sys.exit(reason)
+            measured = stopwatch["measured"](partial(_generate, model), tokens[:1])
+        values = []
+        with closing(llama_cpp.Llama(**options, logits_all=True)) as model:
+            for sequence in tokens:
+                model.reset()
+                model.eval(sequence.tolist())
+                values.append(model.scores[: len(sequence)].copy())
+    Path(logits).write_bytes(save({stopwatch["LOGITS"]: np.stack(values), **measured}))
+
+
+@contextmanager
+def _errors() -> Iterator[list[str]]:
+    """What llama.cpp says of errors in the block, after which it must not call what Python frees."""
+    import llama_cpp
+
     messages: list[str] = []
     hears = llama_cpp.llama_log_callback(
-        lambda level, text, _: messages.append(text.decode()) if level == _ERROR else None
+        lambda level, text, _: messages.append(text.decode(errors="replace")) if level == _ERROR else None
     )
     llama_cpp.llama_log_set(hears, None)
     try:
-        model: Any = llama_cpp.Llama(**options)
-    except ValueError:
-        sys.exit(" ".join("".join(messages).split()))
-    if reason := other_tokens(model, folder, tokens[0]):
-        model.close()
-        sys.exit(reason)
+        yield messages
+    finally:
+        llama_cpp.llama_log_set(llama_cpp.llama_log_callback(), None)
 
-    def generate(prompt: np.ndarray, count: int) -> np.ndarray:
-        model.reset()
-        found = prompt[0].tolist()
-        for last in range(count):
-            model.eval(found if not last else found[-1:])
-            values = llama_cpp.llama_get_logits_ith(model.ctx, -1)
-            found.append(int(np.ctypeslib.as_array(values, (model.n_vocab(),)).argmax()))
-        return np.array([found[prompt.shape[1] :]])
 
-    measured = stopwatch["measured"](generate, tokens[:1])
-    model.close()
-    model, values = llama_cpp.Llama(**options, logits_all=True), []
-    for sequence in tokens:
-        model.reset()
-        model.eval(sequence.tolist())
-        values.append(model.scores[: len(sequence)].copy())
-    Path(logits).write_bytes(save({stopwatch["LOGITS"]: np.stack(values), **measured}))
+def _generate(model: Any, prompt: np.ndarray, count: int) -> np.ndarray:
+    """`count` tokens [1, N] that the model goes on with after a `prompt` [1, T], each the likeliest."""
+    import llama_cpp
+
+    model.reset()
+    found = prompt[0].tolist()
+    for last in range(count):
+        model.eval(found if not last else found[-1:])
+        values = llama_cpp.llama_get_logits_ith(model.ctx, -1)
+        found.append(int(np.ctypeslib.as_array(values, (model.n_vocab(),)).argmax()))
+    return np.array([found[prompt.shape[1] :]])
 
 
 def other_tokens(model: Any, folder: str, ids: np.ndarray) -> str | None:
