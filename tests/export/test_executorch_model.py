@@ -75,4 +75,4 @@ def test_a_run_exports_what_it_measured(recipe: str, error: float, megabytes: fl
     print(recipe, f"error {export_of(done).error:.2g}", found)
     assert found["top1_agreement"] > 0.95 and found["size_mb"] < megabytes
     assert export_of(done).size == (export_of(done).path / MODEL).stat().st_size
-    assert found["size_mb"] < found["float_size_mb"] and found["first_token_ms"] < found["float_first_token_ms"]
+    assert found["size_mb"] < found["float_size_mb"] and found["first_token_speedup"] > 0
