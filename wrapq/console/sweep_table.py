@@ -19,6 +19,7 @@ from wrapq.sweep.job import FAILED, REUSED
 from wrapq.sweep.table import SweepRow, SweepTable
 
 _LINE = (KL, "perplexity_increase", SIZE, SECONDS)
+_OF_EXPORTS = "export_token_ms"
 
 
 class ConsoleSweep(SweepProgress):
@@ -96,7 +97,10 @@ def show_sweep(console: Console, result: SweepResult) -> None:
 def _table(table: SweepTable) -> Table:
     shown = Table(box=None, pad_edge=False, header_style="dim")
     keys = dict.fromkeys(key for row in table.rows for key in row.values)
-    figures = [metric for metric in metrics() if any(metric.name in row.outcome.figures for row in table.rows)]
+    decides = {*table.minimize, *(name for row in table.rows for name in row.outcome.goals), _OF_EXPORTS}
+    found = [metric for metric in metrics() if any(metric.name in row.outcome.figures for row in table.rows)]
+    # a terminal has no room for all that is measured of exports; the page and the table's file have
+    figures = [metric for metric in found if not metric.name.startswith("export_") or metric.name in decides]
     for column in ("job", *keys):
         shown.add_column(column, overflow="fold")
     for metric in figures:
