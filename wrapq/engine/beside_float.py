@@ -68,8 +68,8 @@ class FloatBeside:
             folder = RunFolder(Path(name))
             AutoTokenizer.from_pretrained(export, trust_remote_code=False).save_pretrained(name)
             exporter.export(load_float(source, device), nothing, folder)
-            size = sum(file.stat().st_size for file in folder.path.glob(exporter.weights))
-            return {**exporter.read(folder.path, ids, str(device)).measured, "size_mb": size / 1e6}
+            measured = exporter.read(folder.path, ids, str(device)).measured
+            return {**measured, "size_mb": exporter.size(folder.path) / 1e6}
 
 
 def with_float(figures: Mapping[str, float], floats: Mapping[str, float]) -> dict[str, float]:

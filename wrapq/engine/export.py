@@ -19,7 +19,7 @@ from wrapq.engine.host import use_machine
 from wrapq.engine.measure import forward_logits
 from wrapq.engine.progress import Progress
 from wrapq.errors import ModelError, OutputError, PlanError, Problem
-from wrapq.export.base import EXPORTERS, make_exporters
+from wrapq.export.base import EXPORTERS, make_exporter
 from wrapq.export.reload import greedy
 from wrapq.export.stopwatch import TOKENS
 from wrapq.ownership import own
@@ -86,7 +86,7 @@ def export_model(
     """
     from transformers import AutoTokenizer
 
-    exporter, place = make_exporters(plan.recipe.export)[name], target or run / EXPORTS / name
+    exporter, place = make_exporter(name, plan.recipe.export[name]), target or run / EXPORTS / name
     with _whole_folder(place, replace=target is None) as partial:
         folder = RunFolder(partial)
         with reading_model(f"{run}: cannot read the tokenizer"):
@@ -111,7 +111,7 @@ def export_model(
                 f"the {name} export loads, but computes something else: its logits are off by "
                 f"{error:.2g} of their norm, where rounding explains {allowed:.0e}; a defect of wrapq or of the loader"
             )
-        size = sum(file.stat().st_size for file in partial.glob(exporter.weights))
+        size = exporter.size(partial)
     figures = {"top1_agreement": float((theirs.argmax(-1) == ours.argmax(-1)).float().mean()), "size_mb": size / 1e6}
     if reading.tokens is not None and own is not None:
         figures["greedy_agreement"] = float((reading.tokens.numpy() == own).mean())

@@ -100,6 +100,10 @@ class Exporter(Configurable, ABC):
             ModelError: the other project does not load the files, or loads only some of them.
         """
 
+    def size(self, folder: Path) -> int:
+        """Bytes of the weights in `folder`."""
+        return sum(file.stat().st_size for file in folder.glob(self.weights))
+
     def versions(self) -> dict[str, str]:
         """Those of the packages that it asks for, as far as they are installed."""
         found = {}
@@ -110,8 +114,8 @@ class Exporter(Configurable, ABC):
 
     def missing_packages(self) -> Iterator[Problem]:
         """Those that it asks for and that are not installed."""
-        extra, packages = self.extra
-        if missing := [package for package in packages if package not in self.versions()]:
+        (extra, packages), found = self.extra, self.versions()
+        if missing := [package for package in packages if package not in found]:
             are = "which is not" if len(missing) == 1 else "which are not"
             what = f"it is made and run with {' and '.join(missing)}, {are} installed"
             yield Problem("", "export", what, (), f"pip install 'wrapq[{extra}]'")

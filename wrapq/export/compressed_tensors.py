@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from wrapq.errors import ModelError, PlanError, Problem
 from wrapq.export.base import EXPORTERS, Exporter, Folder, Reading
 from wrapq.export.checks import VLLM, Translation, translate
-from wrapq.export.folder_checkpoint import all_tensors, write_checkpoint
-from wrapq.export.reload import DEQUANTIZED, FLOAT_CACHE, Answer, read
+from wrapq.export.folder_checkpoint import all_tensors, read_checkpoint, write_checkpoint
+from wrapq.export.reload import DEQUANTIZED, FLOAT_CACHE, Answer
 from wrapq.export.scheme import DENSE, MIXED, Args, Scheme
 from wrapq.export.tensors import CACHE_NAMES, activation_tensors, linear_tensors
 from wrapq.export.vllm import describe, linear_note, unequal_global_scales, words
@@ -90,10 +90,7 @@ class CompressedTensors(Exporter):
         write_checkpoint(folder, model, plan.model.dtype, tensors, {}, section)
 
     def read(self, folder: Path, ids: Tensor, device: str) -> Reading:
-        answer = read(folder, ids, device)
-        if not answer.logits:
-            raise ModelError(f"transformers does not load the export: {answer.reason}")
-        return reading(answer)
+        return reading(read_checkpoint(folder, ids, device))
 
     def layers(self, plan: Plan) -> Iterable[str]:
         translation = self._translate(plan)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from wrapq.errors import ModelError
 from wrapq.export.base import Folder, Refusals
+from wrapq.export.reload import Answer, read
 from wrapq.graph.usage import find_initialized
 from wrapq.resolve.model_source import ModelSource
 from wrapq.resolve.plan import Plan
@@ -56,6 +59,18 @@ def write_checkpoint(
     config.pop("_name_or_path", None)  # where the float model lay on this machine
     config |= {"dtype": dtype, **({"quantization_config": dict(quantization)} if quantization else {})}
     folder.write_text(CONFIG, json.dumps(config, indent=2) + "\n")
+
+
+def read_checkpoint(folder: Path, ids: Tensor, device: str) -> Answer:
+    """What transformers computes from the checkpoint in `folder` for token ids [B, T]; see `wrapq.export.reload`.
+
+    Raises:
+        ModelError: it does not load the checkpoint.
+    """
+    answer = read(folder, ids, device)
+    if not answer.logits:
+        raise ModelError(f"transformers does not load the export: {answer.reason}")
+    return answer
 
 
 def refuse_initialized(plan: Plan, refusals: Refusals, stored: Mapping[str, torch.dtype | None]) -> None:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from wrapq.errors import ModelError, PlanError, Problem
 from wrapq.export.additions import refuse_corrections, refuse_float_prefix, refuse_online
 from wrapq.export.base import Exporter, Folder, Reading, Refusals
-from wrapq.export.folder_checkpoint import all_tensors, refuse_initialized, write_checkpoint
-from wrapq.export.reload import PLAIN, read
+from wrapq.export.folder_checkpoint import all_tensors, read_checkpoint, refuse_initialized, write_checkpoint
+from wrapq.export.reload import PLAIN
 from wrapq.export.scheme import linear_scheme
 from wrapq.export.vllm import fusion_refusals
 from wrapq.graph.mixtures import EXPERT_NAME
@@ -121,9 +121,7 @@ class Int32Layout(Exporter, ABC):
         write_checkpoint(folder, model, plan.model.dtype, all_tensors(model, packed), {}, section)
 
     def read(self, folder: Path, ids: Tensor, device: str) -> Reading:
-        answer = read(folder, ids, device)
-        if not answer.logits:
-            raise ModelError(f"transformers does not load the export: {answer.reason}")
+        answer = read_checkpoint(folder, ids, device)
         return Reading(answer.logits[PLAIN], answer.measured, answer.tokens)
 
     def layers(self, plan: Plan) -> Iterable[str]:

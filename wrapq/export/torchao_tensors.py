@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from wrapq.errors import ModelError, PlanError, Problem
 from wrapq.export.additions import refuse_corrections, refuse_float_prefix, refuse_online
 from wrapq.export.base import EXPORTERS, Exporter, Folder, Reading, Refusals
-from wrapq.export.folder_checkpoint import all_tensors, refuse_initialized, write_checkpoint
+from wrapq.export.folder_checkpoint import all_tensors, read_checkpoint, refuse_initialized, write_checkpoint
 from wrapq.export.lowering import NEEDED
 from wrapq.export.nearest import ELSE, remedy_for
-from wrapq.export.reload import PLAIN, read
+from wrapq.export.reload import PLAIN
 from wrapq.graph.mixtures import EXPERT_NAME
 from wrapq.quant.spec import QuantSpec
 from wrapq.resolve.plan import ModulePlan, Plan
@@ -53,9 +53,7 @@ class TorchaoTensors(Exporter):
         write_checkpoint(folder, model, plan.model.dtype, *_flat(state), section)
 
     def read(self, folder: Path, ids: Tensor, device: str) -> Reading:
-        answer = read(folder, ids, device)
-        if not answer.logits:
-            raise ModelError(f"transformers does not load the export: {answer.reason}")
+        answer = read_checkpoint(folder, ids, device)
         return Reading(answer.logits[PLAIN], answer.measured, answer.tokens)
 
     def layers(self, plan: Plan) -> Iterable[str]:
