@@ -8,7 +8,6 @@ quantizes, the other does: the layers, and neither the head nor the embedding.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import tempfile
@@ -24,6 +23,7 @@ from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 import wrapq
+from tests.bench.bench_onnx import asked, row
 from tests.exports import export_of
 from wrapq.data.samples import build_samples
 from wrapq.data.sources.base import make_source
@@ -76,19 +76,13 @@ def measured(path: Path, reference: list[Tensor], ids: Tensor) -> dict[str, floa
     meter, (found, ms) = QualityMeter(), logits(path, ids)
     for theirs, ours, sequence in zip(reference, found, ids, strict=True):
         meter.update(theirs[None], ours[None], sequence[None])
-    result = meter.result()
-    figures = {"kl": round(result["kl"], 5), "top1": round(result["top1_agreement"], 4)}
-    return figures | {"mb": round(path.stat().st_size / 1e6, 2), "ms": round(ms, 2)}
+    return row(meter, path.stat().st_size / 1e6, ms)
 
 
 @torch.no_grad()
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--model", default="")
-    options.add_argument("--samples", type=int, default=64)
-    chosen = options.parse_args()
+    words, samples = asked(__doc__)
     disable_progress_bar()
-    words = [f"model.path={chosen.model}", "model=hf"] if chosen.model else []
     more = ["tracking=none", "runtime.kernels=reference", "evaluation.tokens=512", "export=gguf"]
     source = ModelSource(compose(["recipe=gguf_q4_0", *words]).recipe.model)
     tokenizer = source.tokenizer()
@@ -99,7 +93,7 @@ def main() -> None:
         reference, _ = logits(floating, evaluated)
         print(json.dumps({"by": "float"} | measured(floating, reference, evaluated)), flush=True)
         for kind, (recipe, *changes) in RUNS.items():
-            calibrated = [f"calibration.samples={chosen.samples}"] if recipe == "gguf_q4_0" else []
+            calibrated = [f"calibration.samples={samples}"] if recipe == "gguf_q4_0" else []
             run = wrapq.run(recipe, [*words, *more, *changes, *calibrated, f"paths.outputs={scratch}/{kind}"])
             ours = export_of(run).path / MODEL
             theirs = rounded(ours, floating, Path(scratch, "theirs.gguf"))

@@ -99,35 +99,44 @@ def measured(path: Path, reference: Path, ids: Tensor) -> dict[str, float]:
         session.run(None, given(session, prompt))
         times.append(1000 * (time.perf_counter() - start))
     size = sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*")) / 1e6
+    return row(meter, size, sorted(times)[4])
+
+
+def row(meter: QualityMeter, megabytes: float, milliseconds: float) -> dict[str, float]:
+    """What is printed of a model."""
     result = meter.result()
     figures = {"kl": round(result["kl"], 5), "top1": round(result["top1_agreement"], 4)}
-    return figures | {"mb": round(size, 2), "ms": round(sorted(times)[4], 2)}
+    return figures | {"mb": round(megabytes, 2), "ms": round(milliseconds, 2)}
+
+
+def asked(description: str | None) -> tuple[list[str], int]:
+    """The overrides that choose the model, and how many sequences calibrate it, from the command line."""
+    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--model", default="")
+    options.add_argument("--samples", type=int, default=64)
+    chosen = options.parse_args()
+    return [f"model.path={chosen.model}", "model=hf"] if chosen.model else [], chosen.samples
 
 
 @torch.no_grad()
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--model", default="")
-    options.add_argument("--samples", type=int, default=64)
-    chosen = options.parse_args()
+    words, samples = asked(__doc__)
     disable_progress_bar()
-    words = [f"model.path={chosen.model}", "model=hf"] if chosen.model else []
     source = ModelSource(compose(["recipe=onnx_w4a16", *words]).recipe.model)
     tokenizer = source.tokenizer()
     texts = {name: make_source("demo", {"split": name}) for name in ("calib", "heldout")}
-    calibration = build_samples(texts["calib"], tokenizer, chosen.samples, CALIBRATED, 0).input_ids
+    calibration = build_samples(texts["calib"], tokenizer, samples, CALIBRATED, 0).input_ids
     evaluated = build_samples(texts["heldout"], tokenizer, WINDOWS, LENGTH, None).input_ids
     with tempfile.TemporaryDirectory() as scratch:
         floating = Path(scratch, "float.onnx")
         onnx_ir.save(onnx_model(source.load(torch.device("cpu"))), floating)
         print(json.dumps({"by": "float"} | measured(floating, floating, evaluated)), flush=True)
         for scheme, recipe in RECIPES.items():
-            more = [f"calibration.samples={chosen.samples}", "tracking=none", "runtime.kernels=reference"]
+            more = [f"calibration.samples={samples}", "tracking=none", "runtime.kernels=reference"]
             run = wrapq.run(recipe, [*words, *more, "evaluation.tokens=512", f"paths.outputs={scratch}/{recipe}"])
             models = {"wrapq": export_of(run).path / MODEL, **theirs(scheme, floating, calibration, Path(scratch))}
             for by, path in models.items():
-                row = {"scheme": scheme, "by": by} | measured(path, floating, evaluated)
-                print(json.dumps(row), flush=True)
+                print(json.dumps({"scheme": scheme, "by": by} | measured(path, floating, evaluated)), flush=True)
 
 
 if __name__ == "__main__":
