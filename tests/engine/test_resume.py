@@ -91,6 +91,20 @@ def test_killed_after_the_last_block(tmp_path, undisturbed, pattern, killed, res
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("place", ["wrapq.engine.record.render_run", "wrapq.engine.record.record_goals"])
+def test_killed_while_it_is_recorded_is_taken_up(tmp_path, undisturbed, place):
+    module, name = place.rsplit(".", 1)
+    kill = f"import os, {module}; {module}.{name} = lambda *_: os._exit({signal.SIGKILL:d})"
+    done = forked.wrapq(["-c", f"{kill}; from wrapq.cli import main; main({command(tmp_path)})"])
+    assert done.returncode == signal.SIGKILL, done.stderr
+    succeed(tmp_path, "--resume")
+    assert digests(tmp_path) == undisturbed
+    (folder,) = tmp_path.glob("w4a16_gptq/*")
+    assert "FINISHED" in (folder / "report.html").read_text()
+    assert not [path.name for path in folder.iterdir() if path.name.startswith(".") or path.name == "resume"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("store", ["runtime.cache_gb=1", "runtime.cache_gb=0"], ids=["kept", "gathered again"])
 def test_gradients_of_tokens_are_those_of_the_float_model_again(tmp_path, store):
     more = ["stack.round.gradient=true", store]

@@ -53,7 +53,7 @@ class Runs:
         assert second.exitcode in known and known[second.exitcode] in said, (second.exitcode, said)
 
     def finished(self) -> bool:
-        return len(digests(self.outputs)) == 1
+        return any(json.loads(path.read_text())["status"] == "FINISHED" for path in self.outputs.glob("*/*/run.json"))
 
 
 def end(runs: Runs, number: signal.Signals, seconds: float) -> str:
@@ -113,6 +113,7 @@ def test_ended_at_random_moments(recipe: str, tmp_path: Path, capsys: pytest.Cap
         assert digests(runs.outputs) == digests(undisturbed.outputs), f"{index}: {number.name}, {what}"
         (lock,) = runs.outputs.glob("*/*/recipe.lock.yaml")
         assert not [path for path in lock.parent.iterdir() if path.name.startswith(".")]
+        assert (lock.parent / "report.html").is_file()
     with capsys.disabled():
         print(f"\n{recipe}:", dict(sorted(came.items())))
     assert any("resumed" in what for what in came)

@@ -106,8 +106,8 @@ def close_record(run: Run, quality: Quality, exports: dict[str, Exported]) -> Ru
     for name, export in exports.items():
         own = {"relative_error": export.error, **export.figures}
         run.tracker.metrics({f"export/{name}/{figure}": value for figure, value in own.items()})
-    run.folder.write_status(FINISHED, **facts)
-    run.folder.write_text(REPORT, render_run(run.folder.path))
+    ended = RunRecord.ending(run.folder.path, {"status": FINISHED, **facts})
+    run.folder.write_text(REPORT, render_run(ended))
     run.tracker.tags({**_digest_tags(run), "mlflow.note.content": run_note(run.plan, measured)})
     run.tracker.metrics({f"size/{stage}_mb": size / 1e6 for stage, size in sizes.items()})
     run.tracker.metrics({f"seconds/{step}": value for step, value in run.seconds.items()})
@@ -130,6 +130,7 @@ def close_record(run: Run, quality: Quality, exports: dict[str, Exported]) -> Ru
         run.tracker.register(entry.name, alias, markdown(run.plan.recipe.description), tags)
     run.tracker.finish()
     tell_problems(run)
+    run.folder.write_status(**ended.facts)  # last: a run that is killed before is taken up, and ends with all of it
     shared |= {"notes": tuple(run.notes), "run_id": run.tracker.run_id, "run_url": run.tracker.run_url}
     forget_progress(run.folder)
     return RunResult(run.folder.path, quality.stages, figures=reached, goals=verdicts, exports=exports, **shared)
@@ -154,7 +155,7 @@ def record_failure(run: Run, error: BaseException) -> None:
     try:
         run.folder.write_status(FAILED, reason=reason)
         if (run.folder.path / PLAN).is_file():
-            run.folder.write_text(REPORT, render_run(run.folder.path))
+            run.folder.write_text(REPORT, render_run(RunRecord(run.folder.path)))
             run.tracker.artifact(run.folder.path / REPORT)
     except Exception as second:  # a full disk may be the very reason; the first error is the one to show
         _log.error("the folder cannot say so: %s", second)

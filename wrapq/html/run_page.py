@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from wrapq.errors import and_more
@@ -29,10 +28,9 @@ _EXPLAINED = {
 _WORST = 7  # curves that can be told apart
 
 
-def render_run(folder: Path) -> str:
-    """The page of the run in `folder`, finished or failed, as HTML."""
-    run = RunRecord(folder)
-    facts, plan = run.facts, run.plan
+def render_run(run: RunRecord) -> str:
+    """The page of a run, finished or failed, as HTML."""
+    folder, facts, plan = run.folder, run.facts, run.plan
     reports, values = run.optional(MODULES), run.optional(HISTOGRAMS)
     blocks, stages = plan.model.blocks, facts.get("stages", {})
     heat, heat_text = _heat(reports, blocks)

@@ -56,6 +56,13 @@ class RunRecord:
     folder: Path
     name: str = field(default="", compare=False)
 
+    @classmethod
+    def ending(cls, folder: Path, facts: dict[str, Any]) -> RunRecord:
+        """The record of a run of which all is known and `run.json` is not written yet."""
+        record = cls(folder)
+        record.__dict__["facts"] = facts  # where the property would keep what it has read
+        return record
+
     @property
     def has_model(self) -> bool:
         """Whether the folder holds a quantized model, as that of a finished run does."""
