@@ -20,7 +20,7 @@ own. A new one is a row here, or one file of another package under the entry poi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -93,7 +93,7 @@ class Measured:
 
     def figures(self) -> dict[str, float]:
         """Of the quantized model the figures that there are, by name."""
-        values = ((metric.name, metric.value(self)) for metric in metrics())
+        values = ((metric.name, metric.value(self)) for metric in metrics(self.exports))
         return {name: value for name, value in values if value is not None}
 
 
@@ -114,6 +114,8 @@ class Metric:
         meter: makes what measures it on the logits; the same for all metrics that it measures.
         against_float: the meter needs the float model's logits, so that there is no value of that model itself.
         read: takes it out of what a run measured at a stage, where no meter's result under `name` is it.
+        exported: what the figures of an export call it; of several exports the worst counts, as goals hold for each.
+        format: of which export it is alone; see `alone`.
         cost: it is paid for quality, and does not depend on the text.
         by_stage: each stage of a run has one.
         title: on the axis of a plot; the label when empty.
@@ -131,6 +133,8 @@ class Metric:
     meter: Callable[[], Meter] | None = None
     against_float: bool = True
     read: Callable[[Measured, str], float | None] | None = None
+    exported: str = ""
+    format: str = ""
     cost: bool = False
     by_stage: bool = True
     title: str = ""
@@ -140,14 +144,29 @@ class Metric:
     band: Band | None = None
 
     def __post_init__(self) -> None:
-        if self.name != METRICS.normalize(self.name):
+        if (name := self.name.removesuffix(f".{self.format}")) != METRICS.normalize(name):
             raise WrapqError(f"metric {self.name!r}: a name is in lower case, with _ between words")
 
     def value(self, measured: Measured, stage: str = QUANTIZED) -> float | None:
         """The figure at a stage; None where there is none."""
+        if self.exported:
+            exports = measured.exports if not self.format else {self.format: measured.exports.get(self.format, {})}
+            found = [figures[self.exported] for figures in exports.values() if self.exported in figures]
+            return (min if self.higher else max)(found) if found else None
         if self.read is not None:
             return self.read(measured, stage)
         return measured.stages.get(stage, {}).get(self.name)
+
+    def alone(self, format: str) -> Metric:
+        """The same figure of the export in one `format`."""
+        return replace(
+            self,
+            name=f"{self.name}.{format}",
+            format=format,
+            label=f"{self.label}, {format}",
+            title=f"{self.title or self.label}, {format}",
+            tracked=f"export/{format}/{self.exported}",
+        )
 
     def text(self, value: float | None) -> str:
         """A value as people read it; nothing for None."""
@@ -197,16 +216,6 @@ def _quality_meter() -> Meter:
 def _increase(measured: Measured, stage: str) -> float | None:
     first, now = next(iter(measured.stages), stage), measured.stages.get(stage, {})
     return None if stage == first or not now else now["perplexity"] / measured.stages[first]["perplexity"] - 1
-
-
-def _exported(name: str, worst: Callable[[Sequence[float]], float] = max) -> Callable[[Measured, str], float | None]:
-    """Of several exports that of the worst, so that a goal holds for each."""
-
-    def read(measured: Measured, stage: str) -> float | None:
-        found = [figures[name] for figures in measured.exports.values() if name in figures]
-        return worst(found) if found else None
-
-    return read
 
 
 def milliseconds(value: float) -> str:
@@ -260,49 +269,49 @@ _OWN = {
         Metric(
             "export_token_ms", "export, each token",
             "At most this many milliseconds for each token that the export goes on with in its runtime.", milliseconds,
-            read=_exported("token_ms"), cost=True, by_stage=False, title="time for each token in the export's runtime",
+            exported="token_ms", cost=True, by_stage=False, title="time for each token in the export's runtime",
             unit="ms", note="in the export's runtime, after the first", tracked="export/token_ms",
         ),
         Metric(
             "export_first_token_ms", "export, first token",
             "At most this many milliseconds to the first token after a prompt in the export's runtime.", milliseconds,
-            read=_exported("first_token_ms"), cost=True, by_stage=False,
+            exported="first_token_ms", cost=True, by_stage=False,
             title="time to the first token in the export's runtime", unit="ms",
             note="in the export's runtime, after a prompt", tracked="export/first_token_ms",
         ),
         Metric(
             "export_token_speedup", "export, speed-up", "At least this many times as fast for each token that the "
             "export goes on with as the float model is in the same runtime.",
-            "{:.2f} x".format, higher=True, read=_exported("token_speedup", min), by_stage=False,
+            "{:.2f} x".format, higher=True, exported="token_speedup", by_stage=False,
             note="for each token, against the float model there", tracked="export/token_speedup",
         ),
         Metric(
             "export_first_token_speedup", "export, first speed-up", "At least this many times as fast to the first "
             "token after a prompt as the float model is in the same runtime.",
-            "{:.2f} x".format, higher=True, read=_exported("first_token_speedup", min), by_stage=False,
+            "{:.2f} x".format, higher=True, exported="first_token_speedup", by_stage=False,
             note="to the first token, against the float model there", tracked="export/first_token_speedup",
         ),
         Metric(
             "export_peak_mb", "export, memory", "At most this much memory in the export's runtime, in MB.",
-            lambda size: megabytes(size * 1e6), read=_exported("peak_mb"), cost=True, by_stage=False,
+            lambda size: megabytes(size * 1e6), exported="peak_mb", cost=True, by_stage=False,
             title="memory in the export's runtime", unit="MB", note="at its peak, of the whole process",
             tracked="export/peak_mb",
         ),
         Metric(
             "export_size_mb", "export, size", "At most this large an export, in MB of a million bytes.",
-            lambda size: megabytes(size * 1e6), read=_exported("size_mb"), cost=True, by_stage=False,
+            lambda size: megabytes(size * 1e6), exported="size_mb", cost=True, by_stage=False,
             title="size of the export", unit="MB", tracked="export/size_mb",
         ),
         Metric(
             "export_top1_agreement", "export, top-1",
             "At least this share of tokens for which the export predicts the same as the model it was made of.",
-            percent, higher=True, read=_exported("top1_agreement", min), by_stage=False,
+            percent, higher=True, exported="top1_agreement", by_stage=False,
             note="same next token as the model it was made of", tracked="export/top1_agreement",
         ),
         Metric(
             "export_greedy_agreement", "export, greedy",
             "At least this share of 32 likeliest tokens that the export goes on with as the model it was made of.",
-            percent, higher=True, read=_exported("greedy_agreement", min), by_stage=False,
+            percent, higher=True, exported="greedy_agreement", by_stage=False,
             note="same 32 tokens as the model it was made of", tracked="export/greedy_agreement",
         ),
     )
@@ -325,9 +334,29 @@ def measures(*rows: Metric) -> Callable[[M], M]:
     return add
 
 
-def metrics() -> tuple[Metric, ...]:
-    """All metrics: the engine's in the order of this file, then those of plug-ins by name."""
-    return (*_OWN.values(), *(METRICS.get(name) for name in METRICS if name not in _OWN))
+def metrics(formats: Iterable[str] = ()) -> tuple[Metric, ...]:
+    """All metrics: the engine's in the order of this file, then those of plug-ins by name, then those of each export
+    alone that has one of the `formats`."""
+    rows = (*_OWN.values(), *(METRICS.get(name) for name in METRICS if name not in _OWN))
+    return (*rows, *(row.alone(format) for format in formats for row in rows if row.exported))
+
+
+def metric(name: str) -> Metric:
+    """The row of a figure, that of one export alone for `FIGURE.FORMAT`; raises `WrapqError` where there is none."""
+    figure, _, format = name.partition(".")
+    row = METRICS.get(figure)
+    if format and not row.exported:
+        raise WrapqError(f"{name}: {figure} is not measured of exports, so that no format has its own")
+    return row.alone(format) if format else row
+
+
+def metrics_of(found: Collection[Mapping[str, float]], decides: Collection[str] = ()) -> tuple[Metric, ...]:
+    """The rows of the figures that any of `found` has. Those of each export alone are among them where there are
+    several, or where they are among the names of what `decides`."""
+    names = {name for figures in found for name in figures}
+    formats = dict.fromkeys(name.partition(".")[2] for name in sorted(names) if "." in name)
+    rows = (row for row in metrics(formats) if row.name in names)
+    return tuple(row for row in rows if not row.format or len(formats) > 1 or row.name in decides)
 
 
 def own_names() -> tuple[str, ...]:

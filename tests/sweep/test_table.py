@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.image
@@ -48,6 +49,21 @@ def test_fronts_are_those_of_a_search_over_all_pairs() -> None:
     points = {r.number: (r.outcome.figures["kl"], r.outcome.figures["size_mb"]) for r in rows}
     beaten = {i for i, p in points.items() for q in points.values() if q != p and q[0] <= p[0] and q[1] <= p[1]}
     assert set(numbers(table.front("size_mb"))) == set(points) - beaten
+
+
+def test_quality_is_drawn_against_the_latency_that_a_sweep_minimizes(tmp_path: Path) -> None:
+    name, times = "export_token_ms.onnx", (3.0, 2.0, 1.0, 4.0, 5.0)
+    rows = [
+        replace(each, outcome=replace(each.outcome, figures={**each.outcome.figures, name: time}))
+        for each, time in zip(ROWS, times, strict=False)
+    ]
+    table = make_table(rows, ["kl", name])
+    assert table.costs == ("size_mb", "seconds", name) and numbers(table.front(name)) == [3, 2]
+    assert f",{name}," in table.to_csv().splitlines()[0]
+    save_plot(table, tmp_path / "plot.png")
+    height, width = matplotlib.image.imread(tmp_path / "plot.png").shape[:2]
+    assert width > 3 * height
+    assert make_table([*rows, row(6, 0.1, 1)], ["kl", name]).costs == ("size_mb", "seconds")  # one has no such figure
 
 
 def test_the_winner_is_the_lowest_and_of_equals_the_smaller_then_the_earlier() -> None:

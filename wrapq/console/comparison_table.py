@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from wrapq.console.plain_table import plain_table
-from wrapq.engine.run_comparison import best, comparable
-from wrapq.metrics import KL, METRICS, metrics
+from wrapq.engine.run_comparison import best, comparable, figures_of
+from wrapq.metrics import KL
 from wrapq.resolve.folding import fold
 from wrapq.runs.run_record import RunRecord
 
@@ -23,7 +23,7 @@ _CURVE = "layer/relative_error"
 def comparison_tables(records: Sequence[RunRecord]) -> Iterator[RenderableType]:
     """Figures, errors of blocks and errors of weights: a row each, a column for each run, the best marked `*`."""
     yield _figures(records)
-    if len(comparable(records)) < len(metrics()):
+    if len(comparable(records)) < len(figures_of(records)):
         yield Text("note: measured on different models or texts, so that none is best in quality", "yellow")
     if any(_CURVE in record.curves for record in records):
         yield _blocks(records)
@@ -47,14 +47,14 @@ def comparison_json(records: Sequence[RunRecord]) -> dict[str, Any]:
         }
         for record in records
     ]
-    marks = {name: value for name in METRICS if (value := best(records, name)) is not None}
+    marks = {name: value for name in comparable(records) if (value := best(records, name)) is not None}
     winners = {name: [r.name for r in records if r.figures.get(name) == value] for name, value in marks.items()}
     return {"runs": runs, "best": winners, "comparable": list(comparable(records))}
 
 
 def _figures(records: Sequence[RunRecord]) -> Table:
     table = _table("runs", records)
-    for metric in metrics():
+    for metric in figures_of(records):
         mark = best(records, metric.name)
         cells = [_marked(record.figures.get(metric.name), metric.show, mark) for record in records]
         if any(cells):

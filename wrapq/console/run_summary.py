@@ -15,7 +15,7 @@ from wrapq.engine.export import Exported
 from wrapq.engine.goals import COLLAPSED, GoalVerdict
 from wrapq.engine.progress import Progress
 from wrapq.engine.record import RunResult
-from wrapq.metrics import METRICS, Measured, megabytes, milliseconds, percent, stage_table
+from wrapq.metrics import Measured, megabytes, metric, milliseconds, percent, stage_table
 from wrapq.resolve.plan import Plan
 
 
@@ -65,14 +65,14 @@ def quality_table(measured: Measured) -> Table:
 def goal_lines(verdicts: Mapping[str, GoalVerdict]) -> Iterator[Text]:
     """A line for each goal of one run."""
     for name, verdict in verdicts.items():
-        metric = METRICS.get(name)
+        row = metric(name)
         met = Text("met", "green") if verdict.met else Text("missed", "bold red")
         if verdict.survival:
-            least = f"{metric.label} {metric.text(verdict.value)}, where it should be {metric.bound(verdict.bound)}"
+            least = f"{row.label} {row.text(verdict.value)}, where it should be {row.bound(verdict.bound)}"
             yield Text(f"{COLLAPSED}: {least}", "bold red")
             continue
-        reached = metric.text(verdict.value) or ("none, since no weight is quantized" if metric.cost else "none")
-        yield Text.assemble(f"goal {name}: {metric.bound(verdict.bound)}, reached {reached}: ", met)
+        reached = row.text(verdict.value) or ("none, since no weight is quantized" if row.cost else "none")
+        yield Text.assemble(f"goal {name}: {row.bound(verdict.bound)}, reached {reached}: ", met)
 
 
 def plan_line(plan: Plan) -> Text:

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from wrapq.engine.goals import COLLAPSED
-from wrapq.metrics import KL, METRICS, SECONDS, SIZE, metrics
+from wrapq.metrics import KL, METRICS, SECONDS, SIZE, metric, metrics_of
 from wrapq.sweep.driver import SweepProgress, SweepResult
 from wrapq.sweep.job import FAILED, REUSED
 from wrapq.sweep.table import SweepRow, SweepTable
@@ -84,7 +84,7 @@ def show_sweep(console: Console, result: SweepResult) -> None:
     verdicts = [(name, v) for row in table.rows for name, v in row.outcome.goals.items() if not v.survival]
     for name, bound in sorted({(name, v.bound) for name, v in verdicts}):
         met = sum(v.met for which, v in verdicts if (which, v.bound) == (name, bound))
-        console.print(f"goal {name}: {METRICS.get(name).bound(bound)}: met by {met} of {len(table.rows)} jobs")
+        console.print(f"goal {name}: {metric(name).bound(bound)}: met by {met} of {len(table.rows)} jobs")
     for row in table.failed:
         console.print(Text(f"job {row.number} failed: {row.outcome.reason}", "red"), soft_wrap=True)
     console.print(f"table and plot: {result.folder}", soft_wrap=True)
@@ -98,19 +98,19 @@ def _table(table: SweepTable) -> Table:
     shown = Table(box=None, pad_edge=False, header_style="dim")
     keys = dict.fromkeys(key for row in table.rows for key in row.values)
     decides = {*table.minimize, *(name for row in table.rows for name in row.outcome.goals), _OF_EXPORTS}
-    found = [metric for metric in metrics() if any(metric.name in row.outcome.figures for row in table.rows)]
+    found = metrics_of([row.outcome.figures for row in table.rows], decides)
     # a terminal has no room for all that is measured of exports; the page and the table's file have
-    figures = [metric for metric in found if not metric.name.startswith("export_") or metric.name in decides]
+    figures = [each for each in found if not each.exported or each.name in decides]
     for column in ("job", *keys):
         shown.add_column(column, overflow="fold")
-    for metric in figures:
-        shown.add_column(metric.label, justify="right", no_wrap=True)
+    for each in figures:
+        shown.add_column(each.label, justify="right", no_wrap=True)
     for column in ("goals", "Pareto", "")[0 if table.has_goals else 1 :]:
         shown.add_column(column, no_wrap=True)
     for row in table.rows:
-        values = (metric.text(row.outcome.figures.get(metric.name)) for metric in figures)
+        values = (each.text(row.outcome.figures.get(each.name)) for each in figures)
         goals = [("met" if row.meets_goals else "missed") if row.done else ""] if table.has_goals else []
-        fronts = ", ".join(METRICS.get(name).label for name in row.fronts)
+        fronts = ", ".join(metric(name).label for name in row.fronts)
         mark = "winner" if row.winner else "failed" if row.outcome.status == FAILED else ""
         style = "bold green" if row.winner else "red" if mark else ""
         cells = [str(row.number), *(row.values.get(key, "") for key in keys), *values, *goals, fronts, mark]

@@ -23,7 +23,7 @@ from wrapq.export.base import EXPORTERS, make_exporter
 from wrapq.export.reload import greedy
 from wrapq.export.stopwatch import TOKENS
 from wrapq.ownership import own
-from wrapq.recipe.schema import Export, Settings
+from wrapq.recipe.schema import Export, Goals, Settings
 from wrapq.resolve.model_source import GENERATION, PROCESSOR_FILES, reading_model
 from wrapq.resolve.plan import Plan
 from wrapq.resolve.resolve import check_export, check_names
@@ -143,7 +143,7 @@ def export_run(
         words = ", ".join(f"export={name}" for name in EXPORTERS)
         raise PlanError([Problem("", "export", "no format is chosen", (), f"say which: {words}")])
     record = find_run(run, Path(settings.paths.outputs))
-    recipe = record.plan.recipe.model_copy(update={"export": dict(exports)})
+    recipe = record.plan.recipe.model_copy(update={"export": dict(exports), "goals": Goals()})
     check_names(recipe, Sources({}))
     plan = record.plan.model_copy(update={"recipe": recipe})
     check_export(plan)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from wrapq.metrics import METRICS
+from wrapq.metrics import metric
 
 if TYPE_CHECKING:
     from wrapq.recipe.schema import Goals
@@ -48,7 +48,7 @@ def lost(reached: Mapping[str, float]) -> dict[str, GoalVerdict]:
 
 
 def _verdict(name: str, bound: float, value: float | None, survival: bool = False) -> GoalVerdict:
-    met = value is not None and (value >= bound if METRICS.get(name).higher else value <= bound)
+    met = value is not None and (value >= bound if metric(name).higher else value <= bound)
     return GoalVerdict(bound, value, met, survival)
 
 

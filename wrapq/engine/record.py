@@ -16,7 +16,7 @@ from wrapq.engine.registered import MLMODEL, mlmodel
 from wrapq.foreign import markdown
 from wrapq.html.note import run_note
 from wrapq.html.run_page import render_run
-from wrapq.metrics import FLOAT, METRICS, QUANTIZED, Measured
+from wrapq.metrics import FLOAT, QUANTIZED, Measured, metric
 from wrapq.recipe.dump import to_yaml
 from wrapq.runs.checkpoint import weight_bytes
 from wrapq.runs.folder import FAILED, FINISHED, MANIFEST, PLAN, RECIPE, RECORDED, REPORT, RUNNING, STATUS_FILE
@@ -111,7 +111,7 @@ def close_record(run: Run, quality: Quality, exports: dict[str, Exported]) -> Ru
     run.tracker.tags({**_digest_tags(run), "mlflow.note.content": run_note(run.plan, measured)})
     run.tracker.metrics({f"size/{stage}_mb": size / 1e6 for stage, size in sizes.items()})
     run.tracker.metrics({f"seconds/{step}": value for step, value in run.seconds.items()})
-    run.tracker.metrics({name: value for name, value in reached.items() if METRICS.get(name).mlflow == name})
+    run.tracker.metrics({name: value for name, value in reached.items() if metric(name).mlflow == name})
     record_goals(run.tracker, verdicts)
     for name in RECORDED:
         if (run.folder.path / name).exists():

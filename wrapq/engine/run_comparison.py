@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from wrapq.metrics import METRICS, metrics
+from wrapq.metrics import Metric, metric, metrics_of
 from wrapq.runs.run_record import RunRecord
 
 
 def comparable(records: Sequence[RunRecord]) -> tuple[str, ...]:
-    """The figures by which runs can be ranked: quality only where model and evaluation data are the same."""
+    """The figures by which the runs can be ranked: quality only where model and evaluation data are the same."""
     measured = {(r.lock.digests.get("model"), r.lock.digests.get("evaluation")) for r in records}
-    return tuple(metric.name for metric in metrics() if len(measured) == 1 or metric.cost)
+    return tuple(row.name for row in figures_of(records) if len(measured) == 1 or row.cost)
+
+
+def figures_of(records: Sequence[RunRecord]) -> tuple[Metric, ...]:
+    """The figures that any of the runs has."""
+    return metrics_of([record.figures for record in records])
 
 
 def best(records: Sequence[RunRecord], name: str) -> float | None:
@@ -19,4 +24,4 @@ def best(records: Sequence[RunRecord], name: str) -> float | None:
     values = [record.figures[name] for record in records if name in record.figures]
     if len(set(values)) < 2 or name not in comparable(records):
         return None
-    return METRICS.get(name).best(values)
+    return metric(name).best(values)

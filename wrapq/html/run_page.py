@@ -18,7 +18,6 @@ from wrapq.runs.folder import HISTOGRAMS, LOCK, MODULES, RECIPE
 from wrapq.runs.run_record import RunRecord
 
 _SIZES = {"float": "float model", "quantized": "quantized model"}
-_EXPORT = "export_"
 _ERROR, _SQNR = "output_error", "weight_sqnr_db"
 _LABELS = {_ERROR: "error of the output", _SQNR: "SQNR of the weight, dB"}
 _EXPLAINED = {
@@ -101,10 +100,9 @@ def _exports(exports: Mapping[str, Mapping[str, float]]) -> Table | None:
     for name, figures in exports.items():
         floats = {key.removeprefix(f"{FLOAT}_"): value for key, value in figures.items() if key.startswith(f"{FLOAT}_")}
         rows |= {name: figures} | ({f"{name}, float model": floats} if floats else {})
-    shown = [(metric, metric.name.removeprefix(_EXPORT)) for metric in metrics() if metric.name.startswith(_EXPORT)]
-    shown = [(metric, key) for metric, key in shown if any(key in figures for figures in rows.values())]
-    columns = [Column("export"), *(Column(metric.label.removeprefix("export, "), number=True) for metric, _ in shown)]
-    cells = {name: [metric.text(figures.get(key)) for metric, key in shown] for name, figures in rows.items()}
+    shown = [metric for metric in metrics() if any(metric.exported in figures for figures in rows.values())]
+    columns = [Column("export"), *(Column(metric.label.removeprefix("export, "), number=True) for metric in shown)]
+    cells = {name: [metric.text(figures.get(metric.exported)) for metric in shown] for name, figures in rows.items()}
     return Table("In their runtimes", columns, [Row((name, *row)) for name, row in cells.items()]) if rows else None
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from wrapq.html.charts import Chart, scatter
 from wrapq.html.parts import Column, Row, Table, render, short
-from wrapq.metrics import KL, Metric, metrics, pareto
+from wrapq.metrics import KL, Metric, metrics, metrics_of, pareto
 
 
 def render_sweep(records: Sequence[Mapping[str, Any]], path: Path, title: str = "Sweep", summary: str = "") -> Path:
@@ -21,14 +21,15 @@ def render_sweep(records: Sequence[Mapping[str, Any]], path: Path, title: str = 
     """
     names = dict.fromkeys(key for record in records for key in record.get("parameters", {}))
     winner = next((record for record in records if record.get("winner")), None)
-    charts = [chart for cost in metrics() if cost.cost and (chart := _plot(records, cost)) is not None]
+    known = metrics_of([record.get("figures", {}) for record in records])
+    charts = [chart for cost in known if cost.cost and (chart := _plot(records, cost)) is not None]
     failed = [(str(r["name"]), str(r.get("reason", ""))) for r in records if r.get("status") == "FAILED"]
     parts = (("plots", "Quality against cost", charts), ("jobs", "Jobs", True), ("failures", "Failures", failed))
     tiles = []
     if winner is not None:
         figures = winner.get("figures", {})
-        known = [metric for metric in metrics() if _known(figures, metric)]
-        tiles = [("Winner", str(winner["name"])), *((m.label, m.text(figures[m.name])) for m in known)]
+        tiles = [(m.label, m.text(figures[m.name])) for m in known if _known(figures, m)]
+        tiles = [("Winner", str(winner["name"])), *tiles]
     values = {
         "title": title,
         "summary": summary or f"{len(records)} jobs, {len(failed)} failed.",
@@ -59,7 +60,8 @@ def _plot(records: Sequence[Mapping[str, Any]], cost: Metric) -> Chart | None:
 
 
 def _jobs(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Table:
-    figures = [metric for metric in metrics() if any(_known(record.get("figures", {}), metric) for record in records)]
+    shown = metrics_of([record.get("figures", {}) for record in records])
+    figures = [metric for metric in shown if any(_known(record.get("figures", {}), metric) for record in records)]
     goals = any(record.get("goals") for record in records)
     columns = [Column("job"), *(Column(name, code=True) for name in names)]
     columns += [Column(metric.label, number=True) for metric in figures]

@@ -200,22 +200,28 @@ class Export(_Open):
 
 
 def _metric_name(name: str) -> str:
-    if name not in own_names() and name not in set(METRICS):
+    figure, _, format = name.partition(".")
+    if (figure not in own_names() and figure not in set(METRICS)) or (format and not METRICS.get(figure).exported):
         raise PydanticKnownError("extra_forbidden")
     return name
 
 
 def _describe_goals(schema: dict[str, Any]) -> None:
-    bound = schema["additionalProperties"]
+    one = schema["additionalProperties"]
+    one_or_each = {"anyOf": [*one["anyOf"], {"type": "object", "additionalProperties": one}]}
     title = lambda name: name.replace("_", " ").title()  # noqa: E731
     schema["properties"] = {
-        m.name: {**bound, "title": title(m.name), "default": None, "description": m.goal} for m in metrics()
+        m.name: {**(one_or_each if m.exported else one), "title": title(m.name), "default": None, "description": m.goal}
+        for m in metrics()
     }
     schema["additionalProperties"] = False
 
 
 class Goals(BaseModel):
-    """What the quantized model should reach; a run says which goals it met, and its exit status follows."""
+    """What the quantized model should reach; a run says which goals it met, and its exit status follows.
+
+    What is measured of exports has one bound for all of them, or a mapping with one for each format.
+    """
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True, json_schema_extra=_describe_goals)
     __pydantic_extra__: dict[Annotated[str, AfterValidator(_metric_name)], Bound] = Field(init=False)
@@ -223,10 +229,14 @@ class Goals(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _complete(cls, goals: Any) -> Any:
-        return {**dict.fromkeys(own_names()), **goals} if isinstance(goals, dict) else goals
+        if not isinstance(goals, dict):
+            return goals
+        each = {name: value for name, value in goals.items() if isinstance(name, str) and isinstance(value, dict)}
+        alone = {f"{name}.{format}": bound for name, bounds in each.items() for format, bound in bounds.items()}
+        return {**dict.fromkeys(own_names()), **{name: goals[name] for name in goals if name not in each}, **alone}
 
     def bounds(self) -> dict[str, float]:
-        """The goals that are set, by the name of their metric."""
+        """The goals that are set, by the name of their metric, that of one export alone where it is."""
         given = ((name, value) for name, value in self.__pydantic_extra__.items() if value is not None)
         return {n: float(v.rstrip("% ")) / 100 if isinstance(v, str) else float(v) for n, v in given}
 

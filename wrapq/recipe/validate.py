@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -25,8 +25,13 @@ def build(model: type[M], data: dict[str, Any], layers: Layers) -> tuple[M | Non
         return model.model_validate(data), []
     except ValidationError as error:
         skip = set(missing_paths(data))
-        located = [(tuple(str(step) for step in e["loc"] if step != "[key]"), e) for e in error.errors()]
+        located = [(_path(e["loc"]), e) for e in error.errors()]
         return None, [_problem(e, path, layers) for path, e in located if path not in skip]
+
+
+def _path(location: Sequence[int | str]) -> KeyPath:
+    steps = [str(step) for step in location if step != "[key]"]
+    return tuple(".".join(steps).split(".")) if steps[:1] == ["goals"] else tuple(steps)  # METRIC.FORMAT is two keys
 
 
 def missing_problems(layers: Layers) -> list[Problem]:
@@ -90,6 +95,8 @@ _SAYS = {
 
 
 def _unknown_key(layers: Layers, path: KeyPath) -> Problem:
+    if path[0] == "goals" and path[1] not in _names_at(path[:1]):
+        path = path[:2]
     key, names = path[-1], _names_at(path[:-1])
     meant = next((name for part, name in _SYNONYMS.items() if part in key), None)
     if meant and is_spec(path[:-1]):
@@ -110,8 +117,8 @@ def _names_at(path: KeyPath) -> tuple[str, ...]:
         if len(path) == 3 and path[2] == "match":
             return tuple(Match.model_fields)
         return tuple(SpecFields.model_fields if is_spec(path) else Rule.model_fields)
-    if path == ("goals",):
-        return tuple(metric.name for metric in metrics())
+    if path[0] == "goals":
+        return tuple(metric.name for metric in metrics()) if len(path) == 1 else ()
     owner: Any = Recipe if path[0] in Recipe.model_fields else Settings
     annotation = owner.model_fields[path[0]].annotation
     models = [annotation, *get_args(annotation)]

@@ -11,11 +11,12 @@ from torch import nn
 from wrapq.algorithms.transform import Transform
 from wrapq.calibration.token_weights import why_no_gradients
 from wrapq.data.sources.base import SOURCES
-from wrapq.errors import CalibrationError, PlanError, Problem, ProblemsError, RecipeError, SpecError, and_more
-from wrapq.export.base import make_exporter, make_exporters
+from wrapq.errors import CalibrationError, PlanError, Problem, ProblemsError, RecipeError, SpecError, and_more, nearest
+from wrapq.export.base import EXPORTERS, make_exporter, make_exporters
 from wrapq.graph.blocks import Blocks, find_blocks
 from wrapq.graph.mixtures import EXPERT_NAME
 from wrapq.graph.towers import find_towers
+from wrapq.metrics import metric
 from wrapq.recipe.preset_index import RECIPE
 from wrapq.recipe.provenance import Provenance
 from wrapq.recipe.schema import Calibration, Evaluation, Export, Recipe, Rule
@@ -182,6 +183,7 @@ def check_names(recipe: Recipe, sources: Sources) -> list[StackEntry]:
     problems += _check_source("calibration", recipe.calibration, sources)
     problems += _check_source("evaluation", recipe.evaluation, sources)
     problems += _check_exports(recipe.export, sources)
+    problems += _unreachable(recipe, sources)
     if problems:
         raise RecipeError(problems)
     return stack
@@ -296,6 +298,19 @@ def _check_exports(exports: Mapping[str, Export], sources: Sources) -> Sequence[
             make_exporter(name, config, sources.of)
         except ProblemsError as error:
             problems += error.problems
+    return problems
+
+
+def _unreachable(recipe: Recipe, sources: Sources) -> list[Problem]:
+    """Goals for exports that the recipe does not ask for: a run could only miss them."""
+    problems = []
+    for name in recipe.goals.bounds():
+        row, known = metric(name), tuple(recipe.export)
+        if row.exported and (row.format not in known if row.format else not known):
+            what = f"a goal for {f'the export to {row.format}' if row.format else 'exports'}, and the recipe has none"
+            formats = nearest(row.format, EXPORTERS)[:1] if row.format else tuple(EXPORTERS)
+            remedy = f"run with export={'|'.join(formats)}, or without the goal: goals.{name}=null"
+            problems.append(sources.problem(f"goals.{name}", what, (), remedy))
     return problems
 
 

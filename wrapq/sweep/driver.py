@@ -15,6 +15,7 @@ from wrapq.calibration.processes import Processes
 from wrapq.engine.host import find_device
 from wrapq.engine.run_data import input_digests
 from wrapq.errors import Problem, WrapqError, unknown
+from wrapq.export.base import EXPORTERS
 from wrapq.metrics import metrics
 from wrapq.recipe.axes import Axes, parse_axes
 from wrapq.recipe.schema import Settings
@@ -175,12 +176,16 @@ class _RunningSweep:
 
 def _make_sampler(settings: Settings, axes: Axes) -> Sampler:
     """The sampler, once it is known that what it shall minimize is there."""
-    known, names = [metric.name for metric in metrics() if not metric.higher], settings.sweep.minimize or []
+    able = [row for row in metrics(EXPORTERS) if not row.higher]
+    known, names = [row.name for row in able], settings.sweep.minimize or []
     names = [names] if isinstance(names, str) else names
     wrong = [name for name in names if name not in known]
     if wrong or not names:
         problems = [unknown("", f"sweep.minimize={name}", "figure to minimize", name, known) for name in wrong]
-        raise SweepError(problems or [Problem("", "sweep.minimize", "names nothing", tuple(known))])
+        raise SweepError(
+            problems
+            or [Problem("", "sweep.minimize", "names nothing", tuple(row.name for row in able if not row.format))]
+        )
     return make_sampler(settings.sweep, axes, names)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from wrapq.metrics import METRICS, SECONDS, SIZE
+from wrapq.metrics import metric
 from wrapq.sweep.table import SweepTable
 
 _POINT, _FRONT, _WINNER, _GOAL = "#8a94a6", "#2563eb", "#d97706", "#64748b"
@@ -16,12 +16,13 @@ def save_plot(table: SweepTable, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4.4), layout="constrained")  # without pyplot, which keeps global state
+    costs = table.costs
+    figure = Figure(figsize=(5 * len(costs), 4.4), layout="constrained")  # without pyplot, which keeps global state
     FigureCanvasAgg(figure)
-    for axes, against in zip(figure.subplots(1, 2, sharey=True), (SIZE, SECONDS), strict=True):
+    for axes, against in zip(figure.subplots(1, len(costs), sharey=True), costs, strict=True):
         _draw(axes, table, against)
-        axes.set_xlabel(METRICS.get(against).axis)
-    figure.axes[0].set_ylabel(METRICS.get(table.quality).axis)
+        axes.set_xlabel(metric(against).axis)
+    figure.axes[0].set_ylabel(metric(table.quality).axis)
     figure.savefig(path, format="png", dpi=130)
 
 

@@ -18,7 +18,7 @@ from wrapq.engine.run import execute
 from wrapq.engine.run_data import input_digests
 from wrapq.errors import WrapqError
 from wrapq.large_pages import use_large_pages
-from wrapq.metrics import METRICS
+from wrapq.metrics import metric
 from wrapq.runs.folder import RunFolder, seal, unseal
 from wrapq.runs.resume import ChangedError
 from wrapq.runs.run_record import RunRecord, find_equal
@@ -130,7 +130,7 @@ def _record_reuse(job: Job, place: Workplace, outcome: Outcome) -> Outcome:
     with make_tracker(job.settings) as tracker:
         tags = {**options.tags, "recipe": job.plan.recipe.name, "reused": outcome.folder, "folder": outcome.folder}
         tracker.start(options.name, tags, job.plan.recipe.model_dump(), folder)
-        tracker.metrics({METRICS.get(name).mlflow: value for name, value in outcome.figures.items()})
+        tracker.metrics({metric(name).mlflow: value for name, value in outcome.figures.items()})
         record_goals(tracker, outcome.goals)
         return replace(outcome, run_id=tracker.run_id)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from wrapq.engine.goals import all_met, collapsed
 from wrapq.foreign import spreadsheet_cell
-from wrapq.metrics import KL, SECONDS, SIZE, metrics, pareto
+from wrapq.metrics import KL, SECONDS, SIZE, metric, metrics, pareto
 from wrapq.sweep.job import DONE, FAILED, Outcome
 
 
@@ -55,7 +55,8 @@ class SweepRow:
             "job": self.number,
             **self.values,
             "status": outcome.status,
-            **{metric.name: reached.get(metric.name) for metric in metrics()},
+            **{row.name: reached.get(row.name) for row in metrics()},
+            **reached,
             "goals_met": self.meets_goals if outcome.goals else None,
             "pareto": " ".join(self.fronts),
             "winner": self.winner,
@@ -82,8 +83,14 @@ class SweepTable:
     @property
     def quality(self) -> str:
         """The figure that stands for quality in the Pareto fronts."""
-        costs = {metric.name for metric in metrics() if metric.cost}
-        return next((name for name in self.minimize if name not in costs), KL)
+        return next((name for name in self.minimize if not metric(name).cost), KL)
+
+    @property
+    def costs(self) -> tuple[str, ...]:
+        """What quality is drawn against: size, time, and each other cost that is minimized and all jobs have."""
+        done = [row.outcome.figures for row in self.rows if row.done]
+        more = (name for name in self.minimize if metric(name).cost and all(name in figures for figures in done))
+        return tuple(dict.fromkeys((SIZE, SECONDS, *more)))
 
     @property
     def winner(self) -> SweepRow | None:
@@ -130,7 +137,7 @@ def make_table(rows: Iterable[SweepRow], minimize: Sequence[str]) -> SweepTable:
     table = SweepTable(rows, tuple(minimize), any(not v.survival for row in rows for v in row.outcome.goals.values()))
     done = [row for row in rows if row.done]
     fronts: dict[int, tuple[str, ...]] = dict.fromkeys((row.number for row in rows), ())
-    for against in (SIZE, SECONDS):
+    for against in table.costs:
         points = [(row.outcome.figures[table.quality], row.outcome.figures[against]) for row in done]
         for row in itertools.compress(done, pareto(points)):
             fronts[row.number] += (against,)
