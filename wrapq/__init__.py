@@ -14,6 +14,7 @@ _EXPORTS = {
     "WrapqError": "wrapq.errors",
     "calibrate": "wrapq.api",
     "convert": "wrapq.api",
+    "export_module": "wrapq.engine.export_module",
     "load": "wrapq.engine.registered",
     "padding": "wrapq.api",
     "prepare": "wrapq.api",
@@ -26,6 +27,7 @@ __all__ = [*_EXPORTS]
 
 if TYPE_CHECKING:
     from wrapq.api import PTQConfig, calibrate, convert, padding, prepare, restore
+    from wrapq.engine.export_module import export_module
     from wrapq.engine.quantize_module import quantize
     from wrapq.engine.registered import load
     from wrapq.engine.run import run

@@ -11,7 +11,7 @@ import pytest
 from tests import forked
 from tests.faults.runs import RECIPE, digests, finish, got_past, start, wait
 from tests.test_ownership import HELD
-from wrapq.engine.export import _whole_folder
+from wrapq.engine.export import whole_folder
 from wrapq.ownership import InUseError
 from wrapq.tracking.outbox import Event, Outbox
 from wrapq.tracking.sync import sync
@@ -44,10 +44,10 @@ def test_the_second_of_two_syncs_is_told(tmp_path) -> None:
 def test_the_second_of_two_equal_exports_is_told(tmp_path) -> None:
     target = tmp_path / "export" / "compressed_tensors"
     for text in ("first", "newer"):
-        with _whole_folder(target, replace=True) as partial:
+        with whole_folder(target) as partial:
             (partial / "file").write_text(text)
             with pytest.raises(InUseError, match=f"the export {re.escape(str(target))} {HELD.format(os.getpid())}"):
-                _whole_folder(target, replace=True).__enter__()
+                whole_folder(target).__enter__()
         assert [path.name for path in target.parent.iterdir()] == [target.name]
         assert [(path.name, path.read_text()) for path in target.iterdir()] == [("file", text)]
 

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from wrapq.engine.beside_float import FloatBeside, with_float
+from wrapq.engine.export_comparison import compared
 from wrapq.engine.host import use_machine
 from wrapq.engine.measure import forward_logits
 from wrapq.engine.progress import Progress
-from wrapq.errors import ModelError, OutputError, PlanError, Problem
+from wrapq.errors import OutputError, PlanError, Problem
 from wrapq.export.base import EXPORTERS, make_exporter
 from wrapq.export.reload import greedy
 from wrapq.export.stopwatch import TOKENS
@@ -87,7 +88,7 @@ def export_model(
     from transformers import AutoTokenizer
 
     exporter, place = make_exporter(name, plan.recipe.export[name]), target or run / EXPORTS / name
-    with _whole_folder(place, replace=target is None) as partial:
+    with whole_folder(place) as partial:
         folder = RunFolder(partial)
         with reading_model(f"{run}: cannot read the tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(run, trust_remote_code=False)
@@ -101,22 +102,17 @@ def export_model(
             reading = exporter.read(partial, ids, str(device))
         theirs = reading.logits
         with torch.no_grad(), without(model, reading.left_float):
-            ours = forward_logits(model, ids.to(device)).float().cpu()
-            own = None
+            forward = lambda: [forward_logits(model, ids.to(device)).float().cpu()]  # noqa: E731
+            (ours,), own = forward(), None
             if reading.tokens is not None and hasattr(model, "generate"):
                 own = greedy(model, ids[:1].cpu().numpy(), reading.tokens.shape[1])
-        error = float((theirs - ours).norm() / ours.norm())
-        if not error <= (allowed := exporter.tolerance(plan)):
-            raise ModelError(
-                f"the {name} export loads, but computes something else: its logits are off by "
-                f"{error:.2g} of their norm, where rounding explains {allowed:.0e}; a defect of wrapq or of the loader"
-            )
+            error, remark = compared(name, [theirs], model, forward, exporter.tolerance(plan))
         size = exporter.size(partial)
     figures = {"top1_agreement": float((theirs.argmax(-1) == ours.argmax(-1)).float().mean()), "size_mb": size / 1e6}
     if reading.tokens is not None and own is not None:
         figures["greedy_agreement"] = float((reading.tokens.numpy() == own).mean())
     figures |= reading.measured
-    notes = [*reading.notes, *exporter.notes(plan)]
+    notes = [*reading.notes, *[remark] * bool(remark), *exporter.notes(plan)]
     if plan.recipe.export[name].beside_float:
         floats, failed = beside.figures(name, exporter, plan, ids, device, place)
         figures, notes = with_float(figures, floats), notes + [failed] * bool(failed)
@@ -149,7 +145,7 @@ def export_run(
     check_export(plan)
     targets = {name: target / name if target and len(exports) > 1 else target for name in exports}
     for name, given in targets.items():
-        _check_target(given or record.folder / EXPORTS / name, given is None, weight_bytes(record.folder))
+        check_target(given or record.folder / EXPORTS / name, given is None, weight_bytes(record.folder))
     beside, found = FloatBeside(settings, record.digests.get("model", "")), {}
     with use_machine(settings, recipe.seed) as device, blaming_files(record.folder):
         with progress.task("Loading the model"):
@@ -162,8 +158,8 @@ def export_run(
     return found
 
 
-def _check_target(target: Path, replace: bool, needed_bytes: int) -> None:
-    """Raise `OutputError` where `_whole_folder` could put nothing, before a model is loaded for it."""
+def check_target(target: Path, replace: bool, needed_bytes: int) -> None:
+    """Raise `OutputError` where `whole_folder` could put nothing, before a model is loaded for it."""
     check_room(target.parent, needed_bytes, "the export", "name another folder")
     with _disk(target):
         if not replace and target.exists() and not (target.is_dir() and next(target.iterdir(), None) is None):
@@ -197,7 +193,7 @@ def _token_ids(model: nn.Module, given: Tensor | None) -> Tensor:
 
 
 @contextmanager
-def _whole_folder(target: Path, replace: bool) -> Iterator[Path]:
+def whole_folder(target: Path) -> Iterator[Path]:
     """A folder beside `target` that takes its place when the block ends well and else vanishes."""
     partial, before, owner = (target.parent / f".{target.name}.{word}" for word in ("partial", "before", "owner"))
     with _disk(target):

@@ -4,11 +4,10 @@ C++."""
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
 
 from wrapq.errors import ModelError, Problem
 from wrapq.export.base import EXPORTERS, Folder
@@ -28,19 +27,18 @@ class AotInductor(TorchExport):
     weights: ClassVar[str] = COMPILED
     runtime: ClassVar[tuple[str, str]] = "AOTInductor", TorchExport.runtime[1]
 
-    def check(self, plan: Plan) -> Iterable[Problem]:
+    def missing_packages(self) -> Iterator[Problem]:
         from torch._inductor.cpp_builder import get_cpp_compiler
         from torch._inductor.exc import InvalidCxxCompiler
 
-        yield from super().check(plan)
+        yield from super().missing_packages()
         try:
             get_cpp_compiler()
         except InvalidCxxCompiler:
             what = "AOTInductor compiles, and there is no C++ compiler here"
             yield Problem("", "export.aot_inductor", what, (), "install g++ or clang, or name one by CXX")
 
-    def write(self, model: nn.Module, folder: Folder) -> None:
-        program = self.program(model)
+    def save(self, program: Any, folder: Folder) -> None:
         inductor: Any = torch._inductor
         try:
             with warnings.catch_warnings():

@@ -6,21 +6,21 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable
 from contextlib import redirect_stdout
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field
 from torch import nn
 
-from wrapq.errors import ModelError, Problem
+from wrapq.errors import ModelError
 from wrapq.export import run_circle
 from wrapq.export.base import EXPORTERS, Folder, Refusals
 from wrapq.export.executorch_model import LogitsOfSequence
 from wrapq.export.lowering import NEEDED, in_float32, lower
-from wrapq.export.program import ProgramExporter, example_ids, first_line, quiet, traced
+from wrapq.export.program import Example, ProgramExporter, example_ids, first_line, quiet, traced
 from wrapq.export.run_circle import MODEL
 from wrapq.quant.spec import QuantSpec
 from wrapq.registry import Options
-from wrapq.resolve.plan import Plan
+from wrapq.resolve.plan import ModulePlan, Plan
 
 _BITS = (4, 8, 16)
 _LOUD = ("tico",)
@@ -51,18 +51,22 @@ class Circle(ProgramExporter):
             return "Circle's integers of 16 bits are centred on zero: int16 with sym"
         return _weight_reason(spec) if weight else _activation_reason(spec)
 
-    def check(self, plan: Plan) -> Iterable[Problem]:
-        yield from super().check(plan)
-        refusals = Refusals()
-        for module in plan.modules:
+    def refusals(self, modules: Iterable[ModulePlan]) -> Refusals:
+        modules = tuple(modules)
+        refusals = super().refusals(modules)
+        for module in modules:
             for point in module.points:
                 if point.role == "weight" and point.quant_spec.granularity == "tensor" and module.multiplies:
                     what = f"{point.name} in {point.spec}: Circle has weights of products by channel"
                     refusals.refuse(module, what, f"quantize it in {point.quant_spec.dtype.name}:channel")
-        yield from refusals.problems
+        return refusals
 
     def write(self, model: nn.Module, folder: Folder) -> None:
         made = circle_model(model, self.options.tokens)
+        folder.write(MODEL, lambda path: path.write_bytes(made))
+
+    def write_module(self, model: nn.Module, example: Example, folder: Folder) -> None:
+        made = _converted(example.traced(in_float32(lower(model, unsigned=True)), whole=True))
         folder.write(MODEL, lambda path: path.write_bytes(made))
 
     def layers(self, plan: Plan) -> Iterable[str]:
@@ -85,7 +89,10 @@ def circle_model(model: nn.Module, tokens: int) -> bytes:
         ModelError: torch.export or tico does not take it.
     """
     function, ids = LogitsOfSequence(in_float32(lower(model, unsigned=True))).eval(), example_ids(model, 1, tokens)
-    program = traced(function, {"input_ids": ids}, {"input_ids": None})
+    return _converted(traced(function, {"input_ids": ids}, {"input_ids": None}))
+
+
+def _converted(program: Any) -> bytes:
     with quiet(*_LOUD), redirect_stdout(io.StringIO()):  # it prints how many operators stay float
         from tico.utils.convert import convert_exported_module_to_circle
 

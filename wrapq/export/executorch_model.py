@@ -10,11 +10,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from wrapq.errors import ModelError, Problem
+from wrapq.errors import ModelError
 from wrapq.export import run_executorch
 from wrapq.export.base import EXPORTERS, Folder, Refusals
 from wrapq.export.lowering import NEEDED, in_float32, lower
-from wrapq.export.program import ProgramExporter, example_ids, first_line, quiet, traced
+from wrapq.export.program import Example, ProgramExporter, example_ids, first_line, quiet, traced
 from wrapq.export.run_executorch import METHOD, MODEL
 from wrapq.quant.spec import QuantSpec
 from wrapq.registry import Options
@@ -61,16 +61,20 @@ class ExecuTorch(ProgramExporter):
             return "XNNPACK has signed integers of at most 8 bits"
         return _weight_reason(spec) if weight else _activation_reason(spec)
 
-    def check(self, plan: Plan) -> Iterable[Problem]:
-        yield from super().check(plan)
-        refusals = Refusals()
-        for module in plan.modules:
+    def refusals(self, modules: Iterable[ModulePlan]) -> Refusals:
+        modules = tuple(modules)
+        refusals = super().refusals(modules)
+        for module in modules:
             if found := _refusal(module):
                 refusals.refuse(module, *found)
-        yield from refusals.problems
+        return refusals
 
     def write(self, model: nn.Module, folder: Folder) -> None:
         made = executorch_program(model, self.options.max_tokens)
+        folder.write(MODEL, lambda path: path.write_bytes(made))
+
+    def write_module(self, model: nn.Module, example: Example, folder: Folder) -> None:
+        made = _compiled(example.traced(in_float32(lower(model)), whole=True))
         folder.write(MODEL, lambda path: path.write_bytes(made))
 
     def layers(self, plan: Plan) -> Iterable[str]:
@@ -99,7 +103,10 @@ def executorch_program(model: nn.Module, max_tokens: int) -> bytes:
     longest = getattr(cast(Any, model).config.get_text_config(), "max_position_embeddings", None) or max_tokens
     tokens = torch.export.Dim("tokens", min=2, max=min(max_tokens, longest))
     function = LogitsOfSequence(in_float32(lower(model))).eval()
-    program = traced(function, {"input_ids": example_ids(model, 1, 8)}, {"input_ids": {1: tokens}})
+    return _compiled(traced(function, {"input_ids": example_ids(model, 1, 8)}, {"input_ids": {1: tokens}}))
+
+
+def _compiled(program: Any) -> bytes:
     with quiet(*_LOUD):
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower

@@ -15,9 +15,9 @@ from wrapq.errors import ModelError, Problem
 from wrapq.export import run_onnx
 from wrapq.export.base import EXPORTERS, Folder
 from wrapq.export.lowering import NEEDED, in_float32, lower
-from wrapq.export.program import OPEN, ProgramExporter, example_ids, first_line, quiet, traced
+from wrapq.export.program import OPEN, Example, ProgramExporter, example_ids, first_line, quiet, traced
 from wrapq.export.run_onnx import MODEL
-from wrapq.export.stopwatch import LOGITS, PAST, PRESENT
+from wrapq.export.stopwatch import LOGITS, OUTPUT, PAST, PRESENT
 from wrapq.resolve.model_source import ModelSource
 from wrapq.resolve.plan import Plan
 from wrapq.runtime.prefix import CACHES
@@ -56,6 +56,8 @@ class Onnx(ProgramExporter):
     weights: ClassVar[str] = f"{MODEL}*"
     extra: ClassVar[tuple[str, tuple[str, ...]]] = "onnx", (NEEDED, "onnxscript", "onnxruntime")
     runtime: ClassVar[tuple[str, str]] = "onnxruntime", run_onnx.__file__
+    outright: ClassVar[bool] = True
+    """See `onnx_model`."""
 
     def check(self, plan: Plan) -> Iterable[Problem]:
         yield from super().check(plan)
@@ -64,7 +66,17 @@ class Onnx(ProgramExporter):
             yield Problem("", "export", what, (), "run with export=none, or export=torch_export")
 
     def write(self, model: nn.Module, folder: Folder) -> None:
-        made = onnx_model(model)
+        self.save(onnx_model(model, self.outright), folder)
+
+    def write_module(self, model: nn.Module, example: Example, folder: Folder) -> None:
+        wide = in_float32(lower(model))
+        with torch.no_grad():
+            count = len(example.function(wide)(*example.inputs.values()))
+        names = [*example.inputs], [f"{OUTPUT}{i}" for i in range(count)]
+        self.save(translated(example.traced(wide), *names, self.outright), folder)
+
+    def save(self, made: Any, folder: Folder) -> None:
+        """Write an `onnx_ir.Model`."""
         folder.write_files(lambda path: save_onnx(made, path / MODEL))
 
     def layers(self, plan: Plan) -> Iterable[str]:
@@ -104,7 +116,9 @@ def onnx_model(model: nn.Module, outright: bool = True) -> Any:
     mask = torch.ones(len(ids), _BEFORE + ids.shape[1], dtype=ids.dtype, device=ids.device)
     open_axes = {"input_ids": (OPEN, OPEN), "attention_mask": (OPEN, OPEN), "past": [{0: OPEN, 2: OPEN} for _ in past]}
     given = {"input_ids": ids, "attention_mask": mask, "past": past}
-    return _translated(traced(function, given, open_axes), len(past), outright)
+    kept = [f"{i // 2}.{('key', 'value')[i % 2]}" for i in range(len(past))]
+    names = [*given][:2] + [f"{PAST}.{name}" for name in kept], [LOGITS, *(f"{PRESENT}.{name}" for name in kept)]
+    return translated(traced(function, given, open_axes), *names, outright)
 
 
 def _keeps_tokens(config: Any) -> bool:
@@ -115,19 +129,18 @@ def _keeps_tokens(config: Any) -> bool:
     return all(hasattr(layer, "keys") for layer in cache.layers)
 
 
-def _translated(program: Any, count: int, outright: bool) -> Any:
-    """The program in ONNX, with `count` tensors that are kept of tokens before."""
+def translated(program: Any, inputs: Sequence[str], outputs: Sequence[str], outright: bool) -> Any:
+    """The program in ONNX, with names for its inputs and outputs; see `onnx_model`."""
     from wrapq.export.onnx.integer_products import separate
     from wrapq.export.onnx.packed_weights import pack
     from wrapq.export.onnx.translations import OPSET, TRANSLATIONS
 
-    kept = [f"{i // 2}.{('key', 'value')[i % 2]}" for i in range(count)]
     try:
         with quiet(*_LOUD):
             made: Any = torch.onnx.export(
                 program,
-                input_names=["input_ids", "attention_mask", *(f"{PAST}.{name}" for name in kept)],
-                output_names=[LOGITS, *(f"{PRESENT}.{name}" for name in kept)],
+                input_names=[*inputs],
+                output_names=[*outputs],
                 opset_version=OPSET,
                 custom_translation_table=TRANSLATIONS,
                 verbose=False,

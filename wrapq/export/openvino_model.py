@@ -6,19 +6,17 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import ClassVar
-
-from torch import nn
+from typing import Any, ClassVar
 
 from wrapq.errors import ModelError
 from wrapq.export import run_openvino
 from wrapq.export.base import EXPORTERS, Folder
-from wrapq.export.onnx_model import Onnx, onnx_model, save_onnx
+from wrapq.export.onnx_model import Onnx, save_onnx
 from wrapq.export.program import first_line
 from wrapq.export.run_openvino import MODEL
 from wrapq.export.stopwatch import PAST
 from wrapq.quant.spec import QuantSpec
-from wrapq.resolve.plan import Plan
+from wrapq.resolve.plan import ModulePlan, Plan
 
 _STEP = 5e-2
 """It rounds the inputs of products with compressed weights to 8 bits in groups by itself."""
@@ -31,16 +29,16 @@ class OpenVino(Onnx):
     weights: ClassVar[str] = f"{Path(MODEL).stem}.*"
     extra: ClassVar[tuple[str, tuple[str, ...]]] = "openvino", (*Onnx.extra[1], "openvino")
     runtime: ClassVar[tuple[str, str]] = "OpenVINO", run_openvino.__file__
+    outright: ClassVar[bool] = False
 
     def inexpressible(self, spec: QuantSpec, weight: bool) -> str | None:
         if not weight and not spec.dynamic and not 4 < spec.dtype.bits <= 8:
             return "between operators OpenVINO has integers of 8 bits"
         return super().inexpressible(spec, weight)
 
-    def write(self, model: nn.Module, folder: Folder) -> None:
+    def save(self, made: Any, folder: Folder) -> None:
         import openvino
 
-        made = onnx_model(model, outright=False)
         with tempfile.TemporaryDirectory() as scratch:
             save_onnx(made, Path(scratch, "model.onnx"))
             try:
@@ -57,5 +55,5 @@ class OpenVino(Onnx):
         if plan.model.dtype != "float32":
             yield f"{MODEL} holds in float32 what is not quantized, where the model is in {plan.model.dtype}"
 
-    def tolerance(self, plan: Plan) -> float:
-        return max(_STEP, super().tolerance(plan))
+    def rounding(self, modules: Iterable[ModulePlan], dtype: str) -> float:
+        return max(_STEP, super().rounding(modules, dtype))

@@ -46,7 +46,13 @@ class Answer(NamedTuple):
 
 
 def read(folder: Path, ids: torch.Tensor, device: str, script: str = __file__) -> Answer:
-    """What transformers, or another `script` that is started as this one is, computes from `folder` for `ids` [B, T].
+    """What transformers, or another `script` that is started as this one is, computes from `folder` for `ids` [B, T];
+    see `ask`."""
+    return ask(folder, {"ids": ids}, device, script)
+
+
+def ask(folder: Path, given: Mapping[str, torch.Tensor], device: str, script: str) -> Answer:
+    """What a `script` that is started as this one is computes from `folder` for the tensors that it is `given`.
 
     Raises:
         OSError: the folder for temporary files cannot be written or is full.
@@ -55,7 +61,7 @@ def read(folder: Path, ids: torch.Tensor, device: str, script: str = __file__) -
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as scratch:
         asked, answered = Path(scratch, "ids.safetensors"), Path(scratch, "logits.safetensors")
-        asked.write_bytes(save({"ids": ids.cpu().contiguous()}))
+        asked.write_bytes(save({name: tensor.cpu().contiguous() for name, tensor in given.items()}))
         # -P: this file's neighbours are no modules for it to import
         command = [sys.executable, "-P", script, str(folder.resolve()), str(asked), str(answered), device]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=scratch, check=False)

@@ -26,9 +26,13 @@ def main(folder: str, ids: str, logits: str, device: str) -> None:
     _unsafe_reset_threadpool(int(os.environ.get("OMP_NUM_THREADS", "1")))  # the one way to say how many
     program = Runtime.get().load_program(Path(folder, MODEL))
     method: Any = program.load_method(METHOD)
-    tokens = load_file(ids)["ids"]
+    given, stopwatch = load_file(ids), runpy.run_path(str(Path(__file__).with_name("stopwatch.py")))
+    if "ids" not in given:
+        made = stopwatch["called"](lambda inputs: [each.numpy().copy() for each in method.execute(inputs)], given)
+        Path(logits).write_bytes(save({name: torch.from_numpy(array) for name, array in made.items()}))
+        return
+    tokens = given["ids"]
     output = torch.cat([method.execute([row])[0].clone() for row in tokens.split(1)])
-    stopwatch = runpy.run_path(str(Path(__file__).with_name("stopwatch.py")))
     measured = stopwatch["measured_once"](lambda: method.execute([tokens[:1]]))
     written = {stopwatch["LOGITS"]: output, **{name: torch.from_numpy(t) for name, t in measured.items()}}
     Path(logits).write_bytes(save(written))

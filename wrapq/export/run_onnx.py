@@ -26,8 +26,14 @@ def main(folder: str, ids: str, logits: str, device: str) -> None:
     options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS", "0"))
     providers = ["CUDAExecutionProvider"] * device.startswith("cuda") + ["CPUExecutionProvider"]
     session = onnxruntime.InferenceSession(str(Path(folder, MODEL)), options, providers=providers)
-    tokens, names = load_file(ids)["ids"], [each.name for each in session.get_outputs()]
+    given, names = load_file(ids), [each.name for each in session.get_outputs()]
     stopwatch = runpy.run_path(str(Path(__file__).with_name("stopwatch.py")))
+    if "ids" not in given:
+        inputs = [each.name for each in session.get_inputs()]
+        made = stopwatch["called"](lambda arrays: session.run(names, dict(zip(inputs, arrays, strict=True))), given)
+        Path(logits).write_bytes(save(made))
+        return
+    tokens = given["ids"]
 
     def run(given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return dict(zip(names, session.run(names, given), strict=True))

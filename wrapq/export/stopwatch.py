@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ MEASURED = "measured/"
 """Before the names of what is measured, among what a script writes."""
 LOGITS, PAST, PRESENT = "logits", "past_key_values", "present"
 """What models that hand keys and values over call their logits, and those of the tokens before and of all."""
-TOKENS, _TIMES, _ENOUGH = 32, 3, 3.0
+INPUT, OUTPUT = "input.", "output."
+"""Before the numbers of the tensors that a module takes and gives that is no language model."""
+TOKENS, _TIMES, _ENOUGH, _CALLS = 32, 3, 3.0, 5
 Arrays = dict[str, np.ndarray]
 
 
@@ -64,6 +66,16 @@ def measured_once(run: Callable[[], object]) -> dict[str, np.ndarray]:
     memory."""
     run()
     return _first([_seconds(run)[0] for _ in range(_TIMES)])
+
+
+def called(run: Callable[[list[Any]], Sequence[np.ndarray]], given: dict[str, Any]) -> Arrays:
+    """What a module that is no language model makes of its inputs, by `run` of them in order: the outputs, the time of
+    a call in ms, the median of several, and the memory."""
+    inputs = [given[f"{INPUT}{i}"] for i in range(len(given))]
+    outputs = {f"{OUTPUT}{i}": np.ascontiguousarray(each) for i, each in enumerate(run(inputs))}
+    seconds = statistics.median(_seconds(lambda: run(inputs))[0] for _ in range(_CALLS))
+    measured = {"latency_ms": 1000 * seconds, **_peak()}
+    return outputs | {f"{MEASURED}{name}": np.array([value]) for name, value in measured.items()}
 
 
 def _seconds(work: Callable[[], Any]) -> tuple[float, Any]:

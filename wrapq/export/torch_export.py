@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from wrapq.export import run_program
 from wrapq.export.base import EXPORTERS, Folder
 from wrapq.export.lowering import NEEDED, lower
-from wrapq.export.program import OPEN, ProgramExporter, example_ids, traced
+from wrapq.export.program import OPEN, Example, ProgramExporter, example_ids, traced
 from wrapq.export.run_program import PROGRAM
 from wrapq.registry import Options
 from wrapq.resolve.plan import Plan
@@ -60,7 +60,13 @@ class TorchExport(ProgramExporter):
         return traced(Logits(lower(model)).eval(), given, open_axes, self.options.strict)
 
     def write(self, model: nn.Module, folder: Folder) -> None:
-        program = self.program(model)
+        self.save(self.program(model), folder)
+
+    def write_module(self, model: nn.Module, example: Example, folder: Folder) -> None:
+        self.save(example.traced(lower(model), strict=self.options.strict), folder)
+
+    def save(self, program: Any, folder: Folder) -> None:
+        """Write a program."""
 
         def save(path: Path) -> None:
             with path.open("wb") as file:  # by its name, torch would say that this is no .pt2 yet

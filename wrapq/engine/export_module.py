@@ -1,0 +1,105 @@
+"""An export of any converted module, for those that are no language models of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
+
+from wrapq.engine.export import Exported, check_target, whole_folder
+from wrapq.engine.export_comparison import compared
+from wrapq.engine.quantize_module import Given, as_batch
+from wrapq.errors import CalibrationError, PlanError, Problem
+from wrapq.export.base import EXPORTERS, make_exporter
+from wrapq.export.program import Example, ProgramExporter
+from wrapq.recipe.schema import Export
+from wrapq.resolve.plan import ModulePlan, PointPlan
+from wrapq.runs.folder import RunFolder
+from wrapq.runtime.module import QuantizedModule, QuantizedWeight
+from wrapq.runtime.stand_in import original_class
+
+
+def export_module(model: nn.Module, format: str, folder: str | Path, example: Given, **options: Any) -> Exported:
+    """Export a converted module, load the export in its runtime, compare and measure it.
+
+    What an export takes are the tensors of the `example`, in their order; its results are the tensors in what the
+    module returns, in theirs. The first axis of an input stays open, and each axis of integers, where the module takes
+    other sizes than those of the `example`, which for that should be 2 or more; `executorch` and `circle` take the
+    sizes of the example alone.
+
+    Args:
+        model: one that `wrapq.quantize` or `wrapq.convert` returned; or a float one, to measure beside it.
+        format: `torch_export`, `aot_inductor`, `onnx`, `openvino`, `executorch` or `circle`.
+        folder: a new or an empty one.
+        example: the arguments of one forward, by name, one tensor, or several in order; on it outputs are compared.
+        options: those of the format.
+
+    Returns:
+        What was made. Its figures are `size_mb`, `latency_ms` for the example, `peak_mb` and `cosine`, the mean over
+        rows of the first output of how near it is to the module's own.
+
+    Raises:
+        ProblemsError: there is no such format or option.
+        PlanError: the format holds language models alone, or cannot say what is quantized; with everything it refuses.
+        ModelError: the runtime does not take the module, or computes something else.
+        OutputError: the folder cannot be written.
+    """
+    exporter = make_exporter(format, Export(**options))
+    if not isinstance(exporter, ProgramExporter):
+        able = [name for name in EXPORTERS if issubclass(EXPORTERS.get(name), ProgramExporter)]
+        raise PlanError([Problem("", "export", f"{format} holds language models of a run alone", tuple(able))])
+    modules = list(_planned(model))
+    if problems := [*exporter.refusals(modules).problems, *exporter.missing_packages()]:
+        raise PlanError(problems)
+    given = as_batch(model, example).inputs
+    inputs = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+    if not inputs:
+        raise CalibrationError("an example without a tensor: give the arguments of one forward")
+    call = Example(inputs, {name: value for name, value in given.items() if name not in inputs})
+    device, target = next(iter(inputs.values())).device, Path(folder)
+    dtype = next((str(each.dtype).removeprefix("torch.") for each in model.parameters()), "float32")
+
+    @torch.no_grad()
+    def forward() -> list[Tensor]:
+        return [each.float().cpu() for each in call.function(model)(*inputs.values())]
+
+    check_target(target, replace=False, needed_bytes=sum(each.nbytes for each in model.state_dict().values()))
+    with whole_folder(target) as partial:
+        exporter.write_module(model, call, RunFolder(partial))
+        answer = exporter.read_outputs(partial, [*inputs.values()], str(device))
+        theirs = [each.float() for each in answer.logits.values()]
+        error, remark = compared(format, theirs, model, forward, exporter.rounding(modules, dtype))
+        size = exporter.size(partial)
+    cosine = float(cosine_similarity(theirs[0].flatten(1), forward()[0].flatten(1)).mean())
+    figures = {"cosine": cosine, "size_mb": size / 1e6, **answer.measured}
+    return Exported(target, error, size, (remark,) * bool(remark), torch.get_num_threads(), figures)
+
+
+def _planned(model: nn.Module) -> Iterator[ModulePlan]:
+    """What is quantized of a converted model, as a plan says it."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedModule):
+            points = [
+                PointPlan(
+                    name=point,
+                    role="weight" if point == "weight" else "activation",
+                    spec=str(spec),
+                    sources=(f"{type(module).__name__}.{point}",),
+                )
+                for point, spec in module.specs.items()
+            ]
+            yield ModulePlan(
+                name=name,
+                type=original_class(module).__name__,
+                wrapper=module.wrapper.__name__,
+                block=None,
+                multiplies=module.wrapper.multiplies(module),
+                groups=module.wrapper.groups(module),
+                has_bias=module._parameters.get("bias") is not None,
+                weight_shape=module.matrix_shape if isinstance(module, QuantizedWeight) else None,
+                points=tuple(points),
+            )
