@@ -1,0 +1,149 @@
+"""Parts that rules hand to PT2E: their quantizers by name, and what keeps a part from being one."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from wrapq.calibration.pt2e_parts import PADDED
+from wrapq.errors import CalibrationError, Problem, ProblemsError, and_more
+from wrapq.graph.dataflow import example_inputs
+from wrapq.graph.tied import tied_parameters
+from wrapq.pt2e.base import GRAPH_QUANTIZERS, GraphQuantizer
+from wrapq.pt2e.part import prepare_part
+from wrapq.recipe.schema import Recipe, Rule
+from wrapq.registry import Place, build
+from wrapq.resolve.plan import PartPlan
+from wrapq.resolve.rules import Sources, lies_in
+
+NEEDED = "torchao"
+"""The package that has PT2E."""
+
+
+def quantizer_of(part: PartPlan) -> GraphQuantizer:
+    """The quantizer of a planned part, with its options."""
+    return build(GRAPH_QUANTIZERS, part.quantizer, part.options, Place("", ""))
+
+
+def check_quantizers(rules: Mapping[str, Rule], sources: Sources) -> Iterator[Problem]:
+    """What is wrong with the quantizers that rules name; needs no model."""
+    for name, rule in rules.items():
+        if rule.by is not None:
+            try:
+                _quantizer(name, rule, sources)
+            except ProblemsError as error:
+                yield from error.problems
+
+
+def _quantizer(name: str, rule: Rule, sources: Sources) -> GraphQuantizer:
+    if (quantizer := rule.quantizer or "") not in GRAPH_QUANTIZERS:  # the name lies beside the options, not among them
+        return build(GRAPH_QUANTIZERS, quantizer, {}, Place(f"rules.{name}", "quantizer", (), sources.of))
+    return build(GRAPH_QUANTIZERS, quantizer, rule.options, Place(f"rules.{name}.options", "", (), sources.of))
+
+
+def plan_parts(
+    parts: Mapping[str, str],
+    recipe: Recipe,
+    model: nn.Module,
+    sources: Sources,
+    inputs: Mapping[str, Any] | None = None,
+) -> tuple[tuple[PartPlan, ...], list[Problem]]:
+    """The parts of `model`, on the meta device or not, and what is wrong with them.
+
+    Args:
+        parts: for each part's name the rule that hands it to PT2E.
+        inputs: arguments of one small forward; a few token ids when not given.
+    """
+    made, quantizers = list[PartPlan](), dict[str, GraphQuantizer]()
+    for name, rule in parts.items():
+        quantizers[name] = quantizer = _quantizer(rule, recipe.rules[rule], sources)
+        module = model.get_submodule(name)
+        made.append(
+            PartPlan(
+                name=name,
+                type=type(module).__name__,
+                parameters=sum(p.numel() for p in module.parameters()),
+                quantizer=GRAPH_QUANTIZERS.normalize(recipe.rules[rule].quantizer or ""),
+                options=quantizer.options.model_dump(mode="json"),
+                source=f"rule {rule}, {sources.of(f'rules.{rule}.by')}",
+            )
+        )
+    return tuple(made), list(_problems(parts, quantizers, recipe, model, sources, inputs))
+
+
+def part_notes(parts: Sequence[PartPlan]) -> Iterator[str]:
+    """What the plan says of its parts."""
+    if parts:
+        names = and_more([part.name for part in parts])
+        yield (
+            f"{names}: calibrated for PT2E once all points are decided, which those after it are on its float output; "
+            "counted as float in the size"
+        )
+
+
+def _problems(
+    parts: Mapping[str, str],
+    quantizers: Mapping[str, GraphQuantizer],
+    recipe: Recipe,
+    model: nn.Module,
+    sources: Sources,
+    inputs: Mapping[str, Any] | None,
+) -> Iterator[Problem]:
+    if not parts:
+        return
+    place = f"rules.{next(iter(parts.values()))}.by"
+    if importlib.util.find_spec(NEEDED) is None:
+        yield sources.problem(place, f"PT2E is in {NEEDED}, which is not installed", (), "pip install 'wrapq[pt2e]'")
+        return
+    if recipe.float_prefix:
+        yield sources.problem(place, "PT2E knows no first tokens that stay float", (), "set float_prefix=0")
+    if inputs is None and not recipe.calibration.pack:
+        yield sources.problem(place, PADDED, (), "set calibration.pack=true")
+    for name in parts:
+        if outside := sorted(set(_tied_to(model, name))):
+            what = f"{name} shares a tensor with {', '.join(outside)}, and would have one of its own"
+            yield sources.problem(f"rules.{parts[name]}.match", what, (), "leave it to a rule of wrapq's own")
+    for name, reason in _unexportable(model, quantizers, example_inputs(model) if inputs is None else inputs):
+        yield sources.problem(f"rules.{parts[name]}.match", f"{name}: {reason}", (), "match a part of it, or another")
+
+
+def _tied_to(model: nn.Module, part: str) -> Iterator[str]:
+    for places in tied_parameters(model):
+        inside = [lies_in(name, part) for name, _ in places]
+        if any(inside) and not all(inside):
+            yield from (f"{name}.{key}" for (name, key), own in zip(places, inside, strict=True) if not own)
+
+
+@torch.no_grad()
+def _unexportable(
+    model: nn.Module, quantizers: Mapping[str, GraphQuantizer], inputs: Mapping[str, Any] | Sequence[Any]
+) -> Iterable[tuple[str, str]]:
+    """Which of the parts PT2E does not take, and why, from one forward with `inputs`; none where there is no forward on
+    the meta device, and calibration finds out."""
+    calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+    def called(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.setdefault(name, (args, kwargs))
+
+    with ExitStack() as stack:
+        for name in quantizers:
+            hook = partial(called, name)
+            stack.callback(model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True).remove)
+        try:
+            model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
+        except Exception:
+            return
+    for name, quantizer in quantizers.items():
+        if name not in calls:
+            yield name, "no forward of the model comes there, so that PT2E would see no data"
+            continue
+        try:
+            prepare_part(model.get_submodule(name), *calls[name], quantizer)
+        except CalibrationError as error:
+            yield name, str(error)
