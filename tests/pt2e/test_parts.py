@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,8 @@ pytest.importorskip("torchao")
 
 BY_PT2E = "+rules.part={match: {name: NAME}, by: pt2e, quantizer: QUANTIZER}"
 
+WHOLE = "+rules.part={match: {type: CLASS}, by: pt2e, quantizer: xnnpack}"
+
 
 class Two(nn.Module):
     """A part of each."""
@@ -34,6 +37,17 @@ class Two(nn.Module):
         return self.back(self.front(x))
 
 
+class Back(nn.Module):
+    """The second part under its name, by which quantizers are told of it, and which decides what they fuse."""
+
+    def __init__(self, back: nn.Module) -> None:
+        super().__init__()
+        self.back = back
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.back(x)
+
+
 def model_and_batches() -> tuple[Two, list[Tensor]]:
     torch.manual_seed(0)
     return Two().eval(), [torch.randn(rows, 16) for rows in (5, 3)]
@@ -41,6 +55,14 @@ def model_and_batches() -> tuple[Two, list[Tensor]]:
 
 def by_rule(name: str, quantizer: str = "xnnpack") -> str:
     return BY_PT2E.replace("NAME", name).replace("QUANTIZER", quantizer)
+
+
+@pytest.fixture
+def only(tmp_path: Path) -> str:
+    """A recipe that leaves everything float but what rules of a test add."""
+    path = tmp_path / "only.yaml"
+    path.write_text("# @package _global_\nname: only\n")
+    return str(path)
 
 
 def quantized(model: nn.Module, batches: list[Tensor], *overrides: str) -> nn.Module:
@@ -97,14 +119,14 @@ def test_the_other_quantizers_of_torchao(quantizer: str) -> None:
 
 
 @torch.no_grad()
-def test_a_table_of_embeddings_and_a_model_that_is_a_part_as_a_whole() -> None:
+def test_a_table_of_embeddings_and_a_model_that_is_a_part_as_a_whole(only: str) -> None:
     torch.manual_seed(0)
     table, ids = nn.Sequential(nn.Embedding(32, 8)), torch.arange(12).view(3, 4)
-    mixed = wrapq.quantize(copy.deepcopy(table), "w8a16", [ids], [by_rule("'0'", "embedding")])
+    mixed = wrapq.quantize(copy.deepcopy(table), only, [ids], [by_rule("'0'", "embedding")])
     assert 0 < (mixed(ids) - table(ids)).norm() < 0.01 * table(ids).norm()
     assert {t.dtype for t in mixed.state_dict().values()} == {torch.uint8, torch.float32}
     model, batches = model_and_batches()
-    whole = wrapq.quantize(copy.deepcopy(model), "w8a16", batches, [by_rule("'*'"), "rules.part.match={type: Two}"])
+    whole = wrapq.quantize(copy.deepcopy(model), only, batches, [WHOLE.replace("CLASS", "Two")])
     assert isinstance(whole, GraphProgram)
     assert torch.equal(whole(batches[0]), by_hand(model, batches)(batches[0]))
 
@@ -153,7 +175,8 @@ def test_pt2e_around_what_wrapq_converted() -> None:
     alone = quantized(copy.deepcopy(model), batches, "rules.linear.match={name: 'front.*', type: Linear}")
     config = xnnpack.get_symmetric_quantization_config(is_per_channel=True)
     mixed = by_hand(lower(alone), batches, xnnpack.XNNPACKQuantizer().set_module_name("back", config))
-    back = by_hand(model.back, [alone.front(x) for x in batches])
+    named = xnnpack.XNNPACKQuantizer().set_module_name("back", config)
+    back = by_hand(Back(model.back), [alone.front(x) for x in batches], named)
     assert all(torch.equal(mixed(x), back(alone.front(x))) for x in batches)
     twice = by_hand(lower(alone), batches, xnnpack.XNNPACKQuantizer().set_global(config))
     assert not torch.equal(mixed(batches[0]), twice(batches[0]))
@@ -202,8 +225,8 @@ class Scaled(nn.Linear):
         ([by_rule("scaled")], "it is called with scale, which is no tensor"),
         ([by_rule("act", "embedding")], "EmbeddingTable finds nothing in it that it quantizes"),
         (
-            [by_rule("'*'"), "rules.part.match={type: '[GL]*'}"],
-            "linear lies in , which rule part hands to PT2E already",
+            [WHOLE.replace("CLASS", "[Gated, Linear]")],
+            "linear lies in the model, which rule part hands to PT2E already",
         ),
         (
             [
@@ -211,14 +234,14 @@ class Scaled(nn.Linear):
                 "rules.part.match={type: Gated}",
                 "+rules.late={match: {name: linear}, weight: int8:channel}",
             ],
-            "linear lies in , which rule part hands to PT2E as a whole",
+            "linear lies in the model, which rule part hands to PT2E as a whole",
         ),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_changes(overrides: list[str], told: str) -> None:
+def test_what_cannot_be_is_refused_before_anything_changes(overrides: list[str], told: str, only: str) -> None:
     torch.manual_seed(0)
     with pytest.raises((PlanError, RecipeError)) as error:
-        wrapq.quantize(Gated(), "w8a16", [torch.randn(4, 16)], overrides)
+        wrapq.quantize(Gated(), only, [torch.randn(4, 16)], overrides)
     assert told in str(error.value)
 
 
@@ -229,6 +252,6 @@ def test_a_later_rule_takes_a_part_back() -> None:
     assert str(mixed.back[0].specs["weight"]) == "int8:channel:sym"
 
 
-def test_without_data() -> None:
+def test_without_data(only: str) -> None:
     with pytest.raises(PlanError, match="PT2E looks at data, and there are no batches"):
-        wrapq.quantize(model_and_batches()[0], "w8a16", [], [by_rule("back")])
+        wrapq.quantize(model_and_batches()[0], only, [], [by_rule("back")])

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from wrapq.calibration.pt2e_parts import PADDED
 from wrapq.errors import CalibrationError, Problem, ProblemsError, and_more
-from wrapq.graph.dataflow import example_inputs
 from wrapq.graph.tied import tied_parameters
+from wrapq.graph.usage import find_calls
 from wrapq.pt2e.base import GRAPH_QUANTIZERS, GraphQuantizer
 from wrapq.pt2e.part import prepare_part
 from wrapq.recipe.schema import Recipe, Rule
@@ -109,7 +107,7 @@ def _problems(
         if outside := sorted(set(_tied_to(model, name))):
             what = f"{name} shares a tensor with {', '.join(outside)}, and would have one of its own"
             yield sources.problem(f"rules.{parts[name]}.match", what, (), "leave it to a rule of wrapq's own")
-    for name, reason in _unexportable(model, quantizers, example_inputs(model) if inputs is None else inputs):
+    for name, reason in _unexportable(model, quantizers, inputs):
         yield sources.problem(f"rules.{parts[name]}.match", f"{name}: {reason}", (), "match a part of it, or another")
 
 
@@ -120,30 +118,21 @@ def _tied_to(model: nn.Module, part: str) -> Iterator[str]:
             yield from (f"{name}.{key}" for (name, key), own in zip(places, inside, strict=True) if not own)
 
 
-@torch.no_grad()
 def _unexportable(
-    model: nn.Module, quantizers: Mapping[str, GraphQuantizer], inputs: Mapping[str, Any] | Sequence[Any]
-) -> Iterable[tuple[str, str]]:
+    model: nn.Module, quantizers: Mapping[str, GraphQuantizer], inputs: Mapping[str, Any] | None
+) -> Iterator[tuple[str, str]]:
     """Which of the parts PT2E does not take, and why, from one forward with `inputs`; none where there is no forward on
     the meta device, and calibration finds out."""
-    calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-
-    def called(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.setdefault(name, (args, kwargs))
-
-    with ExitStack() as stack:
-        for name in quantizers:
-            hook = partial(called, name)
-            stack.callback(model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True).remove)
-        try:
-            model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
-        except Exception:
-            return
+    if (calls := find_calls(model, quantizers, inputs)) is None:
+        return
     for name, quantizer in quantizers.items():
         if name not in calls:
             yield name, "no forward of the model comes there, so that PT2E would see no data"
             continue
+        module = model.get_submodule(name)
+        device = next((p.device for p in module.parameters()), None)  # ids are on none where weights have no values
+        args, kwargs = tree_map(lambda v, to=device: v.to(to) if isinstance(v, Tensor) and to else v, calls[name])
         try:
-            prepare_part(model.get_submodule(name), *calls[name], quantizer)
+            prepare_part(module, args, kwargs, quantizer)
         except CalibrationError as error:
             yield name, str(error)

@@ -180,10 +180,8 @@ def _resolve_stages(
     with apart(model, specs):  # as in the run
         stages, problems = plan_stages(stack, modules, drafted.selected, transforms, sources)
     untouched += unreached
-    return ResolvedModule(modules, untouched, stages, blocks, tuple(notes), tuple(transforms.notes), parts), [
-        *unfit,
-        *problems,
-    ]
+    found = ResolvedModule(modules, untouched, stages, blocks, tuple(notes), tuple(transforms.notes), parts)
+    return found, [*unfit, *problems]
 
 
 def _prefix_notes(tokens: int, modules: Sequence[ModulePlan]) -> Iterator[str]:

@@ -100,7 +100,8 @@ def draft_points(rules: Mapping[str, Rule], sites: Sequence[Site], blocks: Block
             _hand_over(name, selected, drafted, sources)
             continue
         for site in selected:
-            if part := next((p for p in drafted.parts if lies_in(site.name, p)), None):
+            part = next((p for p in drafted.parts if lies_in(site.name, p)), None)
+            if part is not None:
                 if rule.quantize and not any(True for point in site.points for _ in _patches(name, rule, site, point)):
                     continue
                 _take_back(name, site, part, drafted, sources)
@@ -117,8 +118,11 @@ def lies_in(name: str, part: str) -> bool:
 def _hand_over(name: str, selected: Sequence[Site], drafted: Drafted, sources: Sources) -> None:
     """Give the sites to PT2E with all that lies in them, whatever earlier rules said of it."""
     for site in selected:
-        if outer := next((part for part in drafted.parts if part != site.name and lies_in(site.name, part)), None):
-            what = f"{site.name} lies in {outer}, which rule {drafted.parts[outer]} hands to PT2E already"
+        outer = next((part for part in drafted.parts if part != site.name and lies_in(site.name, part)), None)
+        if outer is not None:
+            what = (
+                f"{site.name} lies in {outer or 'the model'}, which rule {drafted.parts[outer]} hands to PT2E already"
+            )
             drafted.problems.append(sources.problem(f"rules.{name}.match", what, (), "name one of the two"))
             continue
         for table in (drafted.points, drafted.left, drafted.parts):
@@ -132,7 +136,7 @@ def _take_back(name: str, site: Site, part: str, drafted: Drafted, sources: Sour
     if site.name == part:
         drafted.parts.pop(part)
         return
-    what = f"{site.name} lies in {part}, which rule {drafted.parts[part]} hands to PT2E as a whole"
+    what = f"{site.name} lies in {part or 'the model'}, which rule {drafted.parts[part]} hands to PT2E as a whole"
     remedy = "name this rule before that one, or match other modules"
     drafted.problems.append(sources.problem(f"rules.{name}.match", what, (), remedy))
 

@@ -104,7 +104,7 @@ def describe_graph(
             raise ModelError("it gives more than one tensor, and PT2E is given what makes one of others")
         nodes[-1][3] = given
     sizes = [
-        [size if isinstance(size, int) else None for size in node.meta["val"].shape]
+        [size if isinstance(size, int) else size.node.maybe_as_int() for size in node.meta["val"].shape]
         for node in traced.graph.nodes
         if node.op == "placeholder"
     ]
