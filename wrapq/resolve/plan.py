@@ -74,7 +74,7 @@ class PartPlan(_Frozen):
 
     def __str__(self) -> str:
         listed = ", ".join(f"{key}={value}" for key, value in self.options.items())
-        return f"{self.quantizer}({listed})"
+        return f"{self.quantizer}({listed})" if listed else self.quantizer
 
 
 class Untouched(_Frozen):
