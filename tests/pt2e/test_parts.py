@@ -196,10 +196,21 @@ class Gated(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.linear, self.scaled, self.act = nn.Linear(16, 16), Scaled(), nn.ReLU()
+        self.linear, self.scaled, self.act, self.halves = nn.Linear(16, 16), Scaled(), nn.ReLU(), Halves()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.scaled(self.act(self.linear(x)), 2.0)
+        one, other = self.halves(self.act(self.linear(x)))
+        return self.scaled(torch.cat([one, other], -1), 2.0)
+
+
+class Halves(nn.Linear):
+    """A linear layer that gives two tensors."""
+
+    def __init__(self) -> None:
+        super().__init__(16, 16)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return super().forward(x).chunk(2, -1)
 
 
 class Scaled(nn.Linear):
@@ -223,6 +234,7 @@ class Scaled(nn.Linear):
         (["+rules.part={match: {name: linear}, by: pt2e}"], "needs a quantizer"),
         (["+rules.part={match: {name: linear}, quantizer: xnnpack}"], "by: pt2e"),
         ([by_rule("scaled")], "it is called with scale, which is no tensor"),
+        ([by_rule("halves")], "halves: it gives more than one tensor"),
         ([by_rule("act", "embedding")], "EmbeddingTable finds nothing in it that it quantizes"),
         (
             [WHOLE.replace("CLASS", "[Gated, Linear]")],

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, fx, nn
 
-from wrapq.errors import CalibrationError, LifecycleError
+from wrapq.errors import CalibrationError, LifecycleError, ModelError
 from wrapq.pt2e.base import GraphQuantizer
 from wrapq.runtime.graph_program import GraphProgram, describe_graph
 from wrapq.runtime.stand_in import combined_class, shadow
@@ -66,11 +66,14 @@ def prepare_part(
     if all(value.dim() and value.shape[0] == 1 for value in example):  # a batch of one, which tracing takes for fixed
         example = [torch.cat([value, value]) for value in example]
     axes = tuple((torch.export.Dim.AUTO,) * value.dim() for value in example)
-    with quiet(), torch.no_grad():
+    with _quiet(), torch.no_grad():
         try:
             called = Called(module, takes, sum(a is b for a, b in zip(args, given.values(), strict=False)))
             traced = torch.export.export(called, tuple(example), dynamic_shapes=(axes,)).module()
+            describe_graph(traced, takes, takes)  # which says before anything is calibrated that it cannot be kept
             graph = prepare_pt2e(traced, quantizer.make())
+        except ModelError as error:
+            raise CalibrationError(str(error)) from error
         except Exception as error:  # of what the tracer met in somebody else's code, there is no list
             first = next(iter(str(error).strip().splitlines()), "")
             raise CalibrationError(f"torch.export does not take it: {type(error).__name__}: {first}") from error
@@ -83,7 +86,7 @@ def convert_part(module: nn.Module, prepared: Prepared) -> GraphProgram:
     """What runs in the place of `module` once the observers of `prepared` have seen data."""
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
-    with quiet(), torch.no_grad():
+    with _quiet(), torch.no_grad():
         converted = convert_pt2e(prepared.graph)
     return GraphProgram(*describe_graph(converted, tuple(inspect.signature(module.forward).parameters), prepared.takes))
 
@@ -155,7 +158,7 @@ class GraphPart(QuantModuleBase):
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """Without what torch and torchao warn of in their own code."""
     logger = logging.getLogger("torch.export")
     before = logger.level
