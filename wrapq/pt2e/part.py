@@ -76,7 +76,7 @@ def prepare_part(
             raise CalibrationError(str(error)) from error
         except Exception as error:  # of what the tracer met in somebody else's code, there is no list
             first = next(iter(str(error).strip().splitlines()), "")
-            raise CalibrationError(f"torch.export does not take it: {type(error).__name__}: {first}") from error
+            raise CalibrationError(f"PT2E does not take it: {type(error).__name__}: {first}") from error
     if not any(node.op == "call_module" and str(node.target).startswith(_OBSERVER) for node in graph.graph.nodes):
         raise CalibrationError(f"{type(quantizer).__name__} finds nothing in it that it quantizes")
     return Prepared(graph, takes)

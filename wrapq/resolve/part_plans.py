@@ -80,7 +80,7 @@ def part_notes(parts: Sequence[PartPlan]) -> Iterator[str]:
     if parts:
         names = and_more([part.name for part in parts])
         yield (
-            f"{names}: calibrated for PT2E once all points are decided, which those after it are on its float output; "
+            f"{names}: calibrated for PT2E after all points are decided, so that points after it see its float output; "
             "counted as float in the size"
         )
 
