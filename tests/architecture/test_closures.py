@@ -22,6 +22,7 @@ CONTRACTS = (
     "wrapq.export.base",
     "wrapq.metrics",
     "wrapq.observers.base",
+    "wrapq.pt2e.base",
     "wrapq.runtime.kernel",
     "wrapq.sweep.launchers.base",
     "wrapq.sweep.samplers.base",

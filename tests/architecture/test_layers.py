@@ -26,7 +26,7 @@ LAYERS = (
     ("quant",),
     ("runtime", "observers", "recipe", "data"),
     ("wrappers",),
-    ("statistics",),
+    ("statistics", "pt2e"),
     ("graph",),
     ("algorithms",),
     ("calibration",),

@@ -127,3 +127,14 @@ def test_nothing_to_resume_says_so(tmp_path):
     result = forked.wrapq(command(tmp_path, "--resume"))
     assert result.returncode == 4
     assert "nothing to resume: no unfinished run of w4a16_gptq" in result.stderr
+
+
+@pytest.mark.slow
+def test_killed_before_what_pt2e_quantizes(tmp_path):
+    pytest.importorskip("torchao")
+    part = "rules.head={match: {name: lm_head}, quantize: true, by: pt2e, quantizer: xnnpack}"
+    succeed(tmp_path / "whole", part)
+    run_and_kill(tmp_path / "killed", "resume/points-2.safetensors", part)
+    resumed = succeed(tmp_path / "killed", "--resume", part)
+    assert re.search(r"note: resumed before block \d", resumed)
+    assert digests(tmp_path / "killed") == digests(tmp_path / "whole")

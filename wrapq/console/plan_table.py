@@ -10,7 +10,7 @@ from rich.text import Text
 from wrapq.console.plain_table import plain_table
 from wrapq.export.base import Exporter, make_exporters
 from wrapq.metrics import megabytes
-from wrapq.resolve.listing import list_points, list_stages, list_untouched, with_options
+from wrapq.resolve.listing import list_parts, list_points, list_stages, list_untouched, with_options
 from wrapq.resolve.plan import Plan
 
 _SHORT = 12  # digits of a digest that are shown
@@ -31,6 +31,8 @@ def plan_tables(plan: Plan, full: bool = False) -> Iterator[RenderableType]:
     )  # fmt: skip
     prefix = "" if full else model.blocks
     yield plain_table("quantized", *list_points(plan, prefix))
+    if (parts := list_parts(plan)).rows:
+        yield plain_table("quantized by PT2E", *parts)
     if (untouched := list_untouched(plan, prefix)).rows:
         yield plain_table("left in float", *untouched)
     yield plain_table("stages", *list_stages(plan))

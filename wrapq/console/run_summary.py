@@ -77,7 +77,8 @@ def goal_lines(verdicts: Mapping[str, GoalVerdict]) -> Iterator[Text]:
 
 def plan_line(plan: Plan) -> Text:
     """The beginning of `wrapq run`."""
-    counts = f"{len(plan.modules)} modules to quantize, {len(plan.untouched)} left in float"
+    by_pt2e = f", {len(plan.parts)} by PT2E" if plan.parts else ""
+    counts = f"{len(plan.modules)} modules to quantize{by_pt2e}, {len(plan.untouched)} left in float"
     return Text.assemble((plan.recipe.name, "bold"), f" on {plan.model.path}: {counts}")
 
 

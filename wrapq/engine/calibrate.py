@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from wrapq.calibration.assignments import Assignments
 from wrapq.calibration.block_loader import IN_MEMORY, StreamedBlocks
 from wrapq.calibration.offload import Offload
+from wrapq.calibration.pt2e_parts import quantize_parts
 from wrapq.calibration.token_weights import TokenWeights, gather_token_weights, linears_by_gradient
 from wrapq.calibration.walker import Schedule, Walker, WalkOptions
 from wrapq.data.samples import Samples
 from wrapq.engine.context import Run
 from wrapq.graph.blocks import Batch
+from wrapq.resolve.part_plans import quantizer_of
 from wrapq.resolve.stages import algorithm_of
 from wrapq.runs.folder import SCRATCH
 from wrapq.runs.lock import code_digest, device_class, environment
@@ -50,6 +52,14 @@ def calibrate(
     if not run.processes.rank:
         _tell(run, walker)
     return walker
+
+
+def calibrate_parts(run: Run, model: nn.Module, samples: Samples | None) -> None:
+    """Let PT2E quantize its parts of a calibrated model, on all of the calibration data."""
+    quantizers = {part.name: quantizer_of(part) for part in run.plan.parts}
+    batches = make_batches(run, samples)
+    with run.step("calibrate_parts", "Calibrating for PT2E", len(batches), "batch") as advance:
+        quantize_parts(model, quantizers, batches, advance)
 
 
 def walk(

@@ -130,6 +130,11 @@ def _points(before: Plan, after: Plan) -> Iterator[PointChange]:
             spec, new = one.get(point, "float"), other.get(point, "float")
             if spec != new:
                 yield PointChange(name, kind, point, spec, new)
+    parts = [{part.name: part for part in plan.parts} for plan in (before, after)]
+    for name, part in {**parts[0], **parts[1]}.items():
+        old, new = (str(each[name]) if name in each else NOTHING for each in parts)
+        if old != new:
+            yield PointChange(name, part.type, "by PT2E", old, new)
 
 
 def _stages(before: Plan, after: Plan) -> Iterator[Change]:

@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from wrapq.algorithms.transform import Transform
 from wrapq.calibration.assignments import Assignments
 from wrapq.calibration.finalize import WalkResult
 from wrapq.calibration.processes import Processes
+from wrapq.calibration.pt2e_parts import quantize_parts
 from wrapq.calibration.token_weights import gather_token_weights, linears_by_gradient
 from wrapq.calibration.walker import Schedule, Walker, WalkOptions
 from wrapq.engine.apply_transforms import Figures, apply_transform, checked
@@ -24,6 +26,7 @@ from wrapq.graph.dataflow import Graph, find_graph
 from wrapq.graph.rewriter import GraphRewriter
 from wrapq.half_products import fast_half_products
 from wrapq.recipe.compose import Composed, compose
+from wrapq.resolve.part_plans import quantizer_of
 from wrapq.resolve.plan import Untouched, specs_of
 from wrapq.resolve.resolve import resolve_module
 from wrapq.resolve.rules import Sources
@@ -77,7 +80,16 @@ def quantize(
     composed = _composed(recipe, overrides)
     given = [as_batch(module, batch) for batch in batches]
     with fast_half_products():
-        return _quantize(module.eval(), composed, given)
+        return _quantize(_in_evaluation(module), composed, given)
+
+
+def _in_evaluation(module: nn.Module) -> nn.Module:
+    """`module` in evaluation mode; a graph in it, which PT2E converted, has one mode and refuses to be told."""
+    if not any(isinstance(each, GraphModule) for each in module.modules()):
+        return module.eval()
+    for each in module.modules():
+        each.training = False
+    return module
 
 
 def _composed(recipe: str | Path | Composed, overrides: Sequence[str]) -> Composed:
@@ -108,6 +120,7 @@ def _quantize(module: nn.Module, composed: Composed, given: Sequence[Batch]) -> 
     try:
         assignments = Assignments.from_stages((algorithm, stage.targets) for stage, algorithm in stages)
         result = finalize_points(module, assignments, given, composed.recipe.calibration.schedule)
+        module = quantize_parts(module, {part.name: quantizer_of(part) for part in found.parts}, given)
     except BaseException:
         unwrap_model(module)
         raise

@@ -10,7 +10,7 @@ from wrapq.calibration.processes import Processes
 from wrapq.calibration.walker import Walker
 from wrapq.data.samples import Samples
 from wrapq.engine.apply_transforms import transform
-from wrapq.engine.calibrate import calibrate
+from wrapq.engine.calibrate import calibrate, calibrate_parts
 from wrapq.engine.collapse import explain_collapse
 from wrapq.engine.context import Run, RunOptions
 from wrapq.engine.host import use_machine
@@ -121,4 +121,7 @@ def _calibrate(run: Run, calibration: Samples | None) -> Walker:
         )
         run.digests["model"] = source.digest()
     transform(run, model, calibration)
-    return calibrate(run, wrap_model(model, specs), calibration, weights)
+    walker = calibrate(run, wrap_model(model, specs), calibration, weights)
+    if run.plan.parts and not run.processes.rank:
+        calibrate_parts(run, walker.model, calibration)
+    return walker

@@ -5,7 +5,7 @@ from __future__ import annotations
 from wrapq.calibration.walker import Schedule
 from wrapq.data.samples import Samples
 from wrapq.engine.apply_transforms import transform
-from wrapq.engine.calibrate import make_batches, walk
+from wrapq.engine.calibrate import calibrate_parts, make_batches, walk
 from wrapq.engine.context import Run
 from wrapq.engine.measure import Quality, measure_stages
 from wrapq.metrics import QUANTIZED
@@ -28,6 +28,8 @@ def compare_schedules(run: Run, calibration: Samples | None, evaluation: Samples
     walk(run, model, make_batches(run, calibration), other, "calibrate_otherwise", f"Calibrating {other}")
     if quality is None:
         return
+    if run.plan.parts:
+        calibrate_parts(run, model, calibration)
     with run.step("evaluate_otherwise", f"Measuring quality with {other} calibration"):
         metrics = measure_stages(model, evaluation, recipe.evaluation.batch_size, lambda: None).stages[QUANTIZED]
     run.tracker.metrics({f"{other}/{name}": value for name, value in metrics.items() if name != "tokens"})

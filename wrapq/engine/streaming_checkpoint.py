@@ -53,6 +53,9 @@ def check_streaming(plan: Plan, settings: Settings, processes: Processes) -> Non
     if plan.recipe.export:
         what = f"the export {', '.join(plan.recipe.export)} is made and compared with the whole model in memory"
         problems.append((what, "leave the export to `wrapq export`, where there is memory"))
+    if plan.parts:
+        what = f"PT2E calibrates {plan.parts[0].name} in forwards of the whole model"
+        problems.append((what, "use runtime.load=whole"))
     if plan.recipe.evaluation.compare_schedules:
         what = "the result of the other schedule is held in memory"
         problems.append((what, "set evaluation.compare_schedules=false, or use runtime.load=whole"))

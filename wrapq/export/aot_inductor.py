@@ -50,7 +50,7 @@ class AotInductor(TorchExport):
             raise ModelError(f"AOTInductor does not take this model: {first_line(error)}") from error
 
     def layers(self, plan: Plan) -> Iterable[str]:
-        yield f"{COMPILED}: {len(plan.modules)} modules, compiled with what is around them"
+        yield f"{COMPILED}: {len(plan.modules) + len(plan.parts)} modules, compiled with what is around them"
 
     def notes(self, plan: Plan) -> Iterable[str]:
         yield _LOAD

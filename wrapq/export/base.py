@@ -83,6 +83,9 @@ class Exporter(Configurable, ABC):
     extra: ClassVar[tuple[str, tuple[str, ...]]] = ("", ())
     """The extra with what makes and runs the export, and the packages of it that it asks for."""
 
+    takes_parts: ClassVar[bool] = False
+    """Whether it can say what PT2E makes of a part of a model, a graph of torch's operators."""
+
     @abstractmethod
     def check(self, plan: Plan) -> Iterable[Problem]:
         """Everything in `plan` that the format cannot say, with the reason."""

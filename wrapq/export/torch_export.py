@@ -50,6 +50,7 @@ class TorchExport(ProgramExporter):
     options: TorchExportOptions
     weights: ClassVar[str] = PROGRAM
     extra: ClassVar[tuple[str, tuple[str, ...]]] = "torch_export", (NEEDED,)
+    takes_parts: ClassVar[bool] = True
     runtime: ClassVar[tuple[str, str]] = "torch.export.load", run_program.__file__
 
     def program(self, model: nn.Module) -> Any:
@@ -75,7 +76,7 @@ class TorchExport(ProgramExporter):
         folder.write(PROGRAM, save)
 
     def layers(self, plan: Plan) -> Iterable[str]:
-        yield f"{PROGRAM}: {len(plan.modules)} modules in quantized_decomposed and torchao operators"
+        yield f"{PROGRAM}: {len(plan.modules) + len(plan.parts)} modules in quantized_decomposed and torchao operators"
 
     def notes(self, plan: Plan) -> Iterable[str]:
         yield _LOAD

@@ -51,6 +51,26 @@ def find_usage(model: nn.Module, names: Collection[str], inputs: Mapping[str, An
     return None
 
 
+@torch.no_grad()
+def find_calls(
+    model: nn.Module, names: Collection[str], inputs: Mapping[str, Any] | None = None
+) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]] | None:
+    """With what a float `model`, on the meta device or not, calls its modules `names` first in a forward with `inputs`,
+    or a few token ids; None where no forward is possible without weights."""
+    calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+    with ExitStack() as undo:
+        for name in names:
+            keep = lambda _, args, kwargs, name=name: calls.setdefault(name, (args, kwargs)) and None  # noqa: E731
+            undo.callback(model.get_submodule(name).register_forward_pre_hook(keep, with_kwargs=True).remove)
+        undo.enter_context(standing_in(model))
+        try:
+            with _Operations():
+                model(**(example_inputs(model) if inputs is None else inputs))
+        except Exception:  # a model may raise anything where weights have no values
+            return None
+    return calls
+
+
 def _first(name: str, blocks: Blocks, alike: Mapping[int, int], layers: Collection[str]) -> str:
     """The module that stands for the one called `name`."""
     if (index := blocks.index(name)) in alike:

@@ -13,7 +13,7 @@ from wrapq.html.charts import Chart, line_chart
 from wrapq.html.parts import Column, Row, Table, render, short
 from wrapq.metrics import FLOAT, KL, Measured, duration, megabytes, metrics, stage_table
 from wrapq.redact import redact
-from wrapq.resolve.listing import Listing, list_points, list_stages, list_untouched
+from wrapq.resolve.listing import Listing, list_parts, list_points, list_stages, list_untouched
 from wrapq.runs.folder import HISTOGRAMS, LOCK, MODULES, RECIPE
 from wrapq.runs.run_record import RunRecord
 
@@ -64,6 +64,7 @@ def render_run(run: RunRecord) -> str:
         "plan": _listed("Quantization points", list_points(plan, blocks)),
         "algorithms": _listed("Stages", list_stages(plan)),
         "floats": _listed("Left in float", list_untouched(plan, blocks)),
+        "parts": _listed("Quantized by PT2E", list_parts(plan)),
         "recipe_yaml": redact(recipe.read_text(encoding="utf-8")),
         "record": _record(run),
     }

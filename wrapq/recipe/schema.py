@@ -145,6 +145,26 @@ class Rule(_Closed):
     """The spec of every activation point of the module, the inner ones included."""
     points: dict[str, SpecPatch] = {}
     """The specs of single points by name, such as `mul`, `query`, `probs`."""
+    by: Literal["pt2e"] | None = None
+    """`pt2e` hands the modules to PyTorch 2's export quantization, as torchao has it, with all that lies in them."""
+    quantizer: Annotated[str, Field(min_length=1)] | None = None
+    """The quantizer of PT2E by its registered name: xnnpack, x86_inductor, ..."""
+    options: dict[str, Any] = {}
+    """The options of that quantizer."""
+
+    @model_validator(mode="after")
+    def _by_one(self) -> Rule:
+        points = ("weight", "input", "output", "activation", "activations")
+        own = [key for key in points if getattr(self, key) is not None] + (["points"] if self.points else [])
+        if self.by is None and (self.quantizer is not None or self.options):
+            raise ValueError("quantizer and options are of PT2E: by: pt2e")
+        if self.by is not None and self.quantizer is None:
+            raise ValueError("by: pt2e needs a quantizer, such as quantizer: xnnpack")
+        if self.by is not None and not self.quantize:
+            raise ValueError("quantize: false leaves the modules float, and by: pt2e does not: set quantize: true")
+        if self.by is not None and own:
+            raise ValueError(f"PT2E's quantizer decides what is quantized in the modules: leave out {own[0]}")
+        return self
 
 
 class Stage(_Open):

@@ -14,7 +14,7 @@ from wrapq.quant.dtypes import SCALE_BITS
 from wrapq.quant.packing import packed_columns
 from wrapq.quant.spec import QuantSpec
 from wrapq.recipe.schema import Recipe
-from wrapq.resolve.plan import Estimate, ModulePlan, StagePlan
+from wrapq.resolve.plan import Estimate, ModulePlan, PartPlan, StagePlan
 from wrapq.resolve.stages import algorithm_of
 
 _PARAMETER_BYTES = 4
@@ -36,8 +36,15 @@ def weight_bytes(shape: tuple[int, int], spec: QuantSpec) -> int:
     return packed + scales * SCALE_BITS[spec.scale_dtype] // 8 + zero_bytes + global_scale
 
 
-def estimate(model: nn.Module, modules: Sequence[ModulePlan], recipe: Recipe, stages: Sequence[StagePlan]) -> Estimate:
-    """What the run costs and leaves; the few bytes of each fixed activation's parameters are not counted.
+def estimate(
+    model: nn.Module,
+    modules: Sequence[ModulePlan],
+    recipe: Recipe,
+    stages: Sequence[StagePlan],
+    parts: Sequence[PartPlan] = (),
+) -> Estimate:
+    """What the run costs and leaves; the few bytes of each fixed activation's parameters are not counted, and what PT2E
+    quantizes is taken for float, since its quantizers tell no sizes.
 
     The peak is the float weights, the codes chosen (a byte each up to 8 bits), the dequantized copies
     that a fake-quantized forward multiplies with, and, in a sequential walk, the hidden states of all batches.
@@ -60,7 +67,7 @@ def estimate(model: nn.Module, modules: Sequence[ModulePlan], recipe: Recipe, st
         integers += tensor.numel() * storage_dtype(spec.dtype).itemsize
         dequantized += tensor.nbytes
     calibration = recipe.calibration
-    tokens = calibration.samples * calibration.seq_len if any(stage.needs for stage in stages) else 0
+    tokens = calibration.samples * calibration.seq_len if parts or any(stage.needs for stage in stages) else 0
     hidden = getattr(getattr(model, "config", None), "hidden_size", 0) or 0
     one_batch = min(tokens, calibration.batch_size * calibration.seq_len)
     in_flight = tokens if calibration.schedule == "sequential" else one_batch

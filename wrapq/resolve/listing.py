@@ -38,6 +38,14 @@ def list_untouched(plan: Plan, prefix: str) -> Listing:
     return Listing(("module", "type", "parameters", "why"), rows)
 
 
+def list_parts(plan: Plan) -> Listing:
+    """The modules that PT2E quantizes."""
+    rows = [
+        [part.name or "(the model)", part.type, f"{part.parameters:,}", str(part), part.source] for part in plan.parts
+    ]
+    return Listing(("module", "type", "parameters", "quantizer", "set by"), rows)
+
+
 def list_stages(plan: Plan) -> Listing:
     """The stack in the order in which it runs."""
     rows = [

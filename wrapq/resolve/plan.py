@@ -61,6 +61,22 @@ def specs_of(modules: Iterable[ModulePlan]) -> dict[str, dict[str, QuantSpec]]:
     return {module.name: {point.name: point.quant_spec for point in module.points} for module in modules}
 
 
+class PartPlan(_Frozen):
+    """One module that PT2E quantizes, with all that lies in it."""
+
+    name: str
+    type: str
+    parameters: int
+    quantizer: str
+    """The registered name."""
+    options: dict[str, Any]
+    source: str
+
+    def __str__(self) -> str:
+        listed = ", ".join(f"{key}={value}" for key, value in self.options.items())
+        return f"{self.quantizer}({listed})" if listed else self.quantizer
+
+
 class Untouched(_Frozen):
     """One module that stays float although it computes something, and why."""
 
@@ -120,6 +136,7 @@ class Plan(_Frozen):
     stages: tuple[StagePlan, ...]
     estimate: Estimate
     notes: tuple[str, ...] = ()
+    parts: tuple[PartPlan, ...] = ()
     presets: tuple[Origin, ...] = ()
     """The files that set the recipe's keys."""
 
@@ -130,7 +147,7 @@ class Plan(_Frozen):
     @property
     def needs_calibration(self) -> bool:
         """Whether any stage looks at data."""
-        return any(stage.needs for stage in self.stages)
+        return bool(self.parts) or any(stage.needs for stage in self.stages)
 
     def digest(self) -> str:
         """SHA-256, in hex, of what will be done: the recipe's digest, every point's spec, every stage.

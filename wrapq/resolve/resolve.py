@@ -7,12 +7,13 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import nn
+from torch.fx import GraphModule
 
 from wrapq.algorithms.transform import Transform
 from wrapq.calibration.token_weights import why_no_gradients
 from wrapq.data.sources.base import SOURCES
 from wrapq.errors import CalibrationError, PlanError, Problem, ProblemsError, RecipeError, SpecError, and_more, nearest
-from wrapq.export.base import EXPORTERS, make_exporter, make_exporters
+from wrapq.export.base import EXPORTERS, Exporter, make_exporter, make_exporters
 from wrapq.graph.blocks import Blocks, find_blocks
 from wrapq.graph.mixtures import EXPERT_NAME
 from wrapq.graph.towers import find_towers
@@ -23,8 +24,9 @@ from wrapq.recipe.schema import Calibration, Evaluation, Export, Recipe, Rule
 from wrapq.registry import Place, build
 from wrapq.resolve.estimate import estimate
 from wrapq.resolve.model_source import ModelSource
-from wrapq.resolve.plan import ModelFacts, ModulePlan, Plan, PointPlan, StagePlan, Untouched, specs_of
-from wrapq.resolve.rules import Drafted, Sources, draft_points
+from wrapq.resolve.part_plans import check_quantizers, part_notes, plan_parts
+from wrapq.resolve.plan import ModelFacts, ModulePlan, PartPlan, Plan, PointPlan, StagePlan, Untouched, specs_of
+from wrapq.resolve.rules import Drafted, Sources, draft_points, lies_in
 from wrapq.resolve.selectors import GATE, Site, find_sites
 from wrapq.resolve.spec_fit import build_spec, held_problems, tied_problems, weight_shape, why_unfit
 from wrapq.resolve.stages import StackEntry, check_stack, plan_stages
@@ -43,6 +45,7 @@ class ResolvedModule(NamedTuple):
         blocks: the repeated blocks.
         notes: the points that no forward reaches.
         skipped: the places that transforms leave alone, and why.
+        parts: those that PT2E quantizes.
     """
 
     modules: tuple[ModulePlan, ...]
@@ -51,6 +54,7 @@ class ResolvedModule(NamedTuple):
     blocks: Blocks
     notes: tuple[str, ...]
     skipped: tuple[str, ...]
+    parts: tuple[PartPlan, ...]
 
 
 def resolve(recipe: Recipe, sources: Mapping[str, Provenance] | None = None, trust_remote_code: bool = False) -> Plan:
@@ -80,10 +84,10 @@ def resolve(recipe: Recipe, sources: Mapping[str, Provenance] | None = None, tru
     found, problems = _resolve_stages(
         recipe, stack, model, where, towers, remedy="wrapq evaluate measures a model as it is"
     )
-    if problems := problems + _unread(recipe, found.stages, where):
+    if problems := problems + ([] if found.parts else _unread(recipe, found.stages, where)):
         raise PlanError(problems)
     with apart(model):
-        estimated = estimate(model, found.modules, recipe, found.stages)
+        estimated = estimate(model, found.modules, recipe, found.stages, found.parts)
     plan = Plan(
         recipe=recipe,
         model=ModelFacts(
@@ -98,7 +102,14 @@ def resolve(recipe: Recipe, sources: Mapping[str, Provenance] | None = None, tru
         untouched=found.untouched,
         stages=found.stages,
         estimate=estimated,
-        notes=(*told, *found.notes, *_prefix_notes(recipe.float_prefix, found.modules), *found.skipped),
+        parts=found.parts,
+        notes=(
+            *told,
+            *found.notes,
+            *part_notes(found.parts),
+            *_prefix_notes(recipe.float_prefix, found.modules),
+            *found.skipped,
+        ),
         presets=where.origins(),
     )
     check_export(plan)
@@ -119,6 +130,7 @@ def resolve_module(
     """
     schedule = recipe.calibration.schedule
     stack, wrong = check_stack(recipe.stack, sources, recipe.rules, recipe.stack_order, schedule == "parallel")
+    wrong += check_quantizers(recipe.rules, sources)
     if wrong:
         raise RecipeError(wrong)
     looking = [entry for entry in stack if isinstance(entry.algorithm, Transform) or entry.algorithm.needs]
@@ -126,6 +138,9 @@ def resolve_module(
     if looking and inputs is None:
         what = f"{looking[0].stage.algorithm} looks at data, and there are no batches"
         raise PlanError([sources.problem(looking[0].path, what)])
+    if (parts := [name for name, rule in recipe.rules.items() if rule.by is not None]) and inputs is None:
+        what = "PT2E looks at data, and there are no batches"
+        raise PlanError([sources.problem(f"rules.{parts[0]}.by", what)])
     problems = list[Problem]()
     if recipe.float_prefix:
         what = "the first tokens of a sequence are known in the language models of wrapq run alone"
@@ -155,17 +170,19 @@ def _resolve_stages(
     """The modules that the rules quantize in `model`, the stages that decide their points, and what is wrong with
     these; raises `PlanError` where the rules are, with a `remedy` for those that quantize nothing."""
     with apart(model):
-        modules, untouched, selected, blocks = _resolve_rules(recipe.rules, model, sources, towers)
+        modules, untouched, drafted, blocks = _resolve_rules(recipe.rules, model, sources, towers)
         modules, unreached, notes = leave_unreached(model, modules, inputs)
-    if not modules:
+    parts, unfit = plan_parts(drafted.parts, recipe, model, sources, inputs)
+    if not modules and not parts:
         what = "no rule quantizes anything in this model: the run would change nothing"
         raise PlanError([Problem("", "rules", what, (), remedy)])
     specs = specs_of(modules)
     transforms = Transforms(model, specs, inputs)
     with apart(model, specs):  # as in the run
-        stages, problems = plan_stages(stack, modules, selected, transforms, sources)
+        stages, problems = plan_stages(stack, modules, drafted.selected, transforms, sources)
     untouched += unreached
-    return ResolvedModule(modules, untouched, stages, blocks, tuple(notes), tuple(transforms.notes)), problems
+    found = ResolvedModule(modules, untouched, stages, blocks, tuple(notes), tuple(transforms.notes), parts)
+    return found, [*unfit, *problems]
 
 
 def _prefix_notes(tokens: int, modules: Sequence[ModulePlan]) -> Iterator[str]:
@@ -184,6 +201,7 @@ def check_names(recipe: Recipe, sources: Sources) -> list[StackEntry]:
     problems += _check_source("evaluation", recipe.evaluation, sources)
     problems += _check_exports(recipe.export, sources)
     problems += _unreachable(recipe, sources)
+    problems += check_quantizers(recipe.rules, sources)
     if problems:
         raise RecipeError(problems)
     return stack
@@ -197,28 +215,39 @@ def resolve_specs(
     Raises:
         PlanError: every rule without effect and every spec that does not fit its module.
     """
-    return _resolve_rules(rules, model, sources)[:2]
+    modules, untouched, *_ = _resolve_rules(rules, model, sources)
+    return modules, untouched
 
 
 def check_export(plan: Plan) -> None:
     """Raise `PlanError` with everything that the formats of its exports cannot say."""
-    exporters = make_exporters(plan.recipe.export).values()
-    if problems := [problem for exporter in exporters for problem in exporter.check(plan)]:
+    exporters = make_exporters(plan.recipe.export)
+    problems = [problem for name, exporter in exporters.items() for problem in _inexpressible(plan, name, exporter)]
+    if problems:
         raise PlanError(problems)
+
+
+def _inexpressible(plan: Plan, name: str, exporter: Exporter) -> Iterator[Problem]:
+    yield from exporter.check(plan)
+    if plan.parts and not exporter.takes_parts:
+        what = f"{and_more([part.name for part in plan.parts])}: {name} has no word for what PT2E makes of a module"
+        remedy = "run with export=torch_export, whose programs have, or with export=none"
+        yield Problem(plan.parts[0].source, "export", what, (), remedy)
 
 
 def _resolve_rules(
     rules: Mapping[str, Rule], model: nn.Module, sources: Sources, towers: Sequence[str] = ()
-) -> tuple[tuple[ModulePlan, ...], tuple[Untouched, ...], Mapping[str, Sequence[Site]], Blocks]:
-    """The modules that `rules` quantize, those they leave alone, the sites that each selects, the model's blocks."""
+) -> tuple[tuple[ModulePlan, ...], tuple[Untouched, ...], Drafted, Blocks]:
+    """The modules that `rules` quantize, those they leave alone, what each selects and hands over, the blocks."""
     blocks = find_blocks(model)
     sites = find_sites(model, blocks, towers)
     drafted = draft_points(rules, sites, blocks, sources)
     modules, problems = _plan_modules(sites, drafted)
     specs = specs_of(modules)
-    if problems := [*drafted.problems, *problems, *tied_problems(model, specs), *held_problems(model, specs)]:
+    problems = [*drafted.problems, *problems, *tied_problems(model, specs)]
+    if problems := [*problems, *held_problems(model, {**specs, **drafted.parts})]:
         raise PlanError(problems)  # before the stages, in which what is wrong here would only echo
-    return tuple(modules), tuple(_untouched(sites, drafted, specs)), drafted.selected, blocks
+    return tuple(modules), tuple(_untouched(sites, drafted, specs)), drafted, blocks
 
 
 def _plan_modules(sites: Sequence[Site], drafted: Drafted) -> tuple[list[ModulePlan], list[Problem]]:
@@ -262,12 +291,15 @@ def _plan_modules(sites: Sequence[Site], drafted: Drafted) -> tuple[list[ModuleP
 
 def _untouched(sites: Sequence[Site], drafted: Drafted, quantized: Container[str]) -> Iterator[Untouched]:
     """Modules with parameters of their own or a wrapper, and no quantized point."""
+    graphs = [site.name for site in sites if isinstance(site.module, GraphModule)]
     for site in sites:
         own = sum(p.numel() for p in site.module.parameters(recurse=False))
-        if site.name in quantized or not (own or site.wrapper):
+        if site.name in quantized or not (own or site.wrapper) or any(lies_in(site.name, p) for p in drafted.parts):
             continue
         if site.name in drafted.left:
             reason = f"rule {drafted.left[site.name]}"
+        elif any(lies_in(site.name, graph) for graph in graphs):
+            reason = "in a graph that torch.export traced, which stays as it is"
         elif site.wrapper is None:
             reason = "no wrapper"
         elif site.tower:

@@ -77,11 +77,13 @@ class Drafted:
     Attributes:
         points: for each site's name the draft of each point that some rule quantizes.
         left: for each site that a rule left float, that rule.
+        parts: for each site that a rule hands to PT2E, that rule.
         selected: for each rule the sites it selects.
     """
 
     points: dict[str, dict[str, Draft]] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
+    parts: dict[str, str] = field(default_factory=dict)
     selected: dict[str, list[Site]] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
@@ -94,10 +96,49 @@ def draft_points(rules: Mapping[str, Rule], sites: Sequence[Site], blocks: Block
         selected = [] if broken else select(rule.match, sites, blocks)
         drafted.selected[name] = selected
         drafted.problems += broken or _check_selection(name, rule, selected, sites, blocks, sources)
+        if rule.by is not None:
+            _hand_over(name, selected, drafted, sources)
+            continue
         for site in selected:
+            part = next((p for p in drafted.parts if lies_in(site.name, p)), None)
+            if part is not None:
+                if rule.quantize and not any(True for point in site.points for _ in _patches(name, rule, site, point)):
+                    continue
+                _take_back(name, site, part, drafted, sources)
             if site.wrapper is not None or site.holds_experts:
                 _apply(name, rule, site, drafted, sources)
     return drafted
+
+
+def lies_in(name: str, part: str) -> bool:
+    """Whether the module `name` is the module `part` or lies in it."""
+    return f"{name}.".startswith(f"{part}." if part else "")
+
+
+def _hand_over(name: str, selected: Sequence[Site], drafted: Drafted, sources: Sources) -> None:
+    """Give the sites to PT2E with all that lies in them, whatever earlier rules said of it."""
+    for site in selected:
+        outer = next((part for part in drafted.parts if part != site.name and lies_in(site.name, part)), None)
+        if outer is not None:
+            what = (
+                f"{site.name} lies in {outer or 'the model'}, which rule {drafted.parts[outer]} hands to PT2E already"
+            )
+            drafted.problems.append(sources.problem(f"rules.{name}.match", what, (), "name one of the two"))
+            continue
+        for table in (drafted.points, drafted.left, drafted.parts):
+            for inner in [each for each in table if lies_in(each, site.name)]:
+                table.pop(inner)
+        drafted.parts[site.name] = name
+
+
+def _take_back(name: str, site: Site, part: str, drafted: Drafted, sources: Sources) -> None:
+    """A later rule wins a whole part; of what lies in one, PT2E's quantizer alone decides."""
+    if site.name == part:
+        drafted.parts.pop(part)
+        return
+    what = f"{site.name} lies in {part or 'the model'}, which rule {drafted.parts[part]} hands to PT2E as a whole"
+    remedy = "name this rule before that one, or match other modules"
+    drafted.problems.append(sources.problem(f"rules.{name}.match", what, (), remedy))
 
 
 def _apply(name: str, rule: Rule, site: Site, drafted: Drafted, sources: Sources) -> None:
@@ -138,7 +179,7 @@ def _check_selection(
             source = sources.of(f"{path}.{key}" if key else path)
             yield Problem(source, path, reason, close, "correct it, or set optional: true in the rule")
         return
-    if not rule.quantize:
+    if not rule.quantize or rule.by is not None:
         return
     wrapped = [site for site in selected if site.wrapper is not None]
     if not wrapped:

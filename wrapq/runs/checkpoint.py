@@ -24,6 +24,7 @@ from wrapq.resolve.shards import Shards
 from wrapq.runs.folder import FINISHED, MANIFEST, PLAN, RECIPE, WEIGHTS, RunFolder, remove
 from wrapq.runs.run_record import RunRecord, read_json
 from wrapq.runtime.choose import choose_kernels
+from wrapq.runtime.graph_program import GraphProgram
 from wrapq.runtime.kernel import REFERENCE
 from wrapq.runtime.module import QuantizedModule, QuantizedWeight, new_quantized
 from wrapq.runtime.prefix import keep_prefix, prefix_tokens
@@ -81,6 +82,9 @@ def describe_model(model: nn.Module, tensors: Mapping[str, Tensor], tied: Mappin
         "rotated": [name for name, module in model.named_modules() if ONLINE in module._modules],
         "smoothed": [name for name, module in model.named_modules() if SMOOTHING in module._modules],
         "float_prefix": prefix_tokens(model),
+        "programs": {
+            name: module.description for name, module in model.named_modules() if isinstance(module, GraphProgram)
+        },
         "tensors": tensors_digest(tensors),
     }
     _save_code(model, folder)
@@ -211,6 +215,8 @@ def load_float(source: ModelSource, device: torch.device) -> nn.Module:
     model = load(source.path, "cpu", trust_remote_code=bool(source.options["trust_remote_code"]))
     tensors = model.state_dict()
     for name, module in model.named_modules():
+        if isinstance(module, GraphProgram):
+            raise ModelError(f"{source.path} is no float model when it is taken apart: {name} is a graph of PT2E's")
         if ONLINE in module._modules:
             raise ModelError(f"{source.path} is no float model when it is taken apart: {name} turns what comes to it")
         if isinstance(module, QuantizedWeight):
@@ -380,6 +386,8 @@ def _skeleton(path: Path, manifest: Mapping[str, Any], trust: bool) -> nn.Module
         model.set_submodule(name, quantized)
         if isinstance(quantized, Attention):
             use_attention_points(quantized.config)
+    for name, description in manifest.get("programs", {}).items():
+        model.set_submodule(name, GraphProgram(description))
     if tokens := manifest.get("float_prefix", 0):
         keep_prefix(model, tokens)
     return model

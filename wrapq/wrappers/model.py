@@ -42,7 +42,7 @@ def wrap_model(model: nn.Module, specs: Specs) -> nn.Module:
     except BaseException:
         put_together(model)
         raise
-    model = _place(model, wrapped)
+    model = place_modules(model, wrapped)
     attentions = [module for module in wrapped.values() if isinstance(module, Attention)]
     for module in attentions:
         module.__dict__["original_implementation"] = module.config._attn_implementation
@@ -70,7 +70,7 @@ def _wrapped(model: nn.Module, specs: Specs) -> dict[str, QuantModuleBase]:
 def unwrap_model(model: nn.Module) -> nn.Module:
     """Put the float modules back, exactly as they were before `wrap_model`."""
     wrapped = dict(iter_wrapped(model))
-    model = _place(model, {name: module.original for name, module in wrapped.items()})
+    model = place_modules(model, {name: module.original for name, module in wrapped.items()})
     for module in wrapped.values():
         if isinstance(module, Attention):
             module.config._attn_implementation = module.original_implementation
@@ -105,7 +105,7 @@ def convert_model(model: nn.Module, frees: bool = False) -> nn.Module:
             if frees:
                 module.free_weight()
     before = {id(tensor) for tensor in chain(model.parameters(), model.buffers())} if frees else ()
-    model = _place(model, converted)
+    model = place_modules(model, converted)
     forget_fused(model)
     for tensor in chain(model.parameters(), model.buffers()):
         if id(tensor) in before and tensor.device.type == "cpu":
@@ -172,7 +172,8 @@ def iter_quantizers(model: nn.Module) -> Iterator[Quantizer]:
     return (quantizer for _, module in iter_wrapped(model) for quantizer in module.point_quantizers().values())
 
 
-def _place(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
+def place_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
+    """Put `modules` in the places of those of their names; returns the model, or what stands for it as a whole."""
     new = {id(model.get_submodule(name)): module for name, module in modules.items()}
     # a module may stand at several places, and each of them gets the new one
     places = {name: new[id(old)] for name, old in model.named_modules(remove_duplicate=False) if id(old) in new}
