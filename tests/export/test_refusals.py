@@ -265,11 +265,25 @@ def test_global_scales_that_vllm_would_merge_are_found() -> None:
     assert said == "vLLM runs a.q_proj and a.v_proj as one layer, but their weight_global_scale differ"
 
 
-def test_rotations_at_each_forward() -> None:
+def test_rotations_at_each_forward(tmp_path: Path) -> None:
     turn = ("+algorithm@stack.turn=rotate", "stack.turn.rotations=[R4]")
-    said = refusal(*layers("int8:channel:sym", "int8:token:sym:dyn"), *turn)
+    base = (*layers("int8:channel:sym", "int8:token:sym:dyn"), *turn)
+    plan = planned(*base)
+    assert set(plan.stages[0].hadamard) == {f"model.layers.{i}.mlp.down_proj" for i in range(4)}
+    (note,) = exporter_module.CompressedTensors().notes(plan)
+    assert "on GPUs only, by matrices of 512 x 512 or less" in note and "block=128 in stack.turn" in note
+    said = refusal(*base, "stack.turn.matrix=orthogonal")
     assert "model.layers.0.mlp.down_proj and 3 more: turn changes what comes to it at each forward" in said
     assert "stack.turn.rotations=[R1,R2]" in said
+    path = f"model.path={random_model('opt', tmp_path)}"
+    assert "vLLM does not rotate the input of a layer that has a bias" in refusal(*base, path)
+    assert planned(*base, path, "export=compressed_tensors", TRANSFORMERS).stages[0].hadamard
+
+
+def test_rotations_of_queries_and_keys() -> None:
+    turn = ("+algorithm@stack.turn=rotate", "stack.turn.rotations=[R3]", TRANSFORMERS, "export=compressed_tensors")
+    said = refusal(*cache_of("fp8_e4m3:tensor"), *turn)
+    assert "model.layers.0.self_attn and 3 more: turn changes what comes to it at each forward" in said
 
 
 def test_first_tokens_that_stay_float() -> None:

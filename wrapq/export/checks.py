@@ -13,7 +13,8 @@ from wrapq.export.base import Refusals
 from wrapq.export.folder_checkpoint import refuse_initialized
 from wrapq.export.nearest import ELSE, remedy_for
 from wrapq.export.scheme import INT, MXFP4, NVFP4, PACK, Args, Scheme, cache_args, linear_scheme
-from wrapq.export.vllm import cache_refusal, fusion_refusals, linear_refusal
+from wrapq.export.transform_config import rotated_layers
+from wrapq.export.vllm import cache_refusal, fusion_refusals, linear_refusal, rotation_refusal
 from wrapq.graph.mixtures import EXPERT_NAME
 from wrapq.quant.spec import QuantSpec
 from wrapq.resolve.model_source import ModelSource
@@ -23,6 +24,7 @@ from wrapq.wrappers.experts import can_be_taken_apart
 VLLM = "vllm"
 _REMEDY = "quantize it otherwise, leave it float, or run with export=none"
 _READER_REMEDY = "quantize it otherwise, or give vLLM up with export.compressed_tensors.reader=transformers"
+_ROTATION_REMEDY = "leave the rotation out, or give vLLM up with export.compressed_tensors.reader=transformers"
 _LINEAR, _ATTENTION = "Linear", "Attention"
 _CACHE_POINTS = {"key", "value"}
 
@@ -63,7 +65,8 @@ def translate(plan: Plan, reader: str) -> Translation:
     refuse_float_prefix(plan, translation, "compressed-tensors")
     _cache(plan, translation, reader)
     refuse_corrections(plan, translation, "compressed-tensors")
-    refuse_online(plan, translation)
+    rotated = rotated_layers(plan)
+    refuse_online(plan, translation, rotated)
     _experts(plan, translation)
     dtypes = {"int": torch.int8, "float": torch.float8_e4m3fn}
     packed = (PACK, NVFP4, MXFP4)
@@ -76,6 +79,9 @@ def translate(plan: Plan, reader: str) -> Translation:
         remedy = "make them symmetric, or give every layer the same spec"
         translation.refused["", what, remedy] = asymmetric
     if reader == VLLM:
+        for module in (module for module in plan.modules if module.name in rotated):
+            if reason := rotation_refusal(module.name, module.block is None, module.has_bias):
+                translation.refuse(module, reason, _ROTATION_REMEDY)
         rows = {module.name: module.weight_shape[0] for module in plan.modules if module.weight_shape}
         for where, what in fusion_refusals({**dict.fromkeys(translation.floats), **schemes}, rows):
             translation.refused.setdefault(("", what, _READER_REMEDY), []).append(where)

@@ -20,13 +20,15 @@ from wrapq.errors import ModelError, PlanError, Problem
 from wrapq.export.base import EXPORTERS, Exporter, Folder, Reading
 from wrapq.export.checks import VLLM, Translation, translate
 from wrapq.export.folder_checkpoint import all_tensors, read_checkpoint, write_checkpoint
-from wrapq.export.reload import DEQUANTIZED, FLOAT_CACHE, Answer
+from wrapq.export.reload import DEQUANTIZED, FLOAT_CACHE, TRANSFORMED, Answer
 from wrapq.export.scheme import DENSE, MIXED, Args, Scheme
 from wrapq.export.tensors import CACHE_NAMES, activation_tensors, linear_tensors
+from wrapq.export.transform_config import rotated_layers, rotation_notes, transform_config
 from wrapq.export.vllm import describe, linear_note, unequal_global_scales, words
 from wrapq.registry import Options
 from wrapq.resolve.plan import Plan
 from wrapq.runtime.module import QuantizedModule, QuantizedWeight
+from wrapq.runtime.rotation import ONLINE
 
 LIBRARY, OLDEST = "compressed-tensors", "0.15.0"
 """What transformers takes; up to 0.18 some formats do not load, which the comparison of every export shows."""
@@ -47,6 +49,11 @@ _DEQUANTIZED = (
 _FLOAT_CACHE = (
     "transformers {transformers} with compressed-tensors {version} leaves the cache of keys and values float: "
     "attention takes it under a name that compressed-tensors does not know; its scales are stored, and vLLM reads them"
+)
+_TRANSFORMED = (
+    "transformers {transformers} leaves the rotations at each forward out, so that what it loads is wrong until "
+    "compressed_tensors.transform.apply_transform_config has put them in, with the matrices of the checkpoint; vLLM "
+    "reads them"
 )
 
 
@@ -79,7 +86,10 @@ class CompressedTensors(Exporter):
         translation = self._translate(plan)
         if translation.problems:
             raise PlanError(translation.problems)
-        tensors = all_tensors(model, _packed(model, translation.schemes, getattr(torch, plan.model.dtype)))
+        dtype = getattr(torch, plan.model.dtype)
+        tensors = all_tensors(model, _packed(model, translation.schemes, dtype))
+        rotations = transform_config(model, rotated_layers(plan), dtype)
+        tensors = {name: tensor for name, tensor in tensors.items() if f".{ONLINE}." not in name} | rotations.tensors
         if self.options.reader == VLLM and (wrong := next(unequal_global_scales(tensors), None)):
             raise ModelError(
                 f"{wrong}: run the recipe again, or give vLLM up with export.compressed_tensors.reader=transformers"
@@ -87,6 +97,7 @@ class CompressedTensors(Exporter):
         modules = model.named_modules(remove_duplicate=False)  # those whose tensors are tied to another's too
         linear = [name for name, module in modules if isinstance(module, nn.Linear)]
         section = quantization_config(translation, linear) if plan.modules else {}
+        section |= {"transform_config": rotations.section} if rotations.section else {}
         write_checkpoint(folder, model, plan.model.dtype, tensors, {}, section)
 
     def read(self, folder: Path, ids: Tensor, device: str) -> Reading:
@@ -103,6 +114,7 @@ class CompressedTensors(Exporter):
         dtype, specs = plan.model.dtype, [spec for points in plan.specs().values() for spec in points.values()]
         if self.options.reader == VLLM:
             yield from dict.fromkeys(filter(None, map(linear_note, self._translate(plan).schemes.values())))
+            yield from rotation_notes(plan)
         if dtype != "float32" and any(spec.scale_dtype == "float32" and not spec.dynamic for spec in specs):
             yield f"scales are rounded to {dtype}, the model's dtype; scale={dtype} in a spec calibrates with such ones"
 
@@ -121,7 +133,7 @@ class CompressedTensors(Exporter):
 def reading(answer: Answer) -> Reading:
     """What `reload` found, with how it had to load."""
     ((how, values),) = answer.logits.items()
-    remarks = {DEQUANTIZED: _DEQUANTIZED, FLOAT_CACHE: _FLOAT_CACHE}
+    remarks = {DEQUANTIZED: _DEQUANTIZED, FLOAT_CACHE: _FLOAT_CACHE, TRANSFORMED: _TRANSFORMED}
     versions = {"version": _version(), "transformers": version("transformers")}
     notes = tuple(note.format(**versions) for word, note in remarks.items() if word in how)
     left_float = frozenset(CACHE_NAMES if FLOAT_CACHE in how else ())
