@@ -307,6 +307,14 @@ def test_experts_of_integers(tmp_path: Path) -> None:
     planned("recipe=w8a16", model, "rules.linear.weight.group_size=32")
     left = "+rules.experts={match: {name: '*.experts.*'}, quantize: false}"
     planned("recipe=w8a8_dynamic", model, left)
+    eight = INT8.replace("PATTERN", "*.experts.*.down_proj").replace("g128", "g32")
+    assert "transformers and vLLM take one spec for all experts" in refusal(*weights("int4:g32"), eight, model)
+
+
+def test_experts_that_transformers_makes_of_no_tensors_for_each(tmp_path: Path) -> None:
+    model = f"model.path={random_model('gpt_oss', tmp_path)}"
+    said = refusal(*weights("int4:g32"), model)
+    assert "transformers does not put experts of GptOssForCausalLM together of tensors for each of them" in said
 
 
 def test_layers_that_transformers_initializes_before_it_unpacks_them(tmp_path: Path) -> None:

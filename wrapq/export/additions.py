@@ -25,12 +25,12 @@ def refuse_corrections(plan: Plan, refusals: Refusals, name: str) -> None:
                 refusals.refuse(module, "it has no bias, and readers would drop the one of the correction", remedy)
 
 
-def refuse_online(plan: Plan, refusals: Refusals, said: Collection[str] = ()) -> None:
+def refuse_online(plan: Plan, refusals: Refusals, expressed: Collection[str] = ()) -> None:
     """Refuse what changes at each forward, which a reader that builds the model anew would not do, but for rotations of
-    the inputs of the modules `said`, which the format has a word for."""
+    the inputs of the modules `expressed`, which the format has a word for."""
     modules = {module.name: module for module in plan.modules}
     for stage in plan.stages:
-        for name in (name for name in stage.online if name not in stage.hadamard or name not in said):
+        for name in (name for name in stage.online if name not in stage.hadamard or name not in expressed):
             kind = ALGORITHMS.get(stage.algorithm)
             option = f"as with stack.{stage.name}.{kind.offline}, " if issubclass(kind, Transform) else ""
             what = f"{stage.name} changes what comes to it at each forward, and readers would drop that"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 
 import torch
 
 from wrapq.errors import SpecError
 from wrapq.export.additions import refuse_corrections, refuse_float_prefix, refuse_online
 from wrapq.export.base import Refusals
+from wrapq.export.checkpoint_names import checkpoint_names
 from wrapq.export.folder_checkpoint import refuse_initialized
 from wrapq.export.nearest import ELSE, remedy_for
 from wrapq.export.scheme import INT, MXFP4, NVFP4, PACK, Args, Scheme, cache_args, linear_scheme
@@ -124,12 +125,21 @@ def _remedy(module: ModulePlan) -> str:
 def _experts(plan: Plan, translation: Translation) -> None:
     """Experts that transformers keeps in one tensor, and puts together from other names or formats than ours."""
     modules = {module: match[2] for module in plan.modules if (match := EXPERT_NAME.fullmatch(module.name))}
-    if not modules or (merged := _merged(plan.model.type)) is None:
+    if not modules or (names := checkpoint_names(plan.model.type)) is None:
         return
     unread: dict[ModulePlan, str] = {}
+    kinds: dict[str, set[str]] = {}
+    for expert, scheme in {**dict.fromkeys(translation.floats), **translation.schemes}.items():
+        if match := EXPERT_NAME.fullmatch(expert):
+            kinds.setdefault(match[1], set()).add(scheme.key if scheme else "")
+    several = any(len(found) > 1 for found in kinds.values()) or len(set().union(*kinds.values()) - {""}) > 1
     for module, name in modules.items():
-        if f".experts.*.{name}.weight" not in merged:
-            unread[module] = f"transformers does not put experts of {plan.model.type} together from this name"
+        if name not in names.parts:
+            unread[module] = (
+                f"transformers does not put experts of {plan.model.type} together of tensors for each of them"
+            )
+        elif several:
+            unread[module] = "transformers and vLLM take one spec for all experts"
         elif module.name in translation.schemes and translation.schemes[module.name].format == INT:
             # as seen with 5.17 and 5.24; it does those of the other formats
             unread[module] = "transformers does not put experts together of 8-bit integers and such inputs"
@@ -137,21 +147,6 @@ def _experts(plan: Plan, translation: Translation) -> None:
         return
     for module, reason in unread.items():
         translation.refuse(module, reason, _REMEDY)
-
-
-@cache
-def _merged(model: str) -> frozenset[str] | None:
-    """The ends of the names from which transformers makes the one tensor of a model's experts; None for a model with
-    code of its own."""
-    import transformers
-    from transformers import conversion_mapping
-
-    if (kind := getattr(transformers, model, None)) is None:
-        return None
-    found = conversion_mapping.get_checkpoint_conversion_mapping(kind.config_class.model_type)
-    sources = (getattr(step, "source_patterns", ()) for step in found or ())
-    patterns = [pattern for names in sources for pattern in ([names] if isinstance(names, str) else names)]
-    return frozenset(pattern[pattern.index(".experts.") :] for pattern in patterns if ".experts." in pattern)
 
 
 def _cache(plan: Plan, translation: Translation, reader: str) -> None:

@@ -6,7 +6,7 @@ under the names of the library. Embeddings and norms stay as they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from wrapq.errors import ModelError, PlanError, Problem
 from wrapq.export.base import EXPORTERS, Exporter, Folder, Reading
+from wrapq.export.checkpoint_names import CheckpointNames, checkpoint_names
 from wrapq.export.checks import VLLM, Translation, translate
 from wrapq.export.folder_checkpoint import all_tensors, read_checkpoint, write_checkpoint
 from wrapq.export.reload import DEQUANTIZED, FLOAT_CACHE, TRANSFORMED, Answer
@@ -25,6 +26,7 @@ from wrapq.export.scheme import DENSE, MIXED, Args, Scheme
 from wrapq.export.tensors import CACHE_NAMES, activation_tensors, linear_tensors
 from wrapq.export.transform_config import rotated_layers, rotation_notes, transform_config
 from wrapq.export.vllm import describe, linear_note, unequal_global_scales, words
+from wrapq.graph.mixtures import EXPERT_NAME
 from wrapq.registry import Options
 from wrapq.resolve.plan import Plan
 from wrapq.runtime.module import QuantizedModule, QuantizedWeight
@@ -94,10 +96,13 @@ class CompressedTensors(Exporter):
             raise ModelError(
                 f"{wrong}: run the recipe again, or give vLLM up with export.compressed_tensors.reader=transformers"
             )
+        names = checkpoint_names(plan.model.type) or CheckpointNames({})
         modules = model.named_modules(remove_duplicate=False)  # those whose tensors are tied to another's too
         linear = [name for name, module in modules if isinstance(module, nn.Linear)]
-        section = quantization_config(translation, linear) if plan.modules else {}
+        linear += [name for name in translation.floats if name not in linear]  # experts within one tensor
+        section = quantization_config(translation, linear, names.of_module) if plan.modules else {}
         section |= {"transform_config": rotations.section} if rotations.section else {}
+        tensors = {names.of(name): tensor for name, tensor in tensors.items()}
         write_checkpoint(folder, model, plan.model.dtype, tensors, {}, section)
 
     def read(self, folder: Path, ids: Tensor, device: str) -> Reading:
@@ -140,12 +145,21 @@ def reading(answer: Answer) -> Reading:
     return Reading(values, answer.measured, answer.tokens, notes, left_float)
 
 
-def quantization_config(translation: Translation, layers: Iterable[str]) -> Args:
-    """The section of `config.json`; `layers` are all linear layers of the model."""
+def quantization_config(
+    translation: Translation, layers: Iterable[str], named: Callable[[str], str] = lambda name: name
+) -> Args:
+    """The section of `config.json`; `layers` are all linear layers of the model, which the checkpoint calls as `named`
+    does."""
+
+    def both(names: Iterable[str]) -> list[str]:  # transformers looks for its modules, vLLM for those of the checkpoint
+        return list(dict.fromkeys(each for name in names for each in (name, named(name))))
+
     found = translation.layers_by_scheme()
     if len(found) == 1:
         found = [(found[0][0], ["Linear", *translation.outside])]  # vLLM's output layer has another class
-    groups = {f"group_{i}": scheme.group(names) for i, (scheme, names) in enumerate(found)}
+    # of several, transformers takes the first for that of experts
+    found.sort(key=lambda each: not any(map(EXPERT_NAME.fullmatch, each[1])))
+    groups = {f"group_{i}": scheme.group(both(names)) for i, (scheme, names) in enumerate(found)}
     formats = sorted({scheme.format for scheme, _ in found})
     return {
         "quant_method": LIBRARY,
@@ -153,7 +167,7 @@ def quantization_config(translation: Translation, layers: Iterable[str]) -> Args
         "format": formats[0] if len(formats) == 1 else MIXED if formats else DENSE,
         "quantization_status": "compressed",  # without it readers take the packed weights for missing ones
         "config_groups": groups,
-        "ignore": [name for name in layers if name not in translation.schemes],
+        "ignore": both(name for name in layers if name not in translation.schemes),
         "kv_cache_scheme": translation.cache,
         "global_compression_ratio": None,
     }

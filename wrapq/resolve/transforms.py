@@ -86,7 +86,7 @@ class Transforms:
         if needless and not used.names:
             return (), {}, []
         problems = list(self._problems(stage, name, transform, used, graph, source))
-        online = dict.fromkeys(transform.online(graph, used.names)) | transform.hadamard(graph, used.names)
+        online = {**dict.fromkeys(transform.online(graph, used.names)), **transform.hadamard(graph, used.names)}
         self._left = after_online(graph, online, stage)
         return used.names, online, problems
 
