@@ -127,7 +127,7 @@ def _experts(plan: Plan, translation: Translation) -> None:
     modules = {module: match[2] for module in plan.modules if (match := EXPERT_NAME.fullmatch(module.name))}
     if not modules or (names := checkpoint_names(plan.model.type)) is None:
         return
-    unread: dict[ModulePlan, str] = {}
+    unread: dict[ModulePlan, tuple[str, str]] = {}
     kinds: dict[str, set[str]] = {}
     for expert, scheme in {**dict.fromkeys(translation.floats), **translation.schemes}.items():
         if match := EXPERT_NAME.fullmatch(expert):
@@ -135,18 +135,17 @@ def _experts(plan: Plan, translation: Translation) -> None:
     several = any(len(found) > 1 for found in kinds.values()) or len(set().union(*kinds.values()) - {""}) > 1
     for module, name in modules.items():
         if name not in names.parts:
-            unread[module] = (
-                f"transformers does not put experts of {plan.model.type} together of tensors for each of them"
-            )
+            what = f"transformers puts experts of {plan.model.type} together of no tensors for each of them"
+            unread[module] = what, ELSE
         elif several:
-            unread[module] = "transformers and vLLM take one spec for all experts"
+            unread[module] = "transformers and vLLM take one spec for all experts", f"give all the same, {ELSE}"
         elif module.name in translation.schemes and translation.schemes[module.name].format == INT:
             # as seen with 5.17 and 5.24; it does those of the other formats
-            unread[module] = "transformers does not put experts together of 8-bit integers and such inputs"
+            unread[module] = "transformers does not put experts together of 8-bit integers and such inputs", _REMEDY
     if not unread or not any(map(can_be_taken_apart, ModelSource(plan.recipe.model).meta_model().modules())):
         return
-    for module, reason in unread.items():
-        translation.refuse(module, reason, _REMEDY)
+    for module, (reason, remedy) in unread.items():
+        translation.refuse(module, reason, remedy)
 
 
 def _cache(plan: Plan, translation: Translation, reader: str) -> None:
