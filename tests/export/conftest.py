@@ -103,6 +103,10 @@ CASES = {
         ),
         "mixed-precision",
     ),
+    "rotated": Case(
+        weights("int4:g128:sym", "+algorithm@stack.turn=rotate", "stack.turn.rotations=[R4]", "stack.turn.block=64"),
+        "pack-quantized",
+    ),
     "kv8": Case(cache_of("fp8_e4m3:tensor"), "pack-quantized"),
     "static_kv8": Case(
         layers("int8:channel:sym", "int8:tensor:asym", cache_rule("fp8_e4m3:tensor")),
@@ -121,7 +125,7 @@ CASES = {
     "fp8_dynamic": Case(layers("fp8_e4m3:channel:sym", "fp8_e4m3:token:sym:dyn"), "float-quantized"),
 }
 SLOW = ("nvfp4a16", "w4a16_signed", "w8a16", "w8a8_dynamic", "w8a8_static", "kv8", "w4a8", "fp8_block", "mxfp4a16")
-SLOW += ("mxfp4", "mxfp8", "nvfp4", "fp8", "fp8_dynamic", "w4a16_asym", "w4afp8")
+SLOW += ("mxfp4", "mxfp8", "nvfp4", "fp8", "fp8_dynamic", "w4a16_asym", "w4afp8", "rotated")
 """Said by the others already, and each run takes seconds."""
 APART = "w4a16"
 """The case that is read in a process of its own."""

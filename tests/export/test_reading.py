@@ -19,6 +19,7 @@ from wrapq.data.sources.base import make_source
 from wrapq.engine.export import without
 from wrapq.engine.measure import measure
 from wrapq.engine.record import RunResult
+from wrapq.export import reload
 from wrapq.export.checks import Translation
 from wrapq.export.compressed_tensors import quantization_config, reading
 from wrapq.export.reload import Answer
@@ -33,10 +34,10 @@ def plan_of(run: RunResult) -> Plan:
 
 
 def read(folder: Path, asymmetric: bool = False) -> nn.Module:
-    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+    from transformers import CompressedTensorsConfig
 
     options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if asymmetric else {}
-    return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+    return reload._load(str(folder), **options)[0]
 
 
 def perplexity(model: nn.Module, run: RunResult) -> float:

@@ -265,11 +265,25 @@ def test_global_scales_that_vllm_would_merge_are_found() -> None:
     assert said == "vLLM runs a.q_proj and a.v_proj as one layer, but their weight_global_scale differ"
 
 
-def test_rotations_at_each_forward() -> None:
+def test_rotations_at_each_forward(tmp_path: Path) -> None:
     turn = ("+algorithm@stack.turn=rotate", "stack.turn.rotations=[R4]")
-    said = refusal(*layers("int8:channel:sym", "int8:token:sym:dyn"), *turn)
+    base = (*layers("int8:channel:sym", "int8:token:sym:dyn"), *turn)
+    plan = planned(*base)
+    assert set(plan.stages[0].hadamard) == {f"model.layers.{i}.mlp.down_proj" for i in range(4)}
+    (note,) = exporter_module.CompressedTensors().notes(plan)
+    assert "on GPUs only, by matrices of 512 x 512 or less" in note and "block=128 in stack.turn" in note
+    said = refusal(*base, "stack.turn.matrix=orthogonal")
     assert "model.layers.0.mlp.down_proj and 3 more: turn changes what comes to it at each forward" in said
     assert "stack.turn.rotations=[R1,R2]" in said
+    path = f"model.path={random_model('opt', tmp_path)}"
+    assert "vLLM does not rotate the input of a layer that has a bias" in refusal(*base, path)
+    assert planned(*base, path, "export=compressed_tensors", TRANSFORMERS).stages[0].hadamard
+
+
+def test_rotations_of_queries_and_keys() -> None:
+    turn = ("+algorithm@stack.turn=rotate", "stack.turn.rotations=[R3]", TRANSFORMERS, "export=compressed_tensors")
+    said = refusal(*cache_of("fp8_e4m3:tensor"), *turn)
+    assert "model.layers.0.self_attn and 3 more: turn changes what comes to it at each forward" in said
 
 
 def test_first_tokens_that_stay_float() -> None:
@@ -293,6 +307,15 @@ def test_experts_of_integers(tmp_path: Path) -> None:
     planned("recipe=w8a16", model, "rules.linear.weight.group_size=32")
     left = "+rules.experts={match: {name: '*.experts.*'}, quantize: false}"
     planned("recipe=w8a8_dynamic", model, left)
+    eight = INT8.replace("PATTERN", "*.experts.*.down_proj").replace("g128", "g32")
+    assert "transformers and vLLM take one spec for all experts" in refusal(*weights("int4:g32"), eight, model)
+
+
+def test_experts_that_transformers_makes_of_no_tensors_for_each(tmp_path: Path) -> None:
+    model = f"model.path={random_model('gpt_oss', tmp_path)}"
+    said = refusal(*weights("int4:g32"), model)
+    what = "transformers puts experts of GptOssForCausalLM together of no tensors for each of them"
+    assert f"{what}\n    leave it float, or run with export=none" in said
 
 
 def test_layers_that_transformers_initializes_before_it_unpacks_them(tmp_path: Path) -> None:

@@ -136,6 +136,14 @@ class Rotate(Transform):
     def online(self, graph: Graph, targets: Sequence[str]) -> tuple[str, ...]:
         return tuple(name for target in targets if (name := _rotated_online(graph, target)) is not None)
 
+    def hadamard(self, graph: Graph, targets: Sequence[str]) -> Mapping[str, int]:
+        if self.options.matrix != "hadamard":
+            return {}
+        inputs = [name for name in self.online(graph, targets) if name not in graph.heads]
+        known = [name for name in inputs if not (self.options.learn and self._turned_stream(graph, name))]
+        sizes = {name: self._size(graph.linears[name]) for name in known}
+        return {name: size for name, size in sizes.items() if factors(size)}
+
     def _rotate_online(self, rewriter: GraphRewriter, module: str) -> Mapping[str, float]:
         graph, figures = rewriter.graph, dict[str, float]()
         head = graph.heads.get(module)

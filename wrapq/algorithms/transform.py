@@ -128,6 +128,11 @@ class Transform(Algorithm):
         across that, and the runtime of an export must do the same."""
         return ()
 
+    def hadamard(self, graph: Graph, targets: Sequence[str]) -> Mapping[str, int]:
+        """Those of `online` whose input a Hadamard matrix with signs rotates, which some formats have a word for, with
+        how many channels it rotates at a time, each block alike."""
+        return {}
+
     @abstractmethod
     def apply(self, rewriter: GraphRewriter, target: str, statistics: Statistics) -> Mapping[str, float]:
         """Change `target`; returns figures to track.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from wrapq.algorithms.base import ALGORITHMS, Corrector
 from wrapq.algorithms.transform import Transform
 from wrapq.export.base import Refusals
@@ -23,11 +25,12 @@ def refuse_corrections(plan: Plan, refusals: Refusals, name: str) -> None:
                 refusals.refuse(module, "it has no bias, and readers would drop the one of the correction", remedy)
 
 
-def refuse_online(plan: Plan, refusals: Refusals) -> None:
-    """Refuse what changes at each forward, which a reader that builds the model anew would not do."""
+def refuse_online(plan: Plan, refusals: Refusals, expressed: Collection[str] = ()) -> None:
+    """Refuse what changes at each forward, which a reader that builds the model anew would not do, but for rotations of
+    the inputs of the modules `expressed`, which the format has a word for."""
     modules = {module.name: module for module in plan.modules}
     for stage in plan.stages:
-        for name in stage.online:
+        for name in (name for name in stage.online if name not in stage.hadamard or name not in expressed):
             kind = ALGORITHMS.get(stage.algorithm)
             option = f"as with stack.{stage.name}.{kind.offline}, " if issubclass(kind, Transform) else ""
             what = f"{stage.name} changes what comes to it at each forward, and readers would drop that"

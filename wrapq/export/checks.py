@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 
 import torch
 
 from wrapq.errors import SpecError
 from wrapq.export.additions import refuse_corrections, refuse_float_prefix, refuse_online
 from wrapq.export.base import Refusals
+from wrapq.export.checkpoint_names import checkpoint_names
 from wrapq.export.folder_checkpoint import refuse_initialized
 from wrapq.export.nearest import ELSE, remedy_for
 from wrapq.export.scheme import INT, MXFP4, NVFP4, PACK, Args, Scheme, cache_args, linear_scheme
-from wrapq.export.vllm import cache_refusal, fusion_refusals, linear_refusal
+from wrapq.export.transform_config import rotated_layers
+from wrapq.export.vllm import cache_refusal, fusion_refusals, linear_refusal, rotation_refusal
 from wrapq.graph.mixtures import EXPERT_NAME
 from wrapq.quant.spec import QuantSpec
 from wrapq.resolve.model_source import ModelSource
@@ -23,6 +25,7 @@ from wrapq.wrappers.experts import can_be_taken_apart
 VLLM = "vllm"
 _REMEDY = "quantize it otherwise, leave it float, or run with export=none"
 _READER_REMEDY = "quantize it otherwise, or give vLLM up with export.compressed_tensors.reader=transformers"
+_ROTATION_REMEDY = "leave the rotation out, or give vLLM up with export.compressed_tensors.reader=transformers"
 _LINEAR, _ATTENTION = "Linear", "Attention"
 _CACHE_POINTS = {"key", "value"}
 
@@ -63,7 +66,8 @@ def translate(plan: Plan, reader: str) -> Translation:
     refuse_float_prefix(plan, translation, "compressed-tensors")
     _cache(plan, translation, reader)
     refuse_corrections(plan, translation, "compressed-tensors")
-    refuse_online(plan, translation)
+    rotated = rotated_layers(plan)
+    refuse_online(plan, translation, rotated)
     _experts(plan, translation)
     dtypes = {"int": torch.int8, "float": torch.float8_e4m3fn}
     packed = (PACK, NVFP4, MXFP4)
@@ -76,6 +80,9 @@ def translate(plan: Plan, reader: str) -> Translation:
         remedy = "make them symmetric, or give every layer the same spec"
         translation.refused["", what, remedy] = asymmetric
     if reader == VLLM:
+        for module in (module for module in plan.modules if module.name in rotated):
+            if reason := rotation_refusal(module.name, module.block is None, module.has_bias):
+                translation.refuse(module, reason, _ROTATION_REMEDY)
         rows = {module.name: module.weight_shape[0] for module in plan.modules if module.weight_shape}
         for where, what in fusion_refusals({**dict.fromkeys(translation.floats), **schemes}, rows):
             translation.refused.setdefault(("", what, _READER_REMEDY), []).append(where)
@@ -118,34 +125,27 @@ def _remedy(module: ModulePlan) -> str:
 def _experts(plan: Plan, translation: Translation) -> None:
     """Experts that transformers keeps in one tensor, and puts together from other names or formats than ours."""
     modules = {module: match[2] for module in plan.modules if (match := EXPERT_NAME.fullmatch(module.name))}
-    if not modules or (merged := _merged(plan.model.type)) is None:
+    if not modules or (names := checkpoint_names(plan.model.type)) is None:
         return
-    unread: dict[ModulePlan, str] = {}
+    unread: dict[ModulePlan, tuple[str, str]] = {}
+    kinds: dict[str, set[str]] = {}
+    for expert, scheme in {**dict.fromkeys(translation.floats), **translation.schemes}.items():
+        if match := EXPERT_NAME.fullmatch(expert):
+            kinds.setdefault(match[1], set()).add(scheme.key if scheme else "")
+    several = any(len(found) > 1 for found in kinds.values()) or len(set().union(*kinds.values()) - {""}) > 1
     for module, name in modules.items():
-        if f".experts.*.{name}.weight" not in merged:
-            unread[module] = f"transformers does not put experts of {plan.model.type} together from this name"
+        if name not in names.parts:
+            what = f"transformers puts experts of {plan.model.type} together of no tensors for each of them"
+            unread[module] = what, ELSE
+        elif several:
+            unread[module] = "transformers and vLLM take one spec for all experts", f"give all the same, {ELSE}"
         elif module.name in translation.schemes and translation.schemes[module.name].format == INT:
             # as seen with 5.17 and 5.24; it does those of the other formats
-            unread[module] = "transformers does not put experts together of 8-bit integers and such inputs"
+            unread[module] = "transformers does not put experts together of 8-bit integers and such inputs", _REMEDY
     if not unread or not any(map(can_be_taken_apart, ModelSource(plan.recipe.model).meta_model().modules())):
         return
-    for module, reason in unread.items():
-        translation.refuse(module, reason, _REMEDY)
-
-
-@cache
-def _merged(model: str) -> frozenset[str] | None:
-    """The ends of the names from which transformers makes the one tensor of a model's experts; None for a model with
-    code of its own."""
-    import transformers
-    from transformers import conversion_mapping
-
-    if (kind := getattr(transformers, model, None)) is None:
-        return None
-    found = conversion_mapping.get_checkpoint_conversion_mapping(kind.config_class.model_type)
-    sources = (getattr(step, "source_patterns", ()) for step in found or ())
-    patterns = [pattern for names in sources for pattern in ([names] if isinstance(names, str) else names)]
-    return frozenset(pattern[pattern.index(".experts.") :] for pattern in patterns if ".experts." in pattern)
+    for module, (reason, remedy) in unread.items():
+        translation.refuse(module, reason, remedy)
 
 
 def _cache(plan: Plan, translation: Translation, reader: str) -> None:

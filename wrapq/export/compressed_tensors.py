@@ -6,7 +6,7 @@ under the names of the library. Embeddings and norms stay as they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -18,15 +18,19 @@ from torch import Tensor, nn
 
 from wrapq.errors import ModelError, PlanError, Problem
 from wrapq.export.base import EXPORTERS, Exporter, Folder, Reading
+from wrapq.export.checkpoint_names import CheckpointNames, checkpoint_names
 from wrapq.export.checks import VLLM, Translation, translate
 from wrapq.export.folder_checkpoint import all_tensors, read_checkpoint, write_checkpoint
-from wrapq.export.reload import DEQUANTIZED, FLOAT_CACHE, Answer
+from wrapq.export.reload import DEQUANTIZED, FLOAT_CACHE, TRANSFORMED, Answer
 from wrapq.export.scheme import DENSE, MIXED, Args, Scheme
 from wrapq.export.tensors import CACHE_NAMES, activation_tensors, linear_tensors
+from wrapq.export.transform_config import rotated_layers, rotation_notes, transform_config
 from wrapq.export.vllm import describe, linear_note, unequal_global_scales, words
+from wrapq.graph.mixtures import EXPERT_NAME
 from wrapq.registry import Options
 from wrapq.resolve.plan import Plan
 from wrapq.runtime.module import QuantizedModule, QuantizedWeight
+from wrapq.runtime.rotation import ONLINE
 
 LIBRARY, OLDEST = "compressed-tensors", "0.15.0"
 """What transformers takes; up to 0.18 some formats do not load, which the comparison of every export shows."""
@@ -47,6 +51,11 @@ _DEQUANTIZED = (
 _FLOAT_CACHE = (
     "transformers {transformers} with compressed-tensors {version} leaves the cache of keys and values float: "
     "attention takes it under a name that compressed-tensors does not know; its scales are stored, and vLLM reads them"
+)
+_TRANSFORMED = (
+    "transformers {transformers} leaves the rotations at each forward out, so that what it loads is wrong until "
+    "compressed_tensors.transform.apply_transform_config has put them in, with the matrices of the checkpoint; vLLM "
+    "reads them"
 )
 
 
@@ -79,14 +88,21 @@ class CompressedTensors(Exporter):
         translation = self._translate(plan)
         if translation.problems:
             raise PlanError(translation.problems)
-        tensors = all_tensors(model, _packed(model, translation.schemes, getattr(torch, plan.model.dtype)))
+        dtype = getattr(torch, plan.model.dtype)
+        tensors = all_tensors(model, _packed(model, translation.schemes, dtype))
+        rotations = transform_config(model, rotated_layers(plan), dtype)
+        tensors = {name: tensor for name, tensor in tensors.items() if f".{ONLINE}." not in name} | rotations.tensors
         if self.options.reader == VLLM and (wrong := next(unequal_global_scales(tensors), None)):
             raise ModelError(
                 f"{wrong}: run the recipe again, or give vLLM up with export.compressed_tensors.reader=transformers"
             )
+        names = checkpoint_names(plan.model.type) or CheckpointNames({})
         modules = model.named_modules(remove_duplicate=False)  # those whose tensors are tied to another's too
         linear = [name for name, module in modules if isinstance(module, nn.Linear)]
-        section = quantization_config(translation, linear) if plan.modules else {}
+        linear += [name for name in translation.floats if name not in linear]  # experts within one tensor
+        section = quantization_config(translation, linear, names.of_module) if plan.modules else {}
+        section |= {"transform_config": rotations.section} if rotations.section else {}
+        tensors = {names.of(name): tensor for name, tensor in tensors.items()}
         write_checkpoint(folder, model, plan.model.dtype, tensors, {}, section)
 
     def read(self, folder: Path, ids: Tensor, device: str) -> Reading:
@@ -103,6 +119,7 @@ class CompressedTensors(Exporter):
         dtype, specs = plan.model.dtype, [spec for points in plan.specs().values() for spec in points.values()]
         if self.options.reader == VLLM:
             yield from dict.fromkeys(filter(None, map(linear_note, self._translate(plan).schemes.values())))
+            yield from rotation_notes(plan)
         if dtype != "float32" and any(spec.scale_dtype == "float32" and not spec.dynamic for spec in specs):
             yield f"scales are rounded to {dtype}, the model's dtype; scale={dtype} in a spec calibrates with such ones"
 
@@ -121,19 +138,28 @@ class CompressedTensors(Exporter):
 def reading(answer: Answer) -> Reading:
     """What `reload` found, with how it had to load."""
     ((how, values),) = answer.logits.items()
-    remarks = {DEQUANTIZED: _DEQUANTIZED, FLOAT_CACHE: _FLOAT_CACHE}
+    remarks = {DEQUANTIZED: _DEQUANTIZED, FLOAT_CACHE: _FLOAT_CACHE, TRANSFORMED: _TRANSFORMED}
     versions = {"version": _version(), "transformers": version("transformers")}
     notes = tuple(note.format(**versions) for word, note in remarks.items() if word in how)
     left_float = frozenset(CACHE_NAMES if FLOAT_CACHE in how else ())
     return Reading(values, answer.measured, answer.tokens, notes, left_float)
 
 
-def quantization_config(translation: Translation, layers: Iterable[str]) -> Args:
-    """The section of `config.json`; `layers` are all linear layers of the model."""
+def quantization_config(
+    translation: Translation, layers: Iterable[str], named: Callable[[str], str] = lambda name: name
+) -> Args:
+    """The section of `config.json`; `layers` are all linear layers of the model, which the checkpoint calls as `named`
+    does."""
+
+    def both(names: Iterable[str]) -> list[str]:  # transformers looks for its modules, vLLM for those of the checkpoint
+        return list(dict.fromkeys(each for name in names for each in (name, named(name))))
+
     found = translation.layers_by_scheme()
     if len(found) == 1:
         found = [(found[0][0], ["Linear", *translation.outside])]  # vLLM's output layer has another class
-    groups = {f"group_{i}": scheme.group(names) for i, (scheme, names) in enumerate(found)}
+    # of several, transformers takes the first for that of experts
+    found.sort(key=lambda each: not any(map(EXPERT_NAME.fullmatch, each[1])))
+    groups = {f"group_{i}": scheme.group(both(names)) for i, (scheme, names) in enumerate(found)}
     formats = sorted({scheme.format for scheme, _ in found})
     return {
         "quant_method": LIBRARY,
@@ -141,7 +167,7 @@ def quantization_config(translation: Translation, layers: Iterable[str]) -> Args
         "format": formats[0] if len(formats) == 1 else MIXED if formats else DENSE,
         "quantization_status": "compressed",  # without it readers take the packed weights for missing ones
         "config_groups": groups,
-        "ignore": [name for name in layers if name not in translation.schemes],
+        "ignore": both(name for name in layers if name not in translation.schemes),
         "kv_cache_scheme": translation.cache,
         "global_compression_ratio": None,
     }

@@ -6,6 +6,7 @@ As a script, `reload.py FOLDER IDS LOGITS DEVICE` reads the token ids [B, T] in 
 
 from __future__ import annotations
 
+import json
 import os
 import runpy
 import subprocess
@@ -19,11 +20,13 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file, save
 
-PLAIN, DEQUANTIZED, FLOAT_CACHE = "plain", "dequantized", "float cache"
-"""Loaded as it is; only with every weight dequantized while it is loaded; without the scales of the cache, or both."""
+PLAIN, DEQUANTIZED, FLOAT_CACHE, TRANSFORMED = "plain", "dequantized", "float cache", "transformed"
+"""Loaded as it is; or only with every weight dequantized while it is loaded, without the scales of the cache, with the
+rotations at each forward put in afterwards, or several of these."""
 _FAULTS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 _UNWRITTEN = 74  # the exit status, of what errs while it writes
 _CACHE_SCALES = (".k_scale", ".v_scale")
+_MATRIX = "_input.weight"
 MEASURED = "measured/"
 """As in `wrapq.export.stopwatch`."""
 
@@ -32,8 +35,8 @@ class Answer(NamedTuple):
     """What a script found.
 
     Attributes:
-        logits: under `plain`, or what of `dequantized` and `float cache` the export had to be loaded with, joined by
-            `, `; nothing where it could not be loaded.
+        logits: under `plain`, or what of `dequantized`, `float cache` and `transformed` the export had to be loaded
+            with, joined by `, `; nothing where it could not be loaded.
         reason: why it could not.
         measured: `first_token_ms`, `token_ms` and `peak_mb`, as `wrapq.export.stopwatch` has them.
         tokens: int64 [1, N], what the model goes on with after the first sequence; None for a program that does not.
@@ -86,12 +89,12 @@ def main(folder: str, ids: str, logits: str, device: str) -> None:
     from transformers import CompressedTensorsConfig
 
     try:
-        how, (model, blind) = [], _load(folder)
+        model, how = _load(folder)
     except (RuntimeError, ValueError) as error:
         first = f"{type(error).__name__}: {' '.join(str(error).split())}"
         try:
-            how = [DEQUANTIZED]
-            model, blind = _load(folder, quantization_config=CompressedTensorsConfig(dequantize=True))
+            model, how = _load(folder, quantization_config=CompressedTensorsConfig(dequantize=True))
+            how = [DEQUANTIZED, *how]
         except (RuntimeError, ValueError):
             sys.exit(first)
     tokens = load_file(ids)["ids"].to(device)
@@ -102,7 +105,6 @@ def main(folder: str, ids: str, logits: str, device: str) -> None:
         measured = stopwatch["measured"](lambda prompt, count: greedy(model, prompt, count), tokens[:1].cpu().numpy())
     else:
         measured = stopwatch["measured_once"](torch.no_grad()(lambda: model(input_ids=tokens[:1])))
-    how += [FLOAT_CACHE] if blind else []
     written = {", ".join(how) or PLAIN: output, **{name: torch.from_numpy(t) for name, t in measured.items()}}
     try:
         Path(logits).write_bytes(save(written))
@@ -121,8 +123,8 @@ def greedy(model: Any, prompt: Any, count: int) -> Any:
     return found[:, ids.shape[1] :].cpu().numpy()
 
 
-def _load(folder: str, **options: Any) -> tuple[Any, bool]:
-    """The model, and whether it has no place for the scales of the cache."""
+def _load(folder: str, **options: Any) -> tuple[Any, list[str]]:
+    """The model, and what of `float cache` and `transformed` it is."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
 
     kind: Any = AutoModelForCausalLM
@@ -131,13 +133,32 @@ def _load(folder: str, **options: Any) -> tuple[Any, bool]:
     loaded: Any = kind.from_pretrained(folder, output_loading_info=True, trust_remote_code=False, **options)
     model, report = loaded
     unread = {key for key in report["unexpected_keys"] if key.endswith(_CACHE_SCALES)}
-    blind = bool(unread) and not any(name.endswith(_CACHE_SCALES) for name in model.state_dict())
-    if blind:
+    how = []
+    if unread and not any(name.endswith(_CACHE_SCALES) for name in model.state_dict()):
+        how.append(FLOAT_CACHE)
         report["unexpected_keys"] = set(report["unexpected_keys"]) - unread
+    if transformed := _transform(model, Path(folder), set(report["unexpected_keys"])):
+        how.append(TRANSFORMED)
+        report["unexpected_keys"] = set(report["unexpected_keys"]) - transformed
     faults = [f"{fault}: {', '.join(sorted(map(str, report[fault]))[:5])}" for fault in _FAULTS if report.get(fault)]
     if faults:
         raise ValueError("; ".join(faults))
-    return model.eval(), blind
+    return model.eval(), how
+
+
+def _transform(model: Any, folder: Path, unread: set[str]) -> set[str]:
+    """Put the transforms of the checkpoint into `model` where transformers left their tensors `unread`; which those
+    are."""
+    section = json.loads((folder / "config.json").read_text()).get("quantization_config", {}).get("transform_config")
+    matrices = {name for name in unread if name.endswith(_MATRIX)} if section else set()
+    if matrices:
+        from compressed_tensors.transform import TransformConfig, apply_transform_config
+
+        apply_transform_config(model, TransformConfig.model_validate(section))
+        tensors = load_file(folder / "model.safetensors")
+        for name in matrices:
+            model.get_parameter(name).data.copy_(tensors[name])
+    return matrices
 
 
 if __name__ == "__main__":

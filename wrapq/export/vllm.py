@@ -7,6 +7,7 @@ The rules were read in vLLM 0.33.0, under `vllm/model_executor`:
 - its `schemes/`: what each scheme reads of a checkpoint, and what it does with layers fused into one: `_wNa16` (2 to 8
   bits, any group), `_wNa8` and `_wNa4` (packed, inputs symmetric and dynamic), `_w4a8_fp8` (Hopper, groups of 128),
   `_w8a8_int8`, `_w8a8_fp8`, `_w8a16_fp8`, `_w4a4_nvfp4`, `_w4a4_mxfp4`, `_w8a8_mxfp8`;
+- its `transform/linear.py`: of a rotated layer it demands that there be no bias, and it looks for linear layers alone;
 - its `utils.py`: `should_ignore_layer` and `find_matched_target`, for which fused layers have one scheme or none;
 - `layers/quantization/utils/fp8_utils.py`: `validate_fp8_block_shape`, `process_fp8_weight_tensor_strategy`.
 """
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from wrapq.export.scheme import MXFP4, MXFP8, NVFP4, PACK, Args, Scheme
+from wrapq.graph.mixtures import EXPERT_NAME
 from wrapq.wrappers.fused_layers import FUSED, siblings
 
 _INPUT_BITS = (4, 8)
@@ -49,6 +51,15 @@ def linear_note(scheme: Scheme) -> str | None:
     if weights["type"] == "float" and weights["strategy"] == "tensor":
         return "vLLM rounds fp8 weights of fused layers again, to the largest of their scales"
     return None
+
+
+def rotation_refusal(name: str, outside: bool, biased: bool) -> str | None:
+    """Why vLLM does not rotate the input of a linear layer at each forward, or None; `outside` is one in no block."""
+    if outside:
+        return "vLLM does not rotate the input of a layer that is in no block, such as the output layer"
+    if EXPERT_NAME.fullmatch(name):
+        return "vLLM does not rotate the inputs of experts"
+    return "vLLM does not rotate the input of a layer that has a bias" if biased else None
 
 
 def cache_refusal(arguments: Args) -> str | None:

@@ -100,6 +100,8 @@ class StagePlan(_Frozen):
     source: str
     online: tuple[str, ...] = ()
     """The modules that change what comes to them at each forward from then on."""
+    hadamard: dict[str, int] = {}
+    """Those of them that a Hadamard matrix rotates, with the channels that it rotates at a time."""
 
 
 class ModelFacts(_Frozen):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from wrapq.algorithms.base import ALGORITHMS, BLOCK, PHASES, Algorithm, Corrector, Rounding
 from wrapq.algorithms.transform import Transform
@@ -170,7 +171,11 @@ def _following_the_float_model(
 
 
 def _stage(
-    entry: StackEntry, targets: tuple[str, ...], needs: tuple[str, ...], sources: Sources, online: tuple[str, ...] = ()
+    entry: StackEntry,
+    targets: tuple[str, ...],
+    needs: tuple[str, ...],
+    sources: Sources,
+    online: Mapping[str, int | None] = MappingProxyType({}),
 ) -> StagePlan:
     return StagePlan(
         name=entry.name,
@@ -180,7 +185,8 @@ def _stage(
         targets=targets,
         needs=needs,
         source=sources.of(f"stack.{entry.name}.algorithm"),
-        online=online,
+        online=tuple(online),
+        hadamard={name: size for name, size in online.items() if size},
     )
 
 

@@ -57,9 +57,10 @@ class Transforms:
         after: Sequence[Transform],
         allowed: frozenset[str] | None = None,
         source: str = "",
-    ) -> tuple[tuple[str, ...], tuple[str, ...], list[Problem]]:
+    ) -> tuple[tuple[str, ...], Mapping[str, int | None], list[Problem]]:
         """For the transform called `name` in a stage, after the stages planned before: its targets, the modules whose
-        inputs it changes at each forward, and its problems.
+        inputs it changes at each forward, with how many channels a Hadamard matrix rotates if that is what it does, and
+        its problems.
 
         Args:
             after: the transforms that come later in the stack.
@@ -71,7 +72,7 @@ class Transforms:
             targets = transform.find_targets(graph, self.specs)
             later = [PlannedTransform(each, each.find_targets(graph, self.specs).names) for each in after]
         except ModelError as error:
-            return (), (), [Problem(source, f"stack.{stage}", f"{name} cannot follow this model: {error}")]
+            return (), {}, [Problem(source, f"stack.{stage}", f"{name} cannot follow this model: {error}")]
         if allowed is not None:
             names = tuple(t for t in targets.names if allowed & {t, *transform.inputs(graph, t)})
             targets = targets._replace(names=names)
@@ -83,9 +84,9 @@ class Transforms:
         for reason, places in reasons.items():
             self.notes.append(f"{stage}: {name} leaves {and_more(places)} alone: {reason}")
         if needless and not used.names:
-            return (), (), []
+            return (), {}, []
         problems = list(self._problems(stage, name, transform, used, graph, source))
-        online = transform.online(graph, used.names)
+        online = {**dict.fromkeys(transform.online(graph, used.names)), **transform.hadamard(graph, used.names)}
         self._left = after_online(graph, online, stage)
         return used.names, online, problems
 
