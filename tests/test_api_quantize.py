@@ -72,6 +72,8 @@ ON_CONVOLUTIONS = {
         for name in (
             "executorch_w8a8",
             "onnx_w8a8",
+            "openvino_w8a8",
+            "torchao_w8a8",
             "w8a8_pt2e_head",
             "w8a8_dynamic",
             "w8a8_smoothquant",
