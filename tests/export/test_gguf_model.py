@@ -76,7 +76,8 @@ def test_llama_cpp_computes_the_same(family: str, make_model: Callable[..., nn.M
 @pytest.mark.parametrize("kind", [name for name in NEAREST if name != "q8_0"])
 def test_llama_cpp_reads_every_type(kind: str, make_model: Callable[..., nn.Module], tmp_path: Path) -> None:
     needs_llama_cpp()
-    assert error_in_llama_cpp(tiny(make_model, "llama", NEAREST[kind]), tmp_path) <= ROUNDED
+    wide = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64} if kind.endswith("_k") else {}
+    assert error_in_llama_cpp(tiny(make_model, "llama", NEAREST[kind], **wide), tmp_path) <= ROUNDED
 
 
 @pytest.mark.slow
@@ -92,6 +93,7 @@ def test_rotary_embeddings(rope: dict[str, Any], make_model: Callable[..., nn.Mo
     [
         ("gguf_q8_0", (), ROUNDED),
         pytest.param("gguf_q4_0", CALIBRATED, ROUNDED, marks=pytest.mark.slow),
+        pytest.param("gguf_q4_k", CALIBRATED, ROUNDED, marks=pytest.mark.slow),
         pytest.param("gguf_q4_0", (*CALIBRATED, "model.dtype=bfloat16"), 3e-2, marks=pytest.mark.slow),
     ],
 )

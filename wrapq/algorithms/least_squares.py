@@ -26,8 +26,8 @@ from wrapq.quant.spec import QuantSpec
 from wrapq.quant.super_blocks import put_together, round_codes, rounded_step, split_super, taken_apart
 from wrapq.statistics.input import InputStatistics
 
-_SHARES = tuple(1.06 - 0.015 * i for i in range(10)) + tuple(0.9 - 0.025 * i for i in range(9))
-"""The scales that are tried first, relative to that of the whole range."""
+_SHARES = (*(1.06 - 0.015 * i for i in range(11)), *(0.88 - 0.04 * i for i in range(10)))
+"""The scales that are tried first, relative to that of the whole range; where they may be negative, of both signs."""
 _LEAST_SHARE = 1e-6
 """Of the mean importance, what a column without data has."""
 _SWEEPS = 2
@@ -105,7 +105,7 @@ class _Groups:
         """The best there is, begun from the parameters of the whole range, which it is no worse than."""
         spec = self.spec
         whole = best = self.tried(scale, minimum)
-        for share in _SHARES:
+        for share in (*_SHARES, *(-share for share in _SHARES if spec.signed_scale)):
             best = best.or_better(self.tried(*self.solved(self.codes(scale * share, minimum), scale, minimum)))
         for _ in range(2):
             best = best.or_better(self.tried(*self.solved(self.codes(*best[:2]), *best[:2])))

@@ -387,7 +387,8 @@ def _axis(rank: int, spec: QuantSpec) -> int:
 def _groups(shape: Sequence[int], spec: QuantSpec) -> int:
     width, size = shape[-1] if len(shape) else 1, spec.group_size or 1
     if spec.super_blocks and width % SUPER_BLOCK:
-        raise SpecError(f"{spec}: super-blocks of {SUPER_BLOCK} do not divide the width {width}")
+        what = f"super-blocks of {SUPER_BLOCK} do not divide the width {width}"
+        raise SpecError(f"{spec}: {what}; with scale=float16 each group stands by itself")
     if width % size:
         raise SpecError(f"{spec}: group size {size} does not divide the width {width} ({width % size} left over)")
     return width // size

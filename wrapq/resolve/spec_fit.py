@@ -169,7 +169,6 @@ def _check_groups(spec: QuantSpec, shape: Sequence[int]) -> None:
     except SpecError as error:
         width = shape[-1]
         near = sorted((d for d in range(8, width + 1) if width % d == 0), key=lambda d: abs(d - (spec.group_size or 0)))
-        hint = (
-            f"; {width} is divided by {', '.join(map(str, near[:4]))}" if near and spec.granularity == "group" else ""
-        )
+        divided = near and spec.granularity == "group" and not spec.super_blocks
+        hint = f"; {width} is divided by {', '.join(map(str, near[:4]))}" if divided else ""
         raise SpecError(f"{error}{hint}") from None

@@ -49,6 +49,8 @@ def nearest_type(spec: QuantSpec) -> str:
     bits = spec.dtype.bits
     if spec.dtype.kind != "int":
         return "mxfp4" if bits <= 4 else "q8_0"
+    if spec.super_blocks and bits <= 6:
+        return "q6_k" if spec.symmetric or bits == 6 else f"q{max(4, bits)}_k"
     return "q8_0" if bits > 5 else _INTEGERS[max(4, bits), spec.symmetric]
 
 
