@@ -26,13 +26,15 @@ from wrapq.quant.spec import QuantSpec
 from wrapq.quant.super_blocks import put_together, round_codes, rounded_step, split_super, taken_apart
 from wrapq.statistics.input import InputStatistics
 
-_SHARES = (*(1.06 - 0.015 * i for i in range(11)), *(0.88 - 0.04 * i for i in range(10)))
-"""The scales that are tried first, relative to that of the whole range; where they may be negative, of both signs."""
+_SHARES = (*(1.06 - 0.02 * i for i in range(8)), *(0.88 - 0.06 * i for i in range(6)))
+"""The scales that are tried first, relative to that of the whole range."""
+_FEW_BITS = 4
+"""With which it matters on which side the odd level lies, so that scales of both signs are tried."""
 _LEAST_SHARE = 1e-6
 """Of the mean importance, what a column without data has."""
 _SWEEPS = 2
 """How often integers and steps of super-blocks are chosen in turn: more gain a hundredth."""
-_PIECE = 1 << 18  # elements that are fitted at once on a CPU: what stays in a core's cache
+_PIECE = 1 << 16  # elements that are fitted at once on a CPU: what stays in a core's cache
 
 
 @ALGORITHMS.register("least_squares")
@@ -67,12 +69,12 @@ def fitted_ranges(weight: Tensor, spec: QuantSpec, importance: Tensor, where: st
     weight, mean = weight.float(), float(importance.mean())
     whole = checked_qparams(*reduce_range(weight, spec), spec, where)
     shares = importance.float() / mean if mean else torch.ones_like(importance, dtype=torch.float32)
-    columns, minima = split_groups(shares.clamp(min=_LEAST_SHARE), spec), whole.zero_point
+    columns, minima = split_groups(shares.clamp(min=_LEAST_SHARE), spec).t()[:, None].contiguous(), whole.zero_point
     rows = max(1, _PIECE // weight.shape[1]) if weight.device.type == "cpu" else len(weight)
     found: list[_Fit] = []
     for start in range(0, len(weight), rows):
         part = slice(start, start + rows)
-        groups = _Groups(split_groups(weight[part], spec), columns, spec)
+        groups = _Groups(split_groups(weight[part], spec).movedim(-1, 0).contiguous(), columns, spec)
         scale = whole.scale[part]
         found.append(groups.fitted(scale, torch.zeros_like(scale) if minima is None else minima[part]))
     scale, minimum = torch.cat([fit.scale for fit in found]), torch.cat([fit.minimum for fit in found])
@@ -94,10 +96,12 @@ class _Fit(NamedTuple):
 
 
 class _Groups:
-    """Groups of weights `x` [n, G, g], whose elements count as much as `h` [G, g] says."""
+    """Groups of weights `x` [g, n, G], whose elements count as much as `h` [g, 1, G] says: sums over the first axis are
+    fast."""
 
     def __init__(self, x: Tensor, h: Tensor, spec: QuantSpec) -> None:
         self.x, self.h, self.spec = x, h, spec
+        self.hx = (x * h).sum(0)
         self.free_minimum = not spec.symmetric
         self.least = 0.0 if spec.super_blocks else -torch.inf  # of minima
 
@@ -105,7 +109,8 @@ class _Groups:
         """The best there is, begun from the parameters of the whole range, which it is no worse than."""
         spec = self.spec
         whole = best = self.tried(scale, minimum)
-        for share in (*_SHARES, *(-share for share in _SHARES if spec.signed_scale)):
+        both = spec.signed_scale and spec.dtype.bits <= _FEW_BITS
+        for share in (*_SHARES, *(-share for share in _SHARES if both)):
             best = best.or_better(self.tried(*self.solved(self.codes(scale * share, minimum), scale, minimum)))
         for _ in range(2):
             best = best.or_better(self.tried(*self.solved(self.codes(*best[:2]), *best[:2])))
@@ -120,24 +125,24 @@ class _Groups:
         return whole.or_better(fit, spec.groups_at_once)
 
     def codes(self, scale: Tensor, minimum: Tensor) -> Tensor:
-        """The codes nearest to the weights, float32 [n, G, g]."""
+        """The codes nearest to the weights, float32 [g, n, G]."""
         dtype = self.spec.dtype
-        return (self.x + minimum[..., None]).div_(scale[..., None]).round_().clamp_(dtype.qmin, dtype.qmax)
+        return (self.x + minimum).div_(scale).round_().clamp_(dtype.qmin, dtype.qmax)
 
     def tried(self, scale: Tensor, minimum: Tensor) -> _Fit:
         """These parameters with their error."""
-        lost = self.codes(scale, minimum).mul_(scale[..., None]).sub_(minimum[..., None]).sub_(self.x)
-        return _Fit(scale, minimum, lost.square_().mul_(self.h).sum(-1))
+        lost = self.codes(scale, minimum).mul_(scale).sub_(minimum).sub_(self.x)
+        return _Fit(scale, minimum, lost.square_().mul_(self.h).sum(0))
 
     def solved(self, q: Tensor, scale: Tensor, minimum: Tensor) -> tuple[Tensor, Tensor]:
         """The best parameters for codes; those given where none are usable."""
         hq = q * self.h
-        qx, qq = (hq * self.x).sum(-1), (hq * q).sum(-1)
+        qx, qq = (hq * self.x).sum(0), (hq * q).sum(0)
         alone = qx / qq.clamp(min=TINY)
         if not self.free_minimum:
             usable = (qq > 0) & (alone.abs() > TINY) & (self.spec.signed_scale | (alone > 0))
             return torch.where(usable, alone, scale), minimum
-        h, x, ones = self.h.sum(-1), (self.x * self.h).sum(-1), hq.sum(-1)
+        h, x, ones = self.h.sum(0), self.hx, hq.sum(0)
         split = h * qq - ones.square()
         fit, low = (h * qx - x * ones) / split, (ones * qx - qq * x) / split
         bounded = low < self.least
@@ -159,10 +164,10 @@ class _Groups:
     def _stepped(self, fit: _Fit, step: Tensor, low_step: Tensor) -> tuple[Tensor, Tensor]:
         """The parameters of `fit` with the best steps for its integers and codes."""
         spec, q = self.spec, self.codes(*fit[:2])
-        a, b = q * fit.scale[..., None], fit.minimum[..., None].expand_as(q)  # x ~ r a - t b
+        a, b = q * fit.scale, fit.minimum.expand_as(q)  # x ~ r a - t b
 
         def sums(left: Tensor, right: Tensor) -> Tensor:
-            return split_super((left * right * self.h).sum(-1), spec).sum(-1, keepdim=True)
+            return split_super((left * right * self.h).sum(0), spec).sum(-1, keepdim=True)
 
         aa, ax = sums(a, a), sums(a, self.x)
         r, t = ax / aa.clamp(min=TINY), torch.ones_like(aa)
