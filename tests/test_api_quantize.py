@@ -31,11 +31,13 @@ NO_ATTENTION = "rules.cache.match: type 'Attention' matches no module"
 BATCH_NORM = "rules.norm.match: matches only modules that have no wrapper: BatchNorm2d"
 GROUPS = [f"group size 128 does not divide the width {width} ({width} left over)" for width in (27, 16, 9, 32)]
 GROUPS_OF_32 = [each.replace("128", "32") for each in GROUPS[:-1]]
+WIDTHS = "super-blocks of 256 do not divide the width {}; with scale=float16 each group stands by itself"
 NO_LOGITS = (
     "stack.round.gradient: tokens count by the gradient of a language model's loss, and {} makes no logits of tokens"
 )
 ON_AN_ENCODER = {
     "demo": [MLP],
+    "gguf_q4_k": [WIDTHS.format(128)] * 2,
     "w2a16_autoround": [OUTSIDE.format("pooler.dense")],
     "w4a16_autoround": [OUTSIDE.format("pooler.dense")],
     "w4a16_gptq_gradient": [NO_LOGITS.format("BertModel")],
@@ -44,6 +46,7 @@ ON_AN_ENCODER = {
 ON_A_NETWORK = {
     "demo": [MLP],
     "gguf_q4_0": [NO_EMBEDDING],
+    "gguf_q4_k": [NO_EMBEDDING, WIDTHS.format(128)],
     "gguf_q8_0": [NO_EMBEDDING],
     "circle_int16": [NO_EMBEDDING, BATCH_NORM],
     "int16_activations": [NO_EMBEDDING, BATCH_NORM],
@@ -58,6 +61,7 @@ ON_CONVOLUTIONS = {
     **dict.fromkeys(NAMES, GROUPS),
     "demo": [MLP],
     "gguf_q4_0": [NO_EMBEDDING, *GROUPS_OF_32],
+    "gguf_q4_k": [NO_EMBEDDING, *map(WIDTHS.format, (27, 16, 9, 32, 128))],
     "gguf_q8_0": [NO_EMBEDDING, *GROUPS_OF_32],
     "circle_int16": [NO_EMBEDDING, BATCH_NORM],
     "executorch_w4a8": GROUPS_OF_32,

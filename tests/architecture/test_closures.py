@@ -33,8 +33,8 @@ LAUNCHERS = tuple(m.name for m in modules() if m.name.startswith("wrapq.sweep.la
 LIMITS = {
     **dict.fromkeys(CONTRACTS, 20),
     **dict.fromkeys(LAUNCHERS, 16),
-    "wrapq.algorithms.rtn": 15,
-    "wrapq.algorithms.gptq": 21,
+    "wrapq.algorithms.rtn": 18,
+    "wrapq.algorithms.gptq": 25,
 }
 MEASURE = """
 import importlib, json, multiprocessing, sys

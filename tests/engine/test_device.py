@@ -29,6 +29,7 @@ SMALL = (
 )
 GROUPS = "rules.linear.weight=int4:g32:sym"
 FLOAT_ZEROS = "rules.linear.weight='uint4:g32:asym:zero=float'"
+MINIMA = "rules.linear.weight='uint4:g32:asym:zero=min'"
 RANGES = ("rules.linear.input=int8:tensor:asym", "+algorithm@stack.ranges=ranges")
 OBSERVERS = ("mse", "entropy", "percentile", "ema")
 FP8_BLOCKS = ("rules.linear.weight=fp8_e4m3:b32x32", "rules.linear.input=fp8_e4m3:g32:dyn")
@@ -45,6 +46,7 @@ CASES = {
     "corrected": ("opt", "w4a16_rtn", ("rules.linear.weight=int4:channel", "+algorithm@stack.fix=bias_correction")),
     "adaround": ("gpt2", "w4a16_rtn", (GROUPS, "algorithm@stack.round=adaround", "stack.round.iterations=2")),
     "hqq": ("llama", "w4a16_rtn", (FLOAT_ZEROS, "algorithm@stack.round=hqq", *RANGES)),
+    "least squares": ("llama", "w4a16_rtn", (MINIMA, "algorithm@stack.round=least_squares")),
     "seqmse, nvfp4": ("llama", "w4a16_gptq", ("rules.linear.weight=nvfp4", "algorithm@stack.round=seqmse")),
     "equalized, nf4": ("llama", "w4a16_rtn", ("rules.linear.weight=nf4:g32", "+algorithm@stack.cle=cle", *RANGES)),
     "fp8 blocks": (

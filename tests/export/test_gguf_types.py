@@ -26,6 +26,7 @@ gguf = pytest.importorskip("gguf")
 
 MINIMUM = 5e-4
 """Relative to the largest weight, where a minimum in half precision stands for a zero point."""
+WIDTH = 512
 
 
 def dequantized(data: np.ndarray, kind: str) -> Tensor:
@@ -40,19 +41,20 @@ def file_of(model: nn.Module, folder: Path) -> dict[str, object]:
 
 SPECS = [*NEAREST.items(), ("q4_0", "int4:g32:sym:signed:scale=float16"), ("q4_0", "uint4:g32:sym:scale=float16")]
 SPECS += [("q8_0", "uint8:g32:sym:scale=float16"), ("q4_1", "int4:g32:asym:scale=float16"), ("q8_0", "mxint8")]
-SPECS += [("q5_1", "uint5:g32:asym:zero=float:scale=float16")]
+SPECS += [("q4_1", "uint4:g32:asym:scale=float16"), ("q5_1", "uint5:g32:asym:zero=float:scale=float16")]
+SPECS += [("q6_k", "int6:g16:scale=int8")]
 
 
 @pytest.mark.parametrize(("kind", "text"), SPECS, ids=[text for _, text in SPECS])
 def test_a_type_holds_the_codes(kind: str, text: str) -> None:
     spec = QuantSpec.parse(text)
-    weight = torch.randn(8, 96) * torch.logspace(-3, 1, 8)[:, None]
+    weight = torch.randn(8, WIDTH) * torch.logspace(-3, 1, 8)[:, None]
     weight[0] = 0
     qparams = observe_tensor(weight, spec, "weight")
     codes = qparams.quantize(weight)
     found, expected = dequantized(blocks(codes, qparams, "weight"), kind), qparams.dequantize(codes, torch.float32)
     assert type_of(spec) == kind
-    if spec.symmetric:
+    if spec.symmetric or spec.zero_point == "min":
         assert torch.equal(found, expected)
     else:
         assert (found - expected).abs().max() <= MINIMUM * expected.abs().max()
@@ -67,6 +69,7 @@ def test_a_type_holds_the_codes(kind: str, text: str) -> None:
         ("int8:channel", "q8_0"),
         ("uint8:g32:asym", "q8_0"),
         ("int6:g32", "q8_0"),
+        ("uint4:g16:asym:scale=uint6:zero=min", "q4_k"),
         ("nf4:g32", "mxfp4"),
         ("nvfp4", "mxfp4"),
         ("fp8_e4m3:b128x128", "q8_0"),

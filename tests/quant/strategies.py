@@ -28,21 +28,26 @@ def specs(draw: st.DrawFn) -> QuantSpec:
     dynamic = granularity == "token" or draw(st.booleans())
     dtype = draw(all_dtypes)
     symmetric = dtype.kind != "int" or draw(st.booleans())
-    scale_dtype = draw(st.sampled_from([name for name in SCALE_BITS if symmetric or name != "e8m0"]))
+    size = draw(st.one_of(st.integers(1, 4096), st.sampled_from([8, 16, 32, 256])))
+    above = granularity == "group" and not dynamic and 256 % size == 0 and dtype.kind == "int"
+    above = above and dtype.signed == symmetric
+    kinds = [name for name in SCALE_BITS if (symmetric or name != "e8m0") and (above or "int" not in name)]
+    scale_dtype = draw(st.sampled_from(kinds))
     free = not symmetric and not dynamic and scale_dtype in ("float32", "bfloat16", "float16")
+    forced = "min" if "int" in scale_dtype and not symmetric else "int"
     global_scale = granularity == "group" and symmetric and scale_dtype == "fp8_e4m3" and draw(st.booleans())
     signed = symmetric and not dynamic and dtype.kind == "int" and dtype.signed
     return QuantSpec(
         dtype=dtype,
-        signed_scale=signed and scale_dtype in ("float32", "bfloat16", "float16") and draw(st.booleans()),
+        signed_scale=signed and scale_dtype in ("float32", "bfloat16", "float16", "int8") and draw(st.booleans()),
         block_size=draw(st.tuples(st.integers(1, 512), st.integers(1, 512))) if granularity == "block" else None,
         scale_dtype=scale_dtype,
-        zero_point=draw(st.sampled_from(["int", "float"])) if free else "int",
+        zero_point=draw(st.sampled_from(["int", "float", "min"][: 2 if dtype.signed else 3])) if free else forced,
         global_scale=global_scale,
         local=global_scale and not dynamic and draw(st.booleans()),
         granularity=granularity,
         axis=draw(st.integers(-4, 4)) if granularity == "channel" else None,
-        group_size=draw(st.integers(1, 4096)) if granularity == "group" else None,
+        group_size=size if granularity == "group" else None,
         symmetric=symmetric,
         dynamic=dynamic,
         observer="minmax" if dynamic else draw(st.sampled_from(["minmax", "ema", "percentile", "mse"])),

@@ -124,7 +124,7 @@ def test_constant_tensors(scale: str, value: float):
         ("fp8_e4m3:channel:zero=float", "for asymmetric integers"),
         ("mxint8:zero=float", "for asymmetric integers"),
         ("int4:g64:asym:scale=fp8_e4m3:zero=float", "in float32, bfloat16, float16, not fp8_e4m3"),
-        ("int4:g64:asym:zero=bfloat16", "unknown kind of zero point 'bfloat16'; one of: int, float"),
+        ("int4:g64:asym:zero=bfloat16", "unknown kind of zero point 'bfloat16'; one of: int, float, min"),
         ("int4:g64:asym:zero=float:zero=int", "says zero_point twice"),
     ],
 )

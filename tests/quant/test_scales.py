@@ -34,7 +34,12 @@ EVERY = [
     "uint4:g32:asym:scale=bfloat16",
     "int4:g32:scale=fp8_e4m3",
     "fp4_e2m1:g16:scale=fp8_e4m3",
+    "uint4:g32:asym:scale=float16:zero=min",
 ]
+
+
+COLUMNS = 256
+"""Of a super-block."""
 
 
 def bits(x: Tensor) -> Tensor:
@@ -45,19 +50,19 @@ def bits(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @given(data=st.data())
 def test_fake_quantize_is_dequantize_of_packed_codes_to_the_bit(text: str, dtype: torch.dtype, data: st.DataObject):
-    x = data.draw(matrices(rows=7, columns=64, dtype=dtype)).clamp(-60000, 60000)
+    x = data.draw(matrices(rows=7, columns=COLUMNS, dtype=dtype)).clamp(-60000, 60000)
     qparams = observe_tensor(x, QuantSpec.parse(text), "w")
     codes = qparams.quantize(x)
     kind = qparams.spec.dtype
     assert codes.dtype == affine.storage_dtype(kind)
-    assert torch.equal(unpack(pack(codes, kind), kind, 64), codes)
+    assert torch.equal(unpack(pack(codes, kind), kind, COLUMNS), codes)
     fake = qparams.fake_quantize(x)
     assert fake.dtype == dtype and fake.shape == x.shape
     assert torch.equal(bits(fake), bits(qparams.dequantize(codes, dtype)))
 
 
 @pytest.mark.parametrize("text", EVERY)
-@given(x=matrices(rows=7, columns=64))
+@given(x=matrices(rows=7, columns=COLUMNS))
 def test_quantizing_what_was_quantized_changes_nothing(text: str, x: Tensor):
     qparams = observe_tensor(x, QuantSpec.parse(text), "w")
     once = qparams.fake_quantize(x)
@@ -65,11 +70,12 @@ def test_quantizing_what_was_quantized_changes_nothing(text: str, x: Tensor):
 
 
 @pytest.mark.parametrize("text", EVERY)
-@given(x=matrices(rows=7, columns=64))
+@given(x=matrices(rows=7, columns=COLUMNS))
 def test_parameters_survive_storage_in_the_scale_dtype(text: str, x: Tensor):
     qparams = observe_tensor(x, QuantSpec.parse(text), "w")
     stored = qparams.tensors("weight")
     expected = {"e8m0": torch.uint8, "fp8_e4m3": torch.float8_e4m3fn, "bfloat16": torch.bfloat16}
+    expected |= dict.fromkeys(("int8", "uint6"), torch.int32)
     kind = expected.get(qparams.spec.scale_dtype, getattr(torch, qparams.spec.scale_dtype, None))
     assert stored["weight_scale"].dtype == kind
     assert QParams.from_tensors("weight", stored, qparams.spec).digest() == qparams.digest()

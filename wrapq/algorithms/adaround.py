@@ -49,7 +49,7 @@ class AdaRound(Rounder):
     groups_at_once = True  # a step for the nine weights of a depthwise channel takes as long as for all channels
 
     def unsupported(self, spec: QuantSpec) -> str | None:
-        if spec.zero_point == "float":
+        if spec.zero_point != "int":
             return "its neighbours are those of an integer zero point"
         return None if spec.dtype.kind == "int" else "the numbers of its grid are not evenly spaced"
 

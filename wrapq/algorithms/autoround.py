@@ -40,9 +40,9 @@ class AutoRound(BlockRounder):
     options: AutoRoundOptions
 
     def unsupported(self, spec: QuantSpec) -> str | None:
-        if spec.global_scale:
+        if spec.global_scale or spec.super_blocks:
             return "its scales are relative to another"
-        if spec.zero_point == "float":
+        if spec.zero_point != "int":
             return "it learns integer zero points"
         return None if spec.dtype.kind == "int" else "the numbers of its grid are not evenly spaced"
 

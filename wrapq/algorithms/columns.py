@@ -46,7 +46,7 @@ def gptq(
     run = order // tile((rows, columns), spec)[1]  # of each column, as they come
     lines = lambda value: by_run(value, first + rows, columns, spec)[:, first:]  # noqa: E731
     scale = _side_by_side([lines(r.effective_scale) for r in ranges], 1)
-    zeros = [lines(r.zero_point.float()) for r in ranges if r.zero_point is not None]
+    zeros = [lines(zero.float()) for r in ranges if (zero := r.zero_in_steps) is not None]
     zero = _side_by_side(zeros, 0) if zeros else None
     # [K, N x ranges]: the open columns, then in their place grid points
     steps = _side_by_side([weight.float().t()[order]] * len(ranges), 0)

@@ -30,8 +30,8 @@ def descend(weight: Tensor, codes: Tensor, qparams: QParams, hessian: Tensor, sw
     run = torch.arange(columns, device=weight.device) // tile((rows, columns), spec)[1]
     lines = lambda value: by_run(value, rows, columns, spec)[run]  # noqa: E731
     scale, zero = lines(qparams.effective_scale), None  # [K, N], as all that follows
-    if qparams.zero_point is not None:
-        zero = lines(qparams.zero_point.float())
+    if (zeros := qparams.zero_in_steps) is not None:
+        zero = lines(zeros.float())
     values, target = qparams.dequantize(codes, torch.float32).t().contiguous(), weight.float().t()
     of_groups = hessian[None] if hessian.dim() == 2 else hessian
     size = rows // len(of_groups)

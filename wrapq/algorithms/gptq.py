@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 from wrapq.algorithms.base import ALGORITHMS, Rounded, Rounder
 from wrapq.algorithms.columns import Solved, gptq
 from wrapq.algorithms.descent import descend
+from wrapq.algorithms.least_squares import fitted_ranges, unfitted
 from wrapq.algorithms.seqmse import best_ranges, output_error, search_ranges, tile, unread_observer, weight_error
 from wrapq.observers.base import observe_tensor
 from wrapq.quant.qparams import QParams
@@ -107,7 +108,10 @@ class GPTQ(Rounder):
             return [observe_tensor(weight, spec, where)]
         observed = [] if spec.observer == DEFAULT_OBSERVER else [observe_tensor(weight, spec, where)]
         measures, together = [output_error(hessian, spec), weight_error], hessian.dim() == 3
-        return [*observed, *best_ranges(weight, spec, where, measures, CANDIDATES, SMALLEST, together)]
+        found = [*observed, *best_ranges(weight, spec, where, measures, CANDIDATES, SMALLEST, together)]
+        if together or unfitted(spec):
+            return found
+        return [*found, fitted_ranges(weight, spec, hessian.diagonal(), where)]
 
 
 def _damped(hessian: Tensor, factors: Sequence[Factor]) -> Tensor:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from wrapq.algorithms.base import ALGORITHMS, Rounded, Rounder
 from wrapq.observers.base import observe_tensor, scale_rows
-from wrapq.quant.affine import TINY, round_scale, round_to_grid, round_zero_point
+from wrapq.quant.affine import round_to_grid
 from wrapq.quant.qparams import QParams
+from wrapq.quant.rounded_scales import TINY, round_scale, round_zero_point
 from wrapq.quant.spec import QuantSpec
 from wrapq.registry import Options
 from wrapq.statistics.input import InputStatistics
@@ -38,8 +39,9 @@ class HQQ(Rounder):
     options: HQQOptions
 
     def unsupported(self, spec: QuantSpec) -> str | None:
-        fixed = spec.scale_dtype == "e8m0" or spec.global_scale
-        return f"its scales are {'relative' if spec.global_scale else 'powers of two'}, not free" if fixed else None
+        if spec.scale_dtype == "e8m0" or spec.global_scale or spec.super_blocks:
+            return f"its scales are {'powers of two' if spec.scale_dtype == 'e8m0' else 'relative'}, not free"
+        return "it finds zero points, and a minimum is none" if spec.zero_point == "min" else None
 
     def round(self, weight: Tensor, spec: QuantSpec, where: str, statistics: InputStatistics | None = None) -> Rounded:
         start = observe_tensor(weight, spec, where)

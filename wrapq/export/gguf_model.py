@@ -64,7 +64,7 @@ class Gguf(Exporter):
         specs = [point.quant_spec for module in plan.modules for point in module.points]
         if any(spec.scale_dtype == "float32" for spec in specs):
             yield "scales are rounded to half precision; scale=float16 in a spec calibrates with such ones"
-        if any(not spec.symmetric for spec in specs):
+        if any(not spec.symmetric and spec.zero_point != "min" for spec in specs):
             yield "the least number of each group is rounded to half precision, where wrapq has a zero point"
         config, architecture = ModelSource(plan.recipe.model).hf_config, ARCHITECTURES[plan.model.type]
         if (length := context_length(config, architecture)) < config.max_position_embeddings:

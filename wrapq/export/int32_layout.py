@@ -188,7 +188,7 @@ class Int32Layout(Exporter, ABC):
             return f"{self.layout} has integers of {_listed(self.bits)} bits"
         if spec.granularity not in _SHARED or spec.axis not in (None, 0, -2):
             return f"{self.layout} has scales by channel and by group of inputs"
-        if spec.zero_point == "float":
+        if spec.zero_point != "int":
             return f"zero points of {self.layout} are integers"
         if spec.global_scale:
             return f"{self.layout} has no scale above the others"

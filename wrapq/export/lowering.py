@@ -32,7 +32,7 @@ def inexpressible(spec: QuantSpec, weight: bool) -> str | None:
     """What of `spec` these operators cannot say, of a weight or an activation; None where they can say all of it."""
     if spec.dtype.kind != "int":
         return f"there are operators for integers, not for {spec.dtype.name}"
-    if spec.zero_point == "float":
+    if spec.zero_point != "int":
         return "zero points are integers"
     if spec.global_scale or spec.local:
         return "a scale has no second one above it"

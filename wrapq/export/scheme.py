@@ -117,7 +117,7 @@ def _args(spec: QuantSpec) -> Args:
     dtype = spec.dtype
     if dtype.kind != "int" and dtype.name not in _FLOATS:
         raise SpecError(f"{spec}: compressed-tensors knows the floats {' and '.join(_FLOATS)}, not {dtype}")
-    if spec.zero_point == "float":
+    if spec.zero_point != "int":
         raise SpecError(f"{spec}: compressed-tensors' zero points are integers")
     if dtype.bits > MOST_BITS:
         raise SpecError(f"{spec}: compressed-tensors' readers hold numbers of at most {MOST_BITS} bits")

@@ -107,7 +107,7 @@ def _check(module: ModulePlan, specs: Mapping[str, QuantSpec], refusals: Refusal
 def _weight_reason(spec: QuantSpec) -> str | None:
     if spec.dtype.kind != "int" or not 2 <= spec.dtype.bits <= 8:
         return "its tensors have integers of 2 to 8 bits"
-    if spec.zero_point == "float" or spec.global_scale or spec.dynamic:
+    if spec.zero_point != "int" or spec.global_scale or spec.dynamic:
         return "its scales are fixed, with no second one above them, and zero points are integers"
     if spec.granularity == "group" or (spec.granularity == "channel" and (spec.axis or 0) % 2 == 0):
         return None

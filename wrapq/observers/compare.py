@@ -15,6 +15,7 @@ from wrapq.observers.base import OBSERVERS, Observer, all_finite, make_observer,
 from wrapq.observers.histogram import HistogramObserver
 from wrapq.observers.mse import histogram_error
 from wrapq.quant.affine import effective_scale, fake_quantize_elements, global_scale_for, range_to_qparams, reduce_range
+from wrapq.quant.rounded_scales import zero_in_steps
 from wrapq.quant.spec import QuantSpec
 from wrapq.registry import Options
 
@@ -122,8 +123,9 @@ class Compare(Observer):
             observer.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
 
     def _parameters(self, low: Tensor, high: Tensor, global_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        scale, zero_point = range_to_qparams(low.reshape(-1, 1), high.reshape(-1, 1), self.spec, global_scale)
-        return effective_scale(scale, global_scale), zero_point
+        spec = self.spec.with_free_scales()
+        scale, zero_point = range_to_qparams(low.reshape(-1, 1), high.reshape(-1, 1), spec, global_scale)
+        return effective_scale(scale, global_scale), zero_in_steps(scale, zero_point, spec)
 
     def _chosen(
         self, ranges: Mapping[str, tuple[Tensor, Tensor]], errors: Mapping[str, Tensor], elements: int

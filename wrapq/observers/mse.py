@@ -20,6 +20,7 @@ from wrapq.quant.affine import (
     scale_shape,
 )
 from wrapq.quant.dtypes import DType
+from wrapq.quant.rounded_scales import zero_in_steps
 from wrapq.quant.spec import QuantSpec
 
 STREAM_NORM, TENSOR_NORM = 2.0, 2.4
@@ -172,9 +173,10 @@ def _search(
 def _candidates(
     low: Tensor, high: Tensor, factors: Sequence[float], spec: QuantSpec, global_scale: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
+    spec = spec.with_free_scales()
     for factor in factors:
         scale, zero_point = range_to_qparams(low * factor, high * factor, spec, global_scale)
-        yield effective_scale(scale, global_scale), zero_point
+        yield effective_scale(scale, global_scale), zero_in_steps(scale, zero_point, spec)
 
 
 def _chunk(x: Tensor) -> int:

@@ -21,13 +21,15 @@ zero_point` for an integer, `q = round(x / scale + zero_point)` for a float, whi
 arithmetic is float32 whatever the input's dtype, in which every grid up to 16 bits and every difference of its points
 is exact.
 
+Where a spec's zero point is `min`, `zero_point` is what code 0 stands for with its sign turned, float32, a number and
+not of steps: `x ~ q * scale - minimum`, in this order.
+
 Where a spec has a global scale G, float32 (1,), the scale in use is `scale / G`: compressed-tensors' direction, in
 which G is large and `scale` fills the range of fp8_e4m3 (NVIDIA's own documents multiply by 1 / G).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import cast
 
@@ -36,16 +38,25 @@ from torch import Tensor
 
 from wrapq.errors import SpecError
 from wrapq.quant import casts
-from wrapq.quant.dtypes import DTYPES, DType
+from wrapq.quant.dtypes import SUPER_BLOCK, DType
+from wrapq.quant.rounded_scales import (
+    E4M3_LEAST,
+    E4M3_MAX,
+    TINY,
+    power_of_two_scale,
+    round_minimum,
+    round_scale,
+    round_zero_point,
+    usable_scale,
+    zero_in_steps,
+)
 from wrapq.quant.spec import QuantSpec
 
-TINY = torch.finfo(torch.float32).tiny
 LARGEST = torch.finfo(torch.bfloat16).max
 """The largest magnitude that a dequantized number may have: finite in float32 and in bfloat16."""
 FARTHEST = 2.0**14
 """How many steps a range with a float zero point may lie from zero: float32 resolves one to 1/512 there."""
 _PIECE, _GPU_PIECE = 1 << 22, 1 << 26  # elements that are worked on at once
-E4M3_MAX, E4M3_LEAST = DTYPES["fp8_e4m3"].largest, 2.0**-9
 
 
 def storage_dtype(dtype: DType) -> torch.dtype:
@@ -58,8 +69,10 @@ def storage_dtype(dtype: DType) -> torch.dtype:
 
 
 def zero_point_dtype(spec: QuantSpec) -> torch.dtype:
-    """What a zero point is stored in: an integer as a code, a float as the scale."""
-    return storage_dtype(spec.dtype) if spec.zero_point == "int" else getattr(torch, spec.scale_dtype)
+    """What a zero point is stored in: an integer as a code, a float as the scale, as which integers are packed."""
+    if spec.zero_point == "int":
+        return storage_dtype(spec.dtype)
+    return torch.int32 if spec.super_blocks else getattr(torch, spec.scale_dtype)
 
 
 def scale_shape(shape: Sequence[int], spec: QuantSpec) -> tuple[int, ...]:
@@ -158,50 +171,26 @@ def range_to_qparams(
     if spec.symmetric:
         bound = torch.maximum(low.abs(), high.abs())
         if spec.scale_dtype == "e8m0":
-            return _power_of_two_scale(bound, dtype), _zero_point_for(bound, dtype)
+            return power_of_two_scale(bound, dtype), _zero_point_for(bound, dtype)
         levels = dtype.largest_code - dtype.least_code if dtype.kind == "int" else 2 * dtype.largest
-        scale = _usable(bound / dtype.half_range, bound, LARGEST * 2 / (levels + 1))
+        scale = usable_scale(bound / dtype.half_range, bound, LARGEST * 2 / (levels + 1), spec)
         scale = scale if global_scale is None else torch.where(bound == 0, 1.0, bound / dtype.half_range * global_scale)
-        scale = round_scale(scale, spec)
-        scale = torch.where(high > -low, -scale, scale) if spec.signed_scale else scale
+        signs = torch.where(high > -low, -1.0, 1.0) if spec.signed_scale else 1.0
+        scale = round_scale(scale * signs, spec) if spec.super_blocks else round_scale(scale, spec) * signs
         return scale, _zero_point_for(scale, dtype)
     steps = dtype.qmax - dtype.qmin
     if spec.zero_point == "int":
         low, high = low.clamp(max=0), high.clamp(min=0)
+    elif spec.zero_point == "min":
+        minimum = round_minimum(-low, spec)
+        low, high = -minimum, torch.maximum(-minimum, high)
     half_width = high * 0.5 - low * 0.5  # halves, because the width of a finite range may be infinite
-    if spec.zero_point == "float":
+    if spec.zero_point != "int":
         half_width = torch.maximum(half_width, torch.maximum(low.abs(), high.abs()) * (steps / 2 / FARTHEST))
-    scale = round_scale(_usable(half_width / (steps / 2), half_width, LARGEST / steps), spec)
+    scale = round_scale(usable_scale(half_width / (steps / 2), half_width, LARGEST / steps, spec), spec)
+    if spec.zero_point == "min":
+        return scale, minimum
     return scale, round_zero_point((low / scale).neg_().add_(dtype.qmin), spec)
-
-
-def round_zero_point(zero_point: Tensor, spec: QuantSpec) -> Tensor:
-    """Float32 zero points as the spec has them: int32 on the grid, or float32 numbers of `zero_point_dtype`."""
-    if spec.zero_point == "int":
-        return zero_point.round().clamp_(spec.dtype.qmin, spec.dtype.qmax).to(torch.int32)
-    kind = zero_point_dtype(spec)
-    return zero_point.clamp(torch.finfo(kind).min, torch.finfo(kind).max).to(kind).float()
-
-
-def round_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
-    """Positive float32 scales rounded to the number of the spec's `scale_dtype` nearest to each, still float32."""
-    if spec.scale_dtype == "fp8_e4m3":
-        return casts.round_to_format(scale.clamp(E4M3_LEAST, E4M3_MAX), DTYPES["fp8_e4m3"])
-    if spec.scale_dtype in ("bfloat16", "float16"):
-        kind = getattr(torch, spec.scale_dtype)
-        least = 2.0**-24 if kind == torch.float16 else TINY
-        return scale.clamp(least, torch.finfo(kind).max).to(kind).float()
-    return scale
-
-
-def _power_of_two_scale(bound: Tensor, dtype: DType) -> Tensor:
-    largest, largest_exponent = math.frexp(dtype.half_range)
-    largest_exponent -= 1
-    mantissa, exponent = torch.frexp(bound)  # mantissas from 0.5 to 1
-    exponent = exponent - 1 - largest_exponent + (mantissa >= max(0.875, largest))
-    # 2**-127, the least e8m0, is no normal float32; dequantized numbers stay below 2**128
-    exponent = exponent.clamp_(-126, 126 - largest_exponent)
-    return torch.where(bound == 0, 1.0, torch.ldexp(torch.ones_like(bound), exponent))
 
 
 def _zero_point_for(scale: Tensor, dtype: DType) -> Tensor | None:
@@ -216,6 +205,7 @@ def quantize(
     Ties go to even, for integers before an integer zero point is added, for floats as `wrapq.quant.casts` says. NaN
     has a code in fp8 only; elsewhere the code it gets is any.
     """
+    zero_point = zero_in_steps(scale, zero_point, spec)
     return _restore(quantize_elements(*_align(x, scale, zero_point, spec, global_scale), spec.dtype), x, spec)
 
 
@@ -228,13 +218,16 @@ def dequantize(
     global_scale: Tensor | None = None,
 ) -> Tensor:
     """What the codes `q` stand for, `(q - zero_point) * scale`, in `dtype`, shaped like `q`."""
-    return _restore(dequantize_elements(*_align(q, scale, zero_point, spec, global_scale), spec.dtype, dtype), q, spec)
+    minimum, aligned = spec.zero_point == "min", _align(q, scale, zero_point, spec, global_scale)
+    return _restore(dequantize_elements(*aligned, spec.dtype, dtype, minimum), q, spec)
 
 
 def fake_quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec, global_scale: Tensor | None = None
 ) -> Tensor:
     """`dequantize(quantize(x))` to the bit, in the dtype of `x` and without the codes; NaN stays NaN."""
+    if spec.zero_point == "min":
+        return dequantize(quantize(x, scale, zero_point, spec), scale, zero_point, spec, x.dtype)
     return _restore(fake_quantize_elements(*_align(x, scale, zero_point, spec, global_scale), spec.dtype), x, spec)
 
 
@@ -268,15 +261,18 @@ def quantize_elements(x: Tensor, scale: Tensor, zero_point: Tensor | None, dtype
 
 
 def dequantize_elements(
-    q: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: DType, result: torch.dtype
+    q: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: DType, result: torch.dtype, minimum: bool = False
 ) -> Tensor:
-    """As `dequantize`, for codes of `dtype` and parameters that broadcast to them as they are."""
+    """As `dequantize`, for codes of `dtype` and parameters that broadcast to them as they are; `minimum` says that
+    `zero_point` is one."""
     if q.numel() > _piece(q) and len(q) > 1:
         whole = torch.empty(q.shape, dtype=result, device=q.device)
         for part, scales, zeros in _pieces(q, scale, zero_point):
-            whole[part] = dequantize_elements(q[part], scales, zeros, dtype, result)
+            whole[part] = dequantize_elements(q[part], scales, zeros, dtype, result, minimum)
         return whole
     steps = q.to(torch.float32, copy=True) if dtype.kind == "int" else casts.decode(q, dtype)
+    if minimum and zero_point is not None:
+        return _cast(steps.mul_(scale).sub_(zero_point), result)
     if zero_point is not None:
         steps.sub_(zero_point)
     return _cast(steps.mul_(scale), result)
@@ -351,10 +347,6 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype)
 
 
-def _usable(scale: Tensor, width: Tensor, largest: float) -> Tensor:
-    return torch.where(width == 0, 1.0, scale.clamp(TINY, largest))
-
-
 def _align(
     x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec, global_scale: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -394,6 +386,9 @@ def _axis(rank: int, spec: QuantSpec) -> int:
 
 def _groups(shape: Sequence[int], spec: QuantSpec) -> int:
     width, size = shape[-1] if len(shape) else 1, spec.group_size or 1
+    if spec.super_blocks and width % SUPER_BLOCK:
+        what = f"super-blocks of {SUPER_BLOCK} do not divide the width {width}"
+        raise SpecError(f"{spec}: {what}; with scale=float16 each group stands by itself")
     if width % size:
         raise SpecError(f"{spec}: group size {size} does not divide the width {width} ({width % size} left over)")
     return width // size

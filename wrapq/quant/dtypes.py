@@ -128,9 +128,13 @@ DTYPES: dict[str, DType] = {
     dtype.name: dtype for dtype in (*_INTEGERS, *_FLOATS, DType("nf4", 4, kind="codebook", largest=1.0))
 }
 
-ScaleDType = Literal["float32", "bfloat16", "float16", "fp8_e4m3", "e8m0"]
-"""The formats a scale can be rounded to; e8m0 is the powers of two, one byte of exponent."""
+ScaleDType = Literal["float32", "bfloat16", "float16", "fp8_e4m3", "e8m0", "int8", "uint6"]
+"""The formats a scale can be rounded to; e8m0 is the powers of two, one byte of exponent; integers are multiples of a
+number in half precision that a super-block shares."""
 SCALE_BITS: dict[ScaleDType, int] = {"float32": 32, "bfloat16": 16, "float16": 16, "fp8_e4m3": 8, "e8m0": 8}
+SCALE_BITS |= {"int8": 8, "uint6": 6}
+SUPER_BLOCK = 256
+"""Neighbouring elements whose scales, where these are integers, are multiples of one number."""
 
 
 def dtype_named(name: str) -> DType:

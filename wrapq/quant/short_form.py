@@ -29,11 +29,15 @@ ALIASES: dict[str, str] = {
     "mxfp4": "fp4_e2m1:g32:scale=e8m0",
     "mxint8": "int8:g32:scale=e8m0",
     "nvfp4": "fp4_e2m1:g16:scale=fp8_e4m3:global",
+    "q4_k": "uint4:g32:asym:scale=uint6:zero=min",
+    "q5_k": "uint5:g32:asym:scale=uint6:zero=min",
+    "q6_k": "int6:g16:sym:scale=int8:signed",
 }
 """Names of whole formats, with what they stand for.
 
 mx...: OCP Microscaling Formats (MX) Specification 1.0, table 1; of its two variants of 8 and of 6 bits the one with
-more mantissa has the plain name. nvfp4: NVIDIA's, as compressed-tensors stores it.
+more mantissa has the plain name. nvfp4: NVIDIA's, as compressed-tensors stores it. q..._k: ggml's k-quants, of
+super-blocks.
 """
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from wrapq.errors import SpecError, nearest
-from wrapq.quant.dtypes import SCALE_BITS, DType, ScaleDType, dtype_named
+from wrapq.quant.dtypes import SCALE_BITS, SUPER_BLOCK, DType, ScaleDType, dtype_named
 from wrapq.quant.short_form import SIZES, Option, meant_word, parse_fields
 
 Granularity = Literal["tensor", "channel", "group", "block", "token", "head"]
-ZeroPoint = Literal["int", "float"]
+ZeroPoint = Literal["int", "float", "min"]
 GRANULARITIES: tuple[str, ...] = get_args(Granularity)
 FLOAT = "float"
 """The word that stands for "not quantized" wherever a spec may be written."""
@@ -33,9 +33,12 @@ class QuantSpec:
         symmetric: the grid is centred on zero, which needs no stored zero point; only integers can be asymmetric.
         dynamic: scales are computed from each tensor as it comes, not from calibration.
         local: group scales are computed from each tensor as it comes, but the global scale comes from calibration.
-        scale_dtype: what scales are rounded to; `e8m0` makes them powers of two, as MX formats have them.
+        scale_dtype: what scales are rounded to; `e8m0` makes them powers of two, as MX formats have them; `uint6` and
+            `int8` make them such integers times a number in half precision that 256 neighbours share, a super-block, as
+            ggml's k-quants have them.
         zero_point: `int`, which puts zero on the grid; or `float`, not rounded, in the dtype of the scale, as HQQ and
-            tinygemm have it, which lets an asymmetric range end where the numbers do.
+            tinygemm have it, which lets an asymmetric range end where the numbers do; or `min`, which stores in its
+            place what the number of code 0 is below zero, in the dtype of the scale, as ggml has it.
         signed_scale: scales may be negative, so that the level that a signed grid has more below zero than above lies
             on the longer side of each range, as AutoRound's package has it.
         global_scale: group scales are relative to one more float32 scale of the tensor, so that fp8_e4m3 holds them.
@@ -90,27 +93,55 @@ class QuantSpec:
         if self.scale_dtype == "e8m0" and not self.symmetric:
             raise SpecError("scale_dtype e8m0 is for symmetric specs: MX formats have no zero point")
         integers = self.dtype.kind == "int" and self.dtype.signed and self.symmetric
-        if self.signed_scale and (not integers or self.dynamic or self.scale_dtype not in _FLOAT_DTYPES):
-            what = "static, symmetric, signed integers with scales of a float dtype"
+        if self.signed_scale and (not integers or self.dynamic or self.scale_dtype not in (*_FLOAT_DTYPES, "int8")):
+            what = "static, symmetric, signed integers with scales of a float dtype or int8"
             raise SpecError(f"signed_scale (signed) is for {what}")
+        if self.super_blocks:
+            self._check_super_blocks()
         if self.global_scale and (self.granularity != "group" or self.scale_dtype != "fp8_e4m3" or not self.symmetric):
             raise SpecError("global_scale is for symmetric groups with scale_dtype fp8_e4m3, as nvfp4 has them")
         if self.local and (self.dynamic or not self.global_scale):
             what = "keeps a global scale and makes the group scales dynamic"
             raise SpecError(f"local {what}: it needs global_scale: true")
 
+    def _check_super_blocks(self) -> None:
+        if self.dynamic or self.granularity != "group" or SUPER_BLOCK % (self.group_size or 1):
+            what = f"is for static groups of a size that divides {SUPER_BLOCK}, whose scales share another"
+            raise SpecError(f"scale_dtype {self.scale_dtype} {what}")
+        if self.dtype.kind != "int" or (self.symmetric and not self.dtype.signed):
+            raise SpecError(f"scale_dtype {self.scale_dtype} is for signed integers, or asymmetric ones")
+        if not self.symmetric and self.zero_point != "min":
+            raise SpecError(f"scale_dtype {self.scale_dtype} has minima in place of zero points: add zero=min")
+
     def _check_zero_point(self) -> None:
         if self.zero_point not in (kinds := get_args(ZeroPoint)):
             raise SpecError(f"unknown kind of zero point {self.zero_point!r}; one of: {', '.join(kinds)}")
         if self.zero_point == "int":
             return
+        kind = self.zero_point
         if self.symmetric:
-            raise SpecError("zero_point float (zero=float) is for asymmetric integers: add symmetric: false (asym)")
+            raise SpecError(f"zero_point {kind} (zero={kind}) is for asymmetric integers: add symmetric: false (asym)")
         if self.dynamic:
-            raise SpecError("zero_point float (zero=float) is for static specs of weights, not dynamic ones")
-        if self.scale_dtype not in _FLOAT_DTYPES:
+            raise SpecError(f"zero_point {kind} (zero={kind}) is for static specs of weights, not dynamic ones")
+        if kind == "min" and self.dtype.signed:
+            raise SpecError(f"zero_point min (zero=min) is for unsigned integers, not {self.dtype}")
+        if self.scale_dtype not in _FLOAT_DTYPES and not (kind == "min" and self.super_blocks):
             known = ", ".join(_FLOAT_DTYPES)
-            raise SpecError(f"a float zero point is stored as the scale is, in {known}, not {self.scale_dtype}")
+            raise SpecError(f"a {kind} zero point is stored as the scale is, in {known}, not {self.scale_dtype}")
+
+    @property
+    def super_blocks(self) -> bool:
+        """Whether scales are integers times a number that a super-block shares."""
+        return self.scale_dtype in ("int8", "uint6")
+
+    def with_free_scales(self) -> QuantSpec:
+        """This spec, but for scales of super-blocks, which depend on each other: those are float32."""
+        return replace(self, scale_dtype="float32") if self.super_blocks else self
+
+    @property
+    def groups_at_once(self) -> int:
+        """The groups of a super-block."""
+        return SUPER_BLOCK // (self.group_size or 1)
 
     @classmethod
     def parse(cls, text: str) -> QuantSpec:

@@ -64,9 +64,11 @@ class SpecFields(BaseModel):
     local: bool | None = None
     """Whether group scales follow each tensor as it comes while the global scale is calibrated."""
     scale_dtype: ScaleDType | None = None
-    """What scales are rounded to; e8m0 makes them powers of two, as the MX formats have them."""
+    """What scales are rounded to; e8m0 makes them powers of two, as the MX formats have them; integers are multiples of
+    a number that a super-block of 256 elements shares."""
     zero_point: ZeroPoint | None = None
-    """For asymmetric weights: int, which puts zero on the grid, or float, not rounded, in the dtype of the scale."""
+    """For asymmetric weights: int, which puts zero on the grid; float, not rounded, in the dtype of the scale; or min,
+    which stores the least number in its place."""
     signed_scale: bool | None = None
     """Whether a symmetric integer's scales may be negative, so that the longer side of a range has one level more."""
     global_scale: bool | None = None

@@ -6,11 +6,12 @@ import math
 from collections.abc import Sequence
 from typing import cast
 
+import torch
 from torch import nn
 
 from wrapq.algorithms.base import Corrector
 from wrapq.quant.affine import scale_shape, storage_dtype, zero_point_dtype
-from wrapq.quant.dtypes import SCALE_BITS
+from wrapq.quant.dtypes import SCALE_BITS, SUPER_BLOCK, dtype_named
 from wrapq.quant.packing import packed_columns
 from wrapq.quant.spec import QuantSpec
 from wrapq.recipe.schema import Recipe
@@ -29,6 +30,10 @@ def weight_bytes(shape: tuple[int, int], spec: QuantSpec) -> int:
     """Bytes of a packed weight [N, K] with its scales and, where it has them, zero points and a global scale."""
     rows, columns = shape
     packed = rows * packed_columns(columns, spec.dtype) * _PARAMETER_BYTES
+    if spec.super_blocks:
+        words = packed_columns(columns // (spec.group_size or 1), dtype_named(spec.scale_dtype)) * _PARAMETER_BYTES
+        scales = rows * (words + columns // SUPER_BLOCK * torch.float16.itemsize)
+        return packed + (scales if spec.symmetric else 2 * scales)
     scales = math.prod(scale_shape(shape, spec))
     zero_points = 0 if spec.symmetric and spec.dtype.signed else scales
     zero_bytes = zero_points * zero_point_dtype(spec).itemsize

@@ -139,8 +139,8 @@ def _check_weight(site: Site, spec: QuantSpec) -> None:
 
 
 def _check_activation(site: Site, point: Point, spec: QuantSpec) -> None:
-    if spec.zero_point == "float":
-        raise SpecError(f"{spec}: float zero points are for weights; {point.name} needs zero_point: int")
+    if spec.zero_point != "int":
+        raise SpecError(f"{spec}: {spec.zero_point} zero points are for weights; {point.name} needs zero_point: int")
     fixed = site.wrapper.fixed_axes(site.module, point) if site.wrapper is not None else point.fixed_axes
     if spec.granularity == "block" and not spec.dynamic:
         what = "fixed blocks have rows, and so no meaning for tensors of varying length: use groups, or add dyn"
@@ -169,7 +169,6 @@ def _check_groups(spec: QuantSpec, shape: Sequence[int]) -> None:
     except SpecError as error:
         width = shape[-1]
         near = sorted((d for d in range(8, width + 1) if width % d == 0), key=lambda d: abs(d - (spec.group_size or 0)))
-        hint = (
-            f"; {width} is divided by {', '.join(map(str, near[:4]))}" if near and spec.granularity == "group" else ""
-        )
+        divided = near and spec.granularity == "group" and not spec.super_blocks
+        hint = f"; {width} is divided by {', '.join(map(str, near[:4]))}" if divided else ""
         raise SpecError(f"{error}{hint}") from None

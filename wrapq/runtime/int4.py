@@ -48,8 +48,8 @@ class _Int4(Kernel):
         spec, rows = module.specs["weight"], module.matrix_shape[0]
         if not is_integer(spec, _BITS):
             return f"weight {spec} is not a 4 bit integer with float32 scales"
-        if spec.zero_point == "float":
-            return f"weight {spec}: float zero points"
+        if spec.zero_point != "int":
+            return f"weight {spec}: {spec.zero_point} zero points"
         if spec.granularity != "group" or spec.group_size not in GROUPS:
             return f"weight {spec}: not in groups of {', '.join(map(str, GROUPS))}"
         if "input" in module.specs and (reason := ActivationQuantizer.unsupported(module.specs["input"])):

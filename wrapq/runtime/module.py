@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 
 from wrapq.quant.affine import dynamic_fake_quantize
 from wrapq.quant.packing import pack, unpack
-from wrapq.quant.qparams import QParams
+from wrapq.quant.qparams import STORED_PARTS, QParams
 from wrapq.quant.spec import QuantSpec
 from wrapq.quant.straight_through import straight_through
 from wrapq.runtime.kernel import Kernel
@@ -22,7 +22,7 @@ from wrapq.runtime.stand_in import WITHOUT, combined_class, shadow
 
 _log = logging.getLogger(__name__)
 
-_PARTS = ("packed", "shape", "scale", "zero_point", "permutation", "global_scale")
+_PARTS = ("packed", "shape", *STORED_PARTS)
 """What a point's tensors are called after the point."""
 
 

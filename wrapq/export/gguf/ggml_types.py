@@ -1,4 +1,4 @@
-"""Quantized weights in ggml's types of 32 weights in a block, which hold wrapq's codes as they are.
+"""Quantized weights in ggml's types, which hold wrapq's codes as they are.
 
 The layouts are those of llama.cpp, `ggml/src/ggml-common.h`; the numbers that they stand for are in `gguf.quants`.
 """
@@ -12,25 +12,31 @@ import torch
 from torch import Tensor
 
 from wrapq.errors import ModelError
+from wrapq.export.gguf.k_quants import TYPES as K_QUANTS
+from wrapq.export.gguf.k_quants import super_blocks
 from wrapq.quant.qparams import QParams
 from wrapq.quant.spec import QuantSpec
 
 GROUP = 32
 NEAREST = {
     "q4_0": "int4:g32:sym:scale=float16",
-    "q4_1": "uint4:g32:asym:scale=float16",
+    "q4_1": "uint4:g32:asym:scale=float16:zero=min",
     "q5_0": "int5:g32:sym:scale=float16",
-    "q5_1": "uint5:g32:asym:scale=float16",
+    "q5_1": "uint5:g32:asym:scale=float16:zero=min",
     "q8_0": "int8:g32:sym:scale=float16",
     "mxfp4": "mxfp4",
+    "q4_k": "q4_k",
+    "q5_k": "q5_k",
+    "q6_k": "q6_k",
 }
-"""The types, and a spec that each of them says to the bit, or as q4_1 and q5_1, which hold a minimum in half precision
-in place of a zero point, nearly."""
+"""The types, and a spec that each of them says to the bit."""
 _INTEGERS = {(4, True): "q4_0", (4, False): "q4_1", (5, True): "q5_0", (5, False): "q5_1", (8, True): "q8_0"}
 
 
 def type_of(spec: QuantSpec) -> str | None:
     """The type, of `NEAREST`, that holds the codes of a weight in `spec`; None for none."""
+    if spec.super_blocks:
+        return K_QUANTS.get((spec.dtype.bits, spec.group_size or 0))
     if spec.granularity != "group" or spec.group_size != GROUP or spec.dynamic or spec.global_scale:
         return None
     if spec.dtype.kind == "int":
@@ -43,11 +49,13 @@ def nearest_type(spec: QuantSpec) -> str:
     bits = spec.dtype.bits
     if spec.dtype.kind != "int":
         return "mxfp4" if bits <= 4 else "q8_0"
+    if spec.super_blocks and bits <= 6:
+        return "q6_k" if spec.symmetric or bits == 6 else f"q{max(4, bits)}_k"
     return "q8_0" if bits > 5 else _INTEGERS[max(4, bits), spec.symmetric]
 
 
 def blocks(codes: Tensor, qparams: QParams, where: str) -> np.ndarray:
-    """The weight of `codes` [N, K] in blocks, uint8 [N, K / 32 * size of a block].
+    """The weight of `codes` [N, K] in blocks, uint8 [N, bytes].
 
     Raises:
         ModelError: a scale is too large for half precision, or groups follow an activation order.
@@ -56,13 +64,17 @@ def blocks(codes: Tensor, qparams: QParams, where: str) -> np.ndarray:
     if qparams.permutation is not None:
         raise ModelError(f"{where}: ggml has no layout for groups that follow an activation order")
     levels = (codes.to(torch.int32) - spec.dtype.least_code).to(torch.uint8)
+    if spec.super_blocks:
+        return _joined(*super_blocks(levels, qparams))
     grouped = levels.unflatten(1, (-1, GROUP)).cpu().numpy()  # [N, G, 32]
     if spec.dtype.kind != "int":
         exponents = qparams.tensors("weight")["weight_scale"][..., None].cpu().numpy()
         return _joined(exponents, _nibbles(grouped))
     scale = qparams.scale.expand(grouped.shape[:2])
     heads = [_half(scale, where)]
-    if not spec.symmetric:
+    if spec.zero_point == "min" and qparams.zero_point is not None:
+        heads.append(_half(-qparams.zero_point.expand(scale.shape), where))
+    elif not spec.symmetric:
         zero = torch.zeros_like(scale) if qparams.zero_point is None else qparams.zero_point
         heads.append(_half((spec.dtype.least_code - zero.expand(scale.shape).float()) * scale, where))
     if spec.dtype.bits == 8:

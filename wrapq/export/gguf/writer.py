@@ -54,6 +54,7 @@ def write_gguf(model: nn.Module, tokenizer: Any, path: Path, name: str, dtype: t
     ((most, _),) = sizes.most_common(1)
     types = gguf.LlamaFileType
     words = {"F32": types.ALL_F32, "MXFP4": types.MOSTLY_MXFP4_MOE}
+    words |= {"Q4_K": types.MOSTLY_Q4_K_S, "Q5_K": types.MOSTLY_Q5_K_S}
     writer.add_file_type(words[most] if most in words else types[f"MOSTLY_{most}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(embedding.num_embeddings)
