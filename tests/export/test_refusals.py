@@ -307,6 +307,10 @@ def test_experts_of_integers(tmp_path: Path) -> None:
     planned("recipe=w8a16", model, "rules.linear.weight.group_size=32")
     left = "+rules.experts={match: {name: '*.experts.*'}, quantize: false}"
     planned("recipe=w8a8_dynamic", model, left)
+    other = f"model.path={random_model('mixtral', tmp_path / 'other')}"
+    said = refusal(*weights("int4:g32"), left, other)
+    assert "vLLM does not read float experts of MixtralForCausalLM out of one tensor" in said
+    assert planned(*weights("int4:g32"), left, other, "export=compressed_tensors", TRANSFORMERS).modules
     eight = INT8.replace("PATTERN", "*.experts.*.down_proj").replace("g128", "g32")
     assert "transformers and vLLM take one spec for all experts" in refusal(*weights("int4:g32"), eight, model)
 

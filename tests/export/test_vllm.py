@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 import wrapq
 from tests.export.conftest import BFLOAT, HERE, SMALL, cache_of, layers, weights
 from tests.exports import export_of
-from tests.models import random_model
 from tests.peers.environment import run
 
 pytestmark = [pytest.mark.runtime, pytest.mark.timeout(3600)]
@@ -53,14 +52,9 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_vllm_computes_our_logits_and_tokens(python: Path, tmp_path: Path) -> None:
-    experts = "+rules.experts={match: {name: '*.experts.*'}, quantize: false}"
-    # all experts: which are chosen hangs on a last digit; and heads that vLLM has a kernel for
-    sizes = {"hidden_size": 64, "num_experts_per_tok": 4, "head_dim": 32}
-    mixture = f"model.path={random_model('mixtral', tmp_path / 'mixtral', **sizes)}"
-    cases = CASES | {"the names of a mixture": weights("int4:g32:sym", "model=hf", mixture, experts)}
     ids = torch.arange(24)[None] * 37 % 2000 + 3
     runs = {}
-    for number, (name, (recipe, *words)) in enumerate(cases.items()):
+    for number, (name, (recipe, *words)) in enumerate(CASES.items()):
         chosen = [*words, *SMALL, BFLOAT, *HERE, f"paths.outputs={tmp_path}/{number}", "evaluation.tokens=256"]
         runs[name] = wrapq.run(recipe.removeprefix("recipe="), chosen)
     save_file({"ids": ids}, tmp_path / "ids.safetensors")

@@ -80,6 +80,11 @@ def translate(plan: Plan, reader: str) -> Translation:
         remedy = "make them symmetric, or give every layer the same spec"
         translation.refused["", what, remedy] = asymmetric
     if reader == VLLM:
+        names = checkpoint_names(plan.model.type)
+        experts = [name for name in translation.floats if EXPERT_NAME.fullmatch(name)]
+        if names and (unread := [name for name in experts if names.of_module(name) != name]):
+            what = f"vLLM does not read float experts of {plan.model.type} out of one tensor"
+            translation.refused["", what, _READER_REMEDY] = unread
         for module in (module for module in plan.modules if module.name in rotated):
             if reason := rotation_refusal(module.name, module.block is None, module.has_bias):
                 translation.refuse(module, reason, _ROTATION_REMEDY)
