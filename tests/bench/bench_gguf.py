@@ -45,7 +45,7 @@ RUNS = {
     "mxfp4": ["gguf_q4_0", "rules.linear.weight=mxfp4"],
     "q8_0": ["gguf_q8_0"],
     "q4_k": ["gguf_q4_k"],
-    "q4_k, to nearest": ["gguf_q4_k", "algorithm@stack.round=least_squares"],
+    "q4_k to nearest": ["gguf_q4_k", "algorithm@stack.round=least_squares"],
     "q5_k": ["gguf_q4_k", "rules.linear.weight=q5_k"],
     "q6_k": ["gguf_q4_k", "rules.linear.weight=q6_k"],
 }
