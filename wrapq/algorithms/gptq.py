@@ -109,9 +109,9 @@ class GPTQ(Rounder):
         observed = [] if spec.observer == DEFAULT_OBSERVER else [observe_tensor(weight, spec, where)]
         measures, together = [output_error(hessian, spec), weight_error], hessian.dim() == 3
         found = [*observed, *best_ranges(weight, spec, where, measures, CANDIDATES, SMALLEST, together)]
-        if together or unfitted(spec):
-            return found
-        return [*found, fitted_ranges(weight, spec, hessian.diagonal(), where)]
+        if not together and (spec.super_blocks or spec.zero_point == "min") and not unfitted(spec):
+            found.append(fitted_ranges(weight, spec, hessian.diagonal(), where))  # no observer knows what these share
+        return found
 
 
 def _damped(hessian: Tensor, factors: Sequence[Factor]) -> Tensor:
