@@ -117,7 +117,7 @@ def test_evaluate_what_is_no_model(cli: Cli, tmp_path: Path) -> None:
     [
         (
             "recipe=w8a8_",
-            {f"recipe=w8a8_{name}" for name in ("dynamic", "smoothquant", "static", "static_rotated")},
+            {f"recipe=w8a8_{name}" for name in ("dynamic", "pt2e_head", "smoothquant", "static", "static_rotated")},
         ),
         ("scheme", {"scheme="}),
         ("eval", {"evaluation=", "evaluation."}),

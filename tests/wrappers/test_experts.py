@@ -193,15 +193,6 @@ def test_the_plan_says_what_it_scales_of_experts_and_what_not(folder: Path) -> N
     assert not any(".experts." in target for target in floating.stages[0].targets)
 
 
-def test_an_export_that_transformers_would_not_put_together_is_refused(tmp_path: Path) -> None:
-    build_model("mixtral", vocab_size=2048).save_pretrained(tmp_path / "model")
-    overrides = [f"model.path={tmp_path / 'model'}", "rules.linear.weight=int4:g16:sym", "tracking=none"]
-    with pytest.raises(PlanError, match="does not put experts of MixtralForCausalLM together"):
-        wrapq.run(
-            "w4a16_rtn", [*overrides, "export=compressed_tensors", "export.compressed_tensors.reader=transformers"]
-        )
-
-
 @pytest.mark.parametrize("family", ["llama4", "longcat_flash"])
 @pytest.mark.parametrize("stack", [{"scale": "awq", "round": "rtn"}, {"scale": "smoothquant", "round": "rtn"}])
 def test_transforms_keep_the_function_of_experts_whose_forward_is_their_own(

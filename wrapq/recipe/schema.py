@@ -238,10 +238,8 @@ def _describe_goals(schema: dict[str, Any]) -> None:
 
 
 class Goals(BaseModel):
-    """What the quantized model should reach; a run says which goals it met, and its exit status follows.
-
-    What is measured of exports has one bound for all of them, or a mapping with one for each format.
-    """
+    """What the quantized model should reach; a run says which goals it met, and its exit status follows. What is
+    measured of exports has one bound for all of them, or a mapping with one for each format."""
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True, json_schema_extra=_describe_goals)
     __pydantic_extra__: dict[Annotated[str, AfterValidator(_metric_name)], Bound] = Field(init=False)
@@ -251,9 +249,9 @@ class Goals(BaseModel):
     def _complete(cls, goals: Any) -> Any:
         if not isinstance(goals, dict):
             return goals
-        each = {name: value for name, value in goals.items() if isinstance(name, str) and isinstance(value, dict)}
-        alone = {f"{name}.{format}": bound for name, bounds in each.items() for format, bound in bounds.items()}
-        return {**dict.fromkeys(own_names()), **{name: goals[name] for name in goals if name not in each}, **alone}
+        each = {name: bounds for name, bounds in goals.items() if isinstance(bounds, dict)}
+        alone = {f"{name}.{format}": bound for name in each for format, bound in each[name].items()}
+        return dict.fromkeys(own_names()) | {name: goals[name] for name in goals if name not in each} | alone
 
     def bounds(self) -> dict[str, float]:
         """The goals that are set, by the name of their metric, that of one export alone where it is."""
