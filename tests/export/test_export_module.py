@@ -94,7 +94,7 @@ def outputs(model: nn.Module, example: Any) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("made", [quantized_network, quantized_encoder], ids=["convolutions", "an encoder"])
-@pytest.mark.parametrize("name", RUNTIMES)
+@pytest.mark.parametrize("name", ["torch_export", "onnx", pytest.param("openvino", marks=pytest.mark.slow)])
 def test_other_sizes_give_what_the_module_gives(name: str, made: Callable[[], Made], tmp_path: Path) -> None:
     model, example, other = made()
     found = wrapq.export_module(model, name, tmp_path / "made", example)
@@ -107,7 +107,7 @@ def test_other_sizes_give_what_the_module_gives(name: str, made: Callable[[], Ma
         torch.testing.assert_close(its, mine, rtol=0, atol=0.06 * float(mine.abs().max()))
 
 
-@pytest.mark.parametrize("name", ["torch_export", "onnx"])
+@pytest.mark.parametrize("name", [pytest.param("torch_export", marks=pytest.mark.slow), "onnx"])
 def test_weights_in_groups_and_a_float_module_are_exact(name: str, tmp_path: Path) -> None:
     model, example, _ = quantized_encoder("w4a16_rtn", "rules.linear.weight.group_size=32")
     assert wrapq.export_module(model, name, tmp_path / "made", example).error < 1e-5
