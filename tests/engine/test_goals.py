@@ -98,7 +98,8 @@ def test_goals_are_written_as_they_were_given() -> None:
     ("overrides", "said"),
     [
         (["export=none", "goals.export_token_ms=1"], "a goal for exports, and the recipe has none"),
-        (["goals.export_token_ms.opnvino=1"], "run with export=openvino, or without the goal"),
+        (["goals.export_token_ms.opnvino=1"], "did you mean: openvino"),
+        (["goals.export_token_ms.gguf=1"], "run with export=gguf, or without the goal"),
     ],
 )
 def test_a_goal_that_no_export_could_reach_is_refused(overrides: list[str], said: str) -> None:

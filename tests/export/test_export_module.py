@@ -13,7 +13,7 @@ from transformers import BertConfig, BertModel
 
 import wrapq
 from wrapq.engine.export_comparison import compared
-from wrapq.errors import ModelError, OutputError, PlanError, ProblemsError
+from wrapq.errors import CalibrationError, LifecycleError, ModelError, OutputError, PlanError, ProblemsError
 from wrapq.export.run_onnx import MODEL as ONNX
 from wrapq.export.run_openvino import MODEL as OPENVINO
 from wrapq.export.run_program import COMPILED, PROGRAM
@@ -138,6 +138,41 @@ def test_a_circle_of_convolutions(tmp_path: Path) -> None:
     found = wrapq.export_module(model, "circle", tmp_path / "made", example)
     print(found.error, found.figures)
     assert found.figures["cosine"] > 0.999
+
+
+class Many(nn.Module):
+    """Outputs of several shapes and types, more than ten of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 2 + i % 3) for i in range(12))
+
+    def forward(self, x: Tensor, again: Tensor) -> list[Tensor]:
+        made = [layer(x + again) for layer in self.layers]
+        return [*made, made[0][:, 0], made[1].argmax(-1), made[2].sum()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["torch_export", "onnx"])
+def test_many_outputs_in_their_order_of_one_tensor_given_twice(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Many().to(dtype).train(), torch.randn(4, 8, dtype=dtype)
+    found = wrapq.export_module(model, name, tmp_path / "made", (x, x))
+    assert found.figures["cosine"] > 0.999 and model.training and model.layers[0].training
+
+
+def test_a_module_that_is_only_prepared_or_gives_no_tensor_is_told_so(tmp_path: Path) -> None:
+    prepared = wrapq.prepare(network(), wrapq.PTQConfig("int8:channel", "int8:tensor:asym"))
+    with pytest.raises(LifecycleError, match="prepared and not converted"):
+        wrapq.export_module(prepared, "onnx", tmp_path / "made", images(2))
+
+    class Nothing(nn.Module):
+        def forward(self, x: Tensor) -> None:
+            return None
+
+    with pytest.raises(CalibrationError, match="Nothing returns no tensor"):
+        wrapq.export_module(Nothing(), "onnx", tmp_path / "made", images(2))
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_a_format_cannot_say_is_refused_before_anything_is_written(tmp_path: Path) -> None:

@@ -229,6 +229,7 @@ def test_optuna_runs_the_jobs_it_chooses(tmp_path: Path) -> None:
     [
         (("sweep.minimize=kll",), "sweep.minimize=kll: unknown figure to minimize 'kll'\n    did you mean: kl"),
         (("sweep.minimize=top1_agreement",), "unknown figure to minimize 'top1_agreement'"),
+        (("sweep.minimize=export_token_ms.onnx",), "is of the export to onnx, and no job makes one"),
         (("sweep.sampler=gird",), "sweep.sampler: unknown sampler 'gird'\n    did you mean: grid"),
         (("sweep.trials=3",), "sweep.trials: sampler grid has no option 'trials'"),
         (("launcher.kind=slrum",), "unknown launcher 'slrum'"),

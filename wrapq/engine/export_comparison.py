@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from wrapq.errors import ModelError
+from wrapq.runtime.graph_program import GraphProgram
 from wrapq.runtime.module import QuantizedModule
 
 _LEAST = 1e-30
@@ -67,7 +68,8 @@ def last_digits_changed(model: nn.Module) -> Iterator[None]:
 
     with ExitStack() as stack:
         for module in model.modules():
-            if isinstance(module, QuantizedModule) and any(point != "weight" for point in module.specs):
+            rounds = isinstance(module, QuantizedModule) and any(point != "weight" for point in module.specs)
+            if rounds or isinstance(module, GraphProgram):
                 stack.callback(module.register_forward_pre_hook(change).remove)
         yield
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,16 @@ from torch.nn.functional import cosine_similarity
 from wrapq.engine.export import Exported, check_target, whole_folder
 from wrapq.engine.export_comparison import compared
 from wrapq.engine.quantize_module import Given, as_batch
-from wrapq.errors import CalibrationError, PlanError, Problem
+from wrapq.errors import CalibrationError, LifecycleError, PlanError, Problem
 from wrapq.export.base import EXPORTERS, make_exporter
 from wrapq.export.program import Example, ProgramExporter
+from wrapq.export.stopwatch import OUTPUT
 from wrapq.recipe.schema import Export
 from wrapq.resolve.plan import ModulePlan, PointPlan
 from wrapq.runs.folder import RunFolder
 from wrapq.runtime.module import QuantizedModule, QuantizedWeight
 from wrapq.runtime.stand_in import original_class
+from wrapq.wrappers.model import iter_wrapped
 
 
 def export_module(model: nn.Module, format: str, folder: str | Path, example: Given, **options: Any) -> Exported:
@@ -44,10 +47,13 @@ def export_module(model: nn.Module, format: str, folder: str | Path, example: Gi
 
     Raises:
         ProblemsError: there is no such format or option.
+        LifecycleError, CalibrationError: the module is not converted; it takes or gives no tensor.
         PlanError: the format holds language models alone, or cannot say what is quantized; with everything it refuses.
         ModelError: the runtime does not take the module, or computes something else.
         OutputError: the folder cannot be written.
     """
+    if next(iter_wrapped(model), None) is not None:
+        raise LifecycleError("the module is prepared and not converted: wrapq.convert gives what can be exported")
     exporter = make_exporter(format, Export(**options))
     if not isinstance(exporter, ProgramExporter):
         able = [name for name in EXPORTERS if issubclass(EXPORTERS.get(name), ProgramExporter)]
@@ -60,6 +66,7 @@ def export_module(model: nn.Module, format: str, folder: str | Path, example: Gi
     if not inputs:
         raise CalibrationError("an example without a tensor: give the arguments of one forward")
     call = Example(inputs, {name: value for name, value in given.items() if name not in inputs})
+    traced = call.in_float32() if exporter.in_float32 else call
     device, target = next(iter(inputs.values())).device, Path(folder)
     dtype = next((str(each.dtype).removeprefix("torch.") for each in model.parameters()), "float32")
 
@@ -68,15 +75,34 @@ def export_module(model: nn.Module, format: str, folder: str | Path, example: Gi
         return [each.float().cpu() for each in call.function(model)(*inputs.values())]
 
     check_target(target, replace=False, needed_bytes=sum(each.nbytes for each in model.state_dict().values()))
-    with whole_folder(target) as partial:
-        exporter.write_module(model, call, RunFolder(partial))
-        answer = exporter.read_outputs(partial, [*inputs.values()], str(device))
-        theirs = [each.float() for each in answer.logits.values()]
+    with _in_evaluation_mode(model), whole_folder(target) as partial:
+        if not (ours := forward()):
+            raise CalibrationError(f"{type(model).__name__} returns no tensor for the example")
+        exporter.write_module(model, traced, RunFolder(partial))
+        answer = exporter.read_outputs(partial, [*traced.inputs.values()], str(device))
+        theirs = [answer.logits[f"{OUTPUT}{i}"].float() for i in range(len(answer.logits))]
         error, remark = compared(format, theirs, model, forward, exporter.rounding(modules, dtype))
         size = exporter.size(partial)
-    cosine = float(cosine_similarity(theirs[0].flatten(1), forward()[0].flatten(1)).mean())
+        cosine = float(cosine_similarity(_rows(theirs[0]), _rows(ours[0])).mean())
     figures = {"cosine": cosine, "size_mb": size / 1e6, **answer.measured}
     return Exported(target, error, size, (remark,) * bool(remark), torch.get_num_threads(), figures)
+
+
+@contextmanager
+def _in_evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """By the attribute, as a graph that PT2E converted refuses to be told by `eval`."""
+    training = [each for each in model.modules() if each.training]
+    try:
+        for each in training:
+            each.training = False
+        yield
+    finally:
+        for each in training:
+            each.training = True
+
+
+def _rows(outputs: Tensor) -> Tensor:
+    return outputs.reshape(len(outputs) if outputs.dim() > 1 else 1, -1)
 
 
 def _planned(model: nn.Module) -> Iterator[ModulePlan]:

@@ -41,6 +41,7 @@ class Circle(ProgramExporter):
     weights: ClassVar[str] = MODEL
     extra: ClassVar[tuple[str, tuple[str, ...]]] = "circle", (NEEDED, "tico")
     runtime: ClassVar[tuple[str, str]] = "tico", run_circle.__file__
+    in_float32: ClassVar[bool] = True
 
     def inexpressible(self, spec: QuantSpec, weight: bool) -> str | None:
         if reason := super().inexpressible(spec, weight):

@@ -53,6 +53,7 @@ class ExecuTorch(ProgramExporter):
     weights: ClassVar[str] = MODEL
     extra: ClassVar[tuple[str, tuple[str, ...]]] = "executorch", (NEEDED, "executorch")
     runtime: ClassVar[tuple[str, str]] = "ExecuTorch", run_executorch.__file__
+    in_float32: ClassVar[bool] = True
 
     def inexpressible(self, spec: QuantSpec, weight: bool) -> str | None:
         if reason := super().inexpressible(spec, weight):

@@ -56,6 +56,7 @@ class Onnx(ProgramExporter):
     weights: ClassVar[str] = f"{MODEL}*"
     extra: ClassVar[tuple[str, tuple[str, ...]]] = "onnx", (NEEDED, "onnxscript", "onnxruntime")
     runtime: ClassVar[tuple[str, str]] = "onnxruntime", run_onnx.__file__
+    in_float32: ClassVar[bool] = True
     outright: ClassVar[bool] = True
     """See `onnx_model`."""
 

@@ -7,7 +7,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -45,9 +45,14 @@ class Example:
     inputs: Mapping[str, Tensor]
     others: Mapping[str, Any]
 
+    def in_float32(self) -> Example:
+        """The same call of a module that computes in float32."""
+        wide = {name: each.float() if each.is_floating_point() else each for name, each in self.inputs.items()}
+        return replace(self, inputs=wide)
+
     def function(self, model: nn.Module) -> nn.Module:
         """The `model` as a function of the inputs, in order."""
-        return InOrder(model, [*self.inputs], self.others).eval()
+        return InOrder(model, [*self.inputs], self.others)
 
     def traced(self, model: nn.Module, whole: bool = False, strict: bool = False) -> Any:
         """The program of `model`. The first axis of an input stays open, and each axis of integers, which stand for
@@ -62,6 +67,7 @@ class InOrder(nn.Module):
     def __init__(self, model: nn.Module, names: Sequence[str], others: Mapping[str, Any]) -> None:
         super().__init__()
         self.model, self.names, self.others = model, names, others
+        self.training = False
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         done = self.model(**dict(zip(self.names, inputs, strict=True)), **self.others)
@@ -80,6 +86,8 @@ class ProgramExporter(Exporter, ABC):
     """
 
     runtime: ClassVar[tuple[str, str]]
+    in_float32: ClassVar[bool] = False
+    """Whether what it writes takes and gives float32 whatever the module computes in."""
 
     @abstractmethod
     def write(self, model: nn.Module, folder: Folder) -> None:

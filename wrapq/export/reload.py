@@ -64,7 +64,9 @@ def ask(folder: Path, given: Mapping[str, torch.Tensor], device: str, script: st
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as scratch:
         asked, answered = Path(scratch, "ids.safetensors"), Path(scratch, "logits.safetensors")
-        asked.write_bytes(save({name: tensor.cpu().contiguous() for name, tensor in given.items()}))
+        asked.write_bytes(
+            save({name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in given.items()})
+        )
         # -P: this file's neighbours are no modules for it to import
         command = [sys.executable, "-P", script, str(folder.resolve()), str(asked), str(answered), device]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=scratch, check=False)

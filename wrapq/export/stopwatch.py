@@ -72,7 +72,7 @@ def called(run: Callable[[list[Any]], Sequence[np.ndarray]], given: dict[str, An
     """What a module that is no language model makes of its inputs, by `run` of them in order: the outputs, the time of
     a call in ms, the median of several, and the memory."""
     inputs = [given[f"{INPUT}{i}"] for i in range(len(given))]
-    outputs = {f"{OUTPUT}{i}": np.ascontiguousarray(each) for i, each in enumerate(run(inputs))}
+    outputs = {f"{OUTPUT}{i}": np.array(each, order="C") for i, each in enumerate(run(inputs))}
     seconds = statistics.median(_seconds(lambda: run(inputs))[0] for _ in range(_CALLS))
     measured = {"latency_ms": 1000 * seconds, **_peak()}
     return outputs | {f"{MEASURED}{name}": np.array([value]) for name, value in measured.items()}

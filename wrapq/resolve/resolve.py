@@ -340,9 +340,10 @@ def _unreachable(recipe: Recipe, sources: Sources) -> list[Problem]:
         row, known = metric(name), tuple(recipe.export)
         if row.exported and (row.format not in known if row.format else not known):
             what = f"a goal for {f'the export to {row.format}' if row.format else 'exports'}, and the recipe has none"
-            formats = nearest(row.format, EXPORTERS)[:1] if row.format else tuple(EXPORTERS)
-            remedy = f"run with export={'|'.join(formats)}, or without the goal: goals.{name}=null"
-            problems.append(sources.problem(f"goals.{name}", what, (), remedy))
+            unknown_format = row.format and row.format not in EXPORTERS
+            formats = nearest(row.format, EXPORTERS) if unknown_format else ()
+            remedy = f"run with export={row.format or 'FORMAT'}, or without the goal: goals.{name}=null"
+            problems.append(sources.problem(f"goals.{name}", what, formats, "" if formats else remedy))
     return problems
 
 

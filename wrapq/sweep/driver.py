@@ -16,7 +16,7 @@ from wrapq.engine.host import find_device
 from wrapq.engine.run_data import input_digests
 from wrapq.errors import Problem, WrapqError, unknown
 from wrapq.export.base import EXPORTERS
-from wrapq.metrics import metrics
+from wrapq.metrics import metric, metrics
 from wrapq.recipe.axes import Axes, parse_axes
 from wrapq.recipe.schema import Settings
 from wrapq.runs.lock import code_digest, environment
@@ -92,6 +92,7 @@ def sweep(
         find_device(settings)  # a device that is not there is found at once
         planner.share_cores(min(launcher.width, sampler.total))
     planned = planner.jobs(sampler.preview())
+    _check_exports(sampler.minimize, planned)
     with one_process(), make_tracker(settings) as tracker:
         record = SweepRecord.open(settings, _facts(overrides, settings, sampler, planned), tracker)
         return _RunningSweep(record, planner, sampler, launcher, progress or SweepProgress()).run()
@@ -187,6 +188,16 @@ def _make_sampler(settings: Settings, axes: Axes) -> Sampler:
             or [Problem("", "sweep.minimize", "names nothing", tuple(row.name for row in able if not row.format))]
         )
     return make_sampler(settings.sweep, axes, names)
+
+
+def _check_exports(minimize: Sequence[str], planned: Sequence[Job]) -> None:
+    """Raise `SweepError` where what shall be minimized is of an export that no job makes: none could win."""
+    made = {format for job in planned for format in job.plan.recipe.export}
+    for row in map(metric, minimize):
+        if planned and row.exported and not (row.format in made if row.format else made):
+            what = f"is of the export to {row.format}" if row.format else "is of exports"
+            remedy = f"sweep with export={row.format or 'FORMAT'}"
+            raise SweepError([Problem("", f"sweep.minimize={row.name}", f"{what}, and no job makes one", (), remedy)])
 
 
 def _facts(overrides: Sequence[str], settings: Settings, sampler: Sampler, planned: Sequence[Job]) -> dict[str, Any]:
