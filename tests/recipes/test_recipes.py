@@ -17,8 +17,8 @@ from wrapq.runtime.module import QuantizedModule
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 NAMES = sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml"))
 
-APART = ("circle_", "executorch_")
-"""Whose exports run under `pytest -m runtime`."""
+APART = ("circle_", "executorch_", "gptq_", "awq_")
+"""Whose exports want packages that are large, or an environment of their own, in which other tests run them."""
 
 
 def small(name: str) -> list[str]:
