@@ -144,6 +144,12 @@ def reason_of(error: Exception) -> str:
     return f"KeyError {reason}" if type(error) is KeyError else reason[:_REASON]
 
 
+def first_line(error: BaseException) -> str:
+    """The kind of an error and the first line of what it says."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+
+
 @contextmanager
 def reading(failure: str, kind: type[WrapqError], why: Callable[[Exception], str] = reason_of) -> Iterator[None]:
     """Raise what a library raises in the block as a `kind`: `failure`, and `why`. The block hands the library data of

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import logging
 import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 _HIDING = "\u061c\u200e\u200f\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
@@ -63,6 +66,25 @@ class LogFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """The record as text, the lines after its first indented."""
         return re.sub(r"\n(?=\S)", "\n    ", plain(super().format(record)))
+
+
+@contextmanager
+def quiet(*loud: str) -> Iterator[None]:
+    """Without the warnings of a library, of its loggers `loud` among others; none that it imports sets up how this
+    process logs, which `logging.basicConfig` does where there is no handler."""
+    root, handler = logging.getLogger(), logging.NullHandler()
+    loggers = {logging.getLogger(name): logging.getLogger(name).level for name in loud}
+    root.addHandler(handler)
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        root.removeHandler(handler)
+        for logger, level in loggers.items():
+            logger.setLevel(level)
 
 
 def _line(text: str) -> str:

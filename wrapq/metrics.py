@@ -157,6 +157,10 @@ class Metric:
             return self.read(measured, stage)
         return measured.stages.get(stage, {}).get(self.name)
 
+    def reachable(self, exports: Collection[str]) -> bool:
+        """Whether a run that makes these `exports` can have the figure."""
+        return not self.exported or (self.format in exports if self.format else bool(exports))
+
     def alone(self, format: str) -> Metric:
         """The same figure of the export in one `format`."""
         return replace(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from wrapq.engine.beside_float import FloatBeside, with_float
-from wrapq.engine.export_comparison import compared
+from wrapq.engine.export_comparison import compared, last_digits_changed
 from wrapq.engine.host import use_machine
 from wrapq.engine.measure import forward_logits
 from wrapq.engine.progress import Progress
@@ -106,7 +106,9 @@ def export_model(
             (ours,), own = forward(), None
             if reading.tokens is not None and hasattr(model, "generate"):
                 own = greedy(model, ids[:1].cpu().numpy(), reading.tokens.shape[1])
-            error, remark = compared(name, [theirs], model, forward, exporter.tolerance(plan))
+            error, remark = compared(
+                name, [theirs], [ours], exporter.tolerance(plan), last_digits_changed(model)(forward)
+            )
         size = exporter.size(partial)
     figures = {"top1_agreement": float((theirs.argmax(-1) == ours.argmax(-1)).float().mean()), "size_mb": size / 1e6}
     if reading.tokens is not None and own is not None:

@@ -20,7 +20,7 @@ rounds in more places; and what no rounding explains: outputs that have nothing 
 
 
 def compared(
-    name: str, theirs: Sequence[Tensor], model: nn.Module, forward: Callable[[], Sequence[Tensor]], allowed: float
+    name: str, theirs: Sequence[Tensor], ours: Sequence[Tensor], allowed: float, again: Callable[[], Sequence[Tensor]]
 ) -> tuple[float, str]:
     """How far the outputs of the export called `name` are from ours, relative to the norm of ours, and a note where it
     is more than what is `allowed` and still rounding.
@@ -31,21 +31,19 @@ def compared(
 
     Args:
         theirs: the outputs of the export.
-        model: the converted one.
-        forward: computes its outputs.
+        ours: those of the converted model.
         allowed: what rounding explains in any model.
+        again: computes ours with `last_digits_changed`; called only where that decides.
 
     Raises:
         ModelError: it is more than rounding explains.
     """
-    ours = forward()
     shapes = [[tuple(each.shape) for each in outputs] for outputs in (theirs, ours)]
     if shapes[0] != shapes[1]:
         raise ModelError(f"the {name} export loads, but gives {shapes[0]} where the model gives {shapes[1]}")
     if (error := _off(theirs, ours)) <= allowed:
         return error, ""
-    with last_digits_changed(model):
-        moved = _off(forward(), ours)
+    moved = _off(again(), ours)
     if error <= min(_MARGIN * moved, _WRONG):
         return error, (
             f"its outputs are off by {error:.2g} of their norm, those of the model itself by {moved:.2g} where numbers "

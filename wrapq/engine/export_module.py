@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from wrapq.engine.export import Exported, check_target, whole_folder
-from wrapq.engine.export_comparison import compared
+from wrapq.engine.export_comparison import compared, last_digits_changed
 from wrapq.engine.quantize_module import Given, as_batch
 from wrapq.errors import CalibrationError, LifecycleError, PlanError, Problem
 from wrapq.export.base import EXPORTERS, make_exporter
@@ -81,7 +81,9 @@ def export_module(model: nn.Module, format: str, folder: str | Path, example: Gi
         exporter.write_module(model, traced, RunFolder(partial))
         answer = exporter.read_outputs(partial, [*traced.inputs.values()], str(device))
         theirs = [answer.logits[f"{OUTPUT}{i}"].float() for i in range(len(answer.logits))]
-        error, remark = compared(format, theirs, model, forward, exporter.rounding(modules, dtype))
+        error, remark = compared(
+            format, theirs, ours, exporter.rounding(modules, dtype), last_digits_changed(model)(forward)
+        )
         size = exporter.size(partial)
         cosine = float(cosine_similarity(_rows(theirs[0]), _rows(ours[0])).mean())
     figures = {"cosine": cosine, "size_mb": size / 1e6, **answer.measured}

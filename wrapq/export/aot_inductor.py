@@ -9,9 +9,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from wrapq.errors import ModelError, Problem
+from wrapq.errors import ModelError, Problem, first_line
 from wrapq.export.base import EXPORTERS, Folder
-from wrapq.export.program import first_line
 from wrapq.export.run_program import COMPILED
 from wrapq.export.torch_export import TorchExport
 from wrapq.resolve.plan import Plan

@@ -11,13 +11,14 @@ from typing import Any, ClassVar
 from pydantic import Field
 from torch import nn
 
-from wrapq.errors import ModelError
+from wrapq.errors import ModelError, first_line
 from wrapq.export import run_circle
 from wrapq.export.base import EXPORTERS, Folder, Refusals
 from wrapq.export.executorch_model import LogitsOfSequence
 from wrapq.export.lowering import NEEDED, in_float32, lower
-from wrapq.export.program import Example, ProgramExporter, example_ids, first_line, quiet, traced
+from wrapq.export.program import Example, ProgramExporter, example_ids, traced
 from wrapq.export.run_circle import MODEL
+from wrapq.foreign import quiet
 from wrapq.quant.spec import QuantSpec
 from wrapq.registry import Options
 from wrapq.resolve.plan import ModulePlan, Plan

@@ -10,12 +10,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from wrapq.errors import ModelError
+from wrapq.errors import ModelError, first_line
 from wrapq.export import run_executorch
 from wrapq.export.base import EXPORTERS, Folder, Refusals
 from wrapq.export.lowering import NEEDED, in_float32, lower
-from wrapq.export.program import Example, ProgramExporter, example_ids, first_line, quiet, traced
+from wrapq.export.program import Example, ProgramExporter, example_ids, traced
 from wrapq.export.run_executorch import METHOD, MODEL
+from wrapq.foreign import quiet
 from wrapq.quant.spec import QuantSpec
 from wrapq.registry import Options
 from wrapq.resolve.plan import ModulePlan, Plan

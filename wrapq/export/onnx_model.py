@@ -11,13 +11,14 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from wrapq.errors import ModelError, Problem
+from wrapq.errors import ModelError, Problem, first_line
 from wrapq.export import run_onnx
 from wrapq.export.base import EXPORTERS, Folder
 from wrapq.export.lowering import NEEDED, in_float32, lower
-from wrapq.export.program import OPEN, Example, ProgramExporter, example_ids, first_line, quiet, traced
+from wrapq.export.program import OPEN, Example, ProgramExporter, example_ids, traced
 from wrapq.export.run_onnx import MODEL
 from wrapq.export.stopwatch import LOGITS, OUTPUT, PAST, PRESENT
+from wrapq.foreign import quiet
 from wrapq.resolve.model_source import ModelSource
 from wrapq.resolve.plan import Plan
 from wrapq.runtime.prefix import CACHES
@@ -70,11 +71,9 @@ class Onnx(ProgramExporter):
         self.save(onnx_model(model, self.outright), folder)
 
     def write_module(self, model: nn.Module, example: Example, folder: Folder) -> None:
-        wide = in_float32(lower(model))
-        with torch.no_grad():
-            count = len(example.function(wide)(*example.inputs.values()))
-        names = [*example.inputs], [f"{OUTPUT}{i}" for i in range(count)]
-        self.save(translated(example.traced(wide), *names, self.outright), folder)
+        program = example.traced(in_float32(lower(model)))
+        outputs = [f"{OUTPUT}{i}" for i in range(len(program.graph_signature.user_outputs))]
+        self.save(translated(program, [*example.inputs], outputs, self.outright), folder)
 
     def save(self, made: Any, folder: Folder) -> None:
         """Write an `onnx_ir.Model`."""

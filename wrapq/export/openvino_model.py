@@ -8,11 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
-from wrapq.errors import ModelError
+from wrapq.errors import ModelError, first_line
 from wrapq.export import run_openvino
 from wrapq.export.base import EXPORTERS, Folder
 from wrapq.export.onnx_model import Onnx, save_onnx
-from wrapq.export.program import first_line
 from wrapq.export.run_openvino import MODEL
 from wrapq.export.stopwatch import PAST
 from wrapq.quant.spec import QuantSpec

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from wrapq.errors import ModelError, PlanError, Problem
+from wrapq.errors import ModelError, PlanError, Problem, first_line
 from wrapq.export.base import Exporter, Folder, Reading, Refusals
 from wrapq.export.lowering import inexpressible
 from wrapq.export.nearest import remedy_for
@@ -181,28 +178,3 @@ def traced(
 def example_ids(model: nn.Module, batch: int, length: int) -> Tensor:
     """Token ids [B, T] to trace a language model with."""
     return torch.arange(batch * length, device=next(model.parameters()).device).view(batch, length)
-
-
-@contextmanager
-def quiet(*loud: str) -> Iterator[None]:
-    """Without the warnings of a converter, of its loggers `loud` among others; none that it imports sets up how this
-    process logs, which `logging.basicConfig` does where there is no handler."""
-    root, handler = logging.getLogger(), logging.NullHandler()
-    loggers = {logging.getLogger(name): logging.getLogger(name).level for name in loud}
-    root.addHandler(handler)
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        root.removeHandler(handler)
-        for logger, level in loggers.items():
-            logger.setLevel(level)
-
-
-def first_line(error: Exception) -> str:
-    """The kind of an error and the first line of what it says."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"

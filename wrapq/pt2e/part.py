@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import inspect
-import logging
-import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx, nn
 
-from wrapq.errors import CalibrationError, LifecycleError, ModelError
+from wrapq.errors import CalibrationError, LifecycleError, ModelError, first_line
+from wrapq.foreign import quiet
 from wrapq.pt2e.base import GraphQuantizer
 from wrapq.runtime.graph_program import GraphProgram, describe_graph
 from wrapq.runtime.stand_in import combined_class, shadow
 from wrapq.wrappers.base import QuantModuleBase, Wrapper
 from wrapq.wrappers.quantizer import Quantizer, State
 
-_OBSERVER = "activation_post_process_"
+_OBSERVER, _LOUD = "activation_post_process_", "torch.export"
 _HOOKS = tuple(name for name, value in vars(nn.Module()).items() if "hooks" in name and isinstance(value, OrderedDict))
 
 
@@ -66,7 +64,7 @@ def prepare_part(
     if all(value.dim() and value.shape[0] == 1 for value in example):  # a batch of one, which tracing takes for fixed
         example = [torch.cat([value, value]) for value in example]
     axes = tuple((torch.export.Dim.AUTO,) * value.dim() for value in example)
-    with _quiet(), torch.no_grad():
+    with quiet(_LOUD), torch.no_grad():
         try:
             called = Called(module, takes, sum(a is b for a, b in zip(args, given.values(), strict=False)))
             traced = torch.export.export(called, tuple(example), dynamic_shapes=(axes,)).module()
@@ -75,8 +73,7 @@ def prepare_part(
         except ModelError as error:
             raise CalibrationError(str(error)) from error
         except Exception as error:  # of what the tracer met in somebody else's code, there is no list
-            first = next(iter(str(error).strip().splitlines()), "")
-            raise CalibrationError(f"PT2E does not take it: {type(error).__name__}: {first}") from error
+            raise CalibrationError(f"PT2E does not take it: {first_line(error)}") from error
     if not any(node.op == "call_module" and str(node.target).startswith(_OBSERVER) for node in graph.graph.nodes):
         raise CalibrationError(f"{type(quantizer).__name__} finds nothing in it that it quantizes")
     return Prepared(graph, takes)
@@ -86,7 +83,7 @@ def convert_part(module: nn.Module, prepared: Prepared) -> GraphProgram:
     """What runs in the place of `module` once the observers of `prepared` have seen data."""
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
-    with _quiet(), torch.no_grad():
+    with quiet(_LOUD), torch.no_grad():
         converted = convert_pt2e(prepared.graph)
     return GraphProgram(*describe_graph(converted, tuple(inspect.signature(module.forward).parameters), prepared.takes))
 
@@ -155,17 +152,3 @@ class GraphPart(QuantModuleBase):
     def converted(self, tied: object = None) -> Any:
         self.point.check()
         return self.point.held.program
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what torch and torchao warn of in their own code."""
-    logger = logging.getLogger("torch.export")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(before)

@@ -337,8 +337,8 @@ def _unreachable(recipe: Recipe, sources: Sources) -> list[Problem]:
     """Goals for exports that the recipe does not ask for: a run could only miss them."""
     problems = []
     for name in recipe.goals.bounds():
-        row, known = metric(name), tuple(recipe.export)
-        if row.exported and (row.format not in known if row.format else not known):
+        row = metric(name)
+        if not row.reachable(recipe.export):
             what = f"a goal for {f'the export to {row.format}' if row.format else 'exports'}, and the recipe has none"
             unknown_format = row.format and row.format not in EXPORTERS
             formats = nearest(row.format, EXPORTERS) if unknown_format else ()

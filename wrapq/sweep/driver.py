@@ -194,7 +194,7 @@ def _check_exports(minimize: Sequence[str], planned: Sequence[Job]) -> None:
     """Raise `SweepError` where what shall be minimized is of an export that no job makes: none could win."""
     made = {format for job in planned for format in job.plan.recipe.export}
     for row in map(metric, minimize):
-        if planned and row.exported and not (row.format in made if row.format else made):
+        if planned and not row.reachable(made):
             what = f"is of the export to {row.format}" if row.format else "is of exports"
             remedy = f"sweep with export={row.format or 'FORMAT'}"
             raise SweepError([Problem("", f"sweep.minimize={row.name}", f"{what}, and no job makes one", (), remedy)])

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
+from wrapq.errors import first_line
 from wrapq.redact import redact
 from wrapq.tracking.base import StoreAwayError, TrackingError
 from wrapq.tracking.stores import artifact_location, is_remote
@@ -92,7 +93,7 @@ class MLflowStore:
         except Exception as error:  # MLflow, SQLAlchemy, requests and the file system each have their own
             away = is_remote(self.uri) and not is_final(error, at_the_door=True)
             raise (StoreAwayError if away else TrackingError)(
-                f"cannot open the tracking store {redact(self.uri)!r}: {_first_line(error)}\n"
+                f"cannot open the tracking store {redact(self.uri)!r}: {_message(error)}\n"
                 "    check tracking.uri, or run without tracking: tracking.enabled=false"
             ) from error
         if self.uri.startswith(("http://", "https://")):
@@ -116,7 +117,7 @@ class MLflowStore:
                 getattr(self, method)(**arguments)  # another run entered the same row meanwhile: now it is found
         except Exception as error:
             kind = TrackingError if is_final(error) else StoreAwayError
-            raise kind(_first_line(error)) from error
+            raise kind(_message(error)) from error
 
     def log(
         self, params: Mapping[str, str], tags: Mapping[str, str], metrics: Sequence[tuple[str, float, int, int]]
@@ -217,6 +218,5 @@ def is_final(error: Exception, at_the_door: bool = False) -> bool:
     return isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError | ValueError | TypeError)
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return redact(f"{type(error).__name__}: {lines[0] if lines else 'no message'}")[:MESSAGE_LENGTH]
+def _message(error: BaseException) -> str:
+    return redact(first_line(error))[:MESSAGE_LENGTH]
