@@ -100,3 +100,19 @@ def test_only_products_of_a_run_are_changed(monkeypatch):
             assert len(modes()) == 1
             raise ZeroDivisionError
     assert not modes() and not half_products.use_matrix_units()
+
+
+@pytest.mark.parametrize(
+    ("name", "has", "widened"),
+    [
+        ("Intel(R) Xeon(R)", {"avx512_bf16"}, HALVES),
+        ("Intel(R) Xeon(R)", {"avx512_bf16", "amx_bf16"}, [torch.float16]),
+        ("AMD EPYC", {"avx512_bf16"}, [torch.float16]),
+        ("AMD EPYC", set(), HALVES),
+    ],
+)
+def test_what_is_widened_depends_on_the_processor(monkeypatch, name, has, widened):
+    capabilities = {"architecture": "x86_64", "cpu_name": name} | dict.fromkeys(has, True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    found = [dtype for dtype in [*HALVES, torch.float32] if half_products._widens.__wrapped__(dtype)]
+    assert found == [dtype for dtype in [torch.bfloat16, torch.float16] if dtype in widened]

@@ -188,11 +188,13 @@ def ours(texts: Texts, key: tuple[str, str], seed: int, folder: Path) -> dict[st
     start = time.perf_counter()
     overrides = texts.overrides(folder, None if key in WITHOUT_DATA else seed)
     command = [sys.executable, "-m", "wrapq", "run", *WRAPQ[key], *overrides]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    with (folder / "said").open("w+") as said, subprocess.Popen(command, stdout=said, stderr=said) as process:
+        _, _, usage = os.wait4(process.pid, 0)
     facts = [json.loads(path.read_text()) for path in folder.glob("*/*/run.json")]
     if not facts or "quantized" not in facts[0].get("stages", {}):
-        return {"error": (done.stdout + done.stderr)[-2000:]}
-    return {"seconds": round(time.perf_counter() - start, 1)} | facts[0]["stages"]["quantized"]
+        return {"error": (folder / "said").read_text()[-2000:]}
+    measured = {"seconds": round(time.perf_counter() - start, 1), "gb": round(usage.ru_maxrss * 1024 / 1e9, 2)}
+    return measured | facts[0]["stages"]["quantized"]
 
 
 def theirs(texts: Texts, judge: Judge, key: tuple[str, str], seed: int, folder: Path, python: Path) -> dict[str, Any]:
