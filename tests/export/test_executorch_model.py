@@ -76,3 +76,13 @@ def test_a_run_exports_what_it_measured(recipe: str, error: float, megabytes: fl
     assert found["top1_agreement"] > 0.95 and found["size_mb"] < megabytes
     assert export_of(done).size == (export_of(done).path / MODEL).stat().st_size
     assert found["size_mb"] < found["float_size_mb"] and found["first_token_speedup"] > 0
+
+
+@pytest.mark.runtime
+@pytest.mark.timeout(1200)
+def test_a_part_by_torchaos_quantizer_for_xnnpack_stands_beside_the_rest(tmp_path: Path) -> None:
+    part = ["rules.head.quantize=true", "+rules.head.by=pt2e", "+rules.head.quantizer=xnnpack"]
+    words = [*CALIBRATED, *SMALL, *part, "export.executorch.beside_float=false", f"paths.outputs={tmp_path}"]
+    done = wrapq.run("executorch_w8a8", words)
+    assert export_of(done).error <= 2e-2
+    assert export_of(done).figures["top1_agreement"] > 0.95 and export_of(done).figures["greedy_agreement"] > 0.5

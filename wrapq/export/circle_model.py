@@ -43,6 +43,7 @@ class Circle(ProgramExporter):
     extra: ClassVar[tuple[str, tuple[str, ...]]] = "circle", (NEEDED, "tico")
     runtime: ClassVar[tuple[str, str]] = "tico", run_circle.__file__
     in_float32: ClassVar[bool] = True
+    takes_parts: ClassVar[bool] = False  # PT2E's integers of 8 bits are signed
 
     def inexpressible(self, spec: QuantSpec, weight: bool) -> str | None:
         if reason := super().inexpressible(spec, weight):

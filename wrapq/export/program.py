@@ -83,6 +83,7 @@ class ProgramExporter(Exporter, ABC):
     """
 
     runtime: ClassVar[tuple[str, str]]
+    takes_parts: ClassVar[bool] = True
     in_float32: ClassVar[bool] = False
     """Whether what it writes takes and gives float32 whatever the module computes in."""
 

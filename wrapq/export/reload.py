@@ -39,7 +39,7 @@ class Answer(NamedTuple):
             with, joined by `, `; nothing where it could not be loaded.
         reason: why it could not.
         measured: `first_token_ms`, `token_ms` and `peak_mb`, as `wrapq.export.stopwatch` has them.
-        tokens: int64 [1, N], what the model goes on with after the first sequence; None for a program that does not.
+        tokens: int64 [1, N], what the model goes on with after the first sequence; None where it is no language model.
     """
 
     logits: dict[str, torch.Tensor]
@@ -99,14 +99,22 @@ def main(folder: str, ids: str, logits: str, device: str) -> None:
             how = [DEQUANTIZED, *how]
         except (RuntimeError, ValueError):
             sys.exit(first)
-    tokens = load_file(ids)["ids"].to(device)
-    with torch.no_grad():
-        output = model.to(device)(input_ids=tokens, use_cache=False).logits.float().cpu().contiguous()
+    tokens = load_file(ids)["ids"]
+    model.to(device)
+
+    @torch.no_grad()
+    def run(ids: torch.Tensor) -> torch.Tensor:
+        return model(input_ids=ids.to(device), use_cache=False).logits.float().cpu().contiguous()
+
+    output = run(tokens)
     stopwatch = runpy.run_path(str(Path(__file__).with_name("stopwatch.py")))
-    if model.can_generate():
-        measured = stopwatch["measured"](lambda prompt, count: greedy(model, prompt, count), tokens[:1].cpu().numpy())
-    else:
-        measured = stopwatch["measured_once"](torch.no_grad()(lambda: model(input_ids=tokens[:1])))
+
+    def generate(prompt: Any, count: int) -> Any:
+        if model.can_generate():
+            return greedy(model, prompt, count)
+        return stopwatch["greedy_anew"](lambda ids: run(torch.from_numpy(ids)).numpy(), prompt, count)
+
+    measured = stopwatch["measured"](generate, tokens[:1].numpy())
     written = {", ".join(how) or PLAIN: output, **{name: torch.from_numpy(t) for name, t in measured.items()}}
     try:
         Path(logits).write_bytes(save(written))

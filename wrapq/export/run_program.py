@@ -28,15 +28,16 @@ def main(folder: str, ids: str, logits: str, device: str) -> None:
         Path(logits).write_bytes(save({name: torch.from_numpy(array) for name, array in made.items()}))
         return
     tokens = given["ids"]
-    with torch.no_grad():
-        output = program(input_ids=tokens, attention_mask=torch.ones_like(tokens)).float().cpu().contiguous()
 
     @torch.no_grad()
-    def first_token() -> None:
-        program(input_ids=tokens[:1], attention_mask=torch.ones_like(tokens[:1]))
+    def run(ids: torch.Tensor) -> torch.Tensor:
+        return program(input_ids=ids, attention_mask=torch.ones_like(ids)).float().cpu().contiguous()
 
-    measured = stopwatch["measured_once"](first_token)
-    Path(logits).write_bytes(save({LOGITS: output, **{name: torch.from_numpy(t) for name, t in measured.items()}}))
+    def generate(prompt: np.ndarray, count: int) -> np.ndarray:
+        return stopwatch["greedy_anew"](lambda ids: run(torch.from_numpy(ids).to(device)).numpy(), prompt, count)
+
+    measured = stopwatch["measured"](generate, tokens[:1].cpu().numpy())
+    Path(logits).write_bytes(save({LOGITS: run(tokens), **{name: torch.from_numpy(t) for name, t in measured.items()}}))
 
 
 @torch.no_grad()

@@ -41,31 +41,39 @@ def greedy(run: Callable[[Arrays], Arrays], prompt: np.ndarray, past: Arrays, co
     return np.concatenate(found[1:], 1)
 
 
-def measured(generate: Callable[[np.ndarray, int], np.ndarray], prompt: np.ndarray) -> dict[str, np.ndarray]:
+def greedy_anew(run: Callable[[np.ndarray], np.ndarray], prompt: np.ndarray, count: int) -> np.ndarray:
+    """As `greedy`, of what keeps nothing of the tokens before: each is found by `run` of all of them, which gives
+    logits [1, T, V] of tokens [1, T]."""
+    tokens = prompt
+    for _ in range(count):
+        tokens = np.concatenate([tokens, run(tokens)[:, -1:].argmax(-1)], 1)
+    return tokens[:, prompt.shape[1] :]
+
+
+def measured(
+    generate: Callable[[np.ndarray, int], np.ndarray], prompt: np.ndarray, longest: int | None = None
+) -> dict[str, np.ndarray]:
     """The time in ms to the first token after a `prompt` [1, T] and for each of those after it, medians of several; the
     most memory that the process took, in MB of a million bytes, which Linux tells; and the tokens.
 
     Args:
         generate: so many tokens [1, N] after a prompt, each the likeliest.
         prompt: int64 [1, T].
+        longest: the most tokens that the model can be given, at least T; as many as it takes when None.
     """
-    generate(prompt, 2)  # what is made once is made
+    count = TOKENS if longest is None else min(TOKENS, longest - prompt.shape[1] + 1)
+    generate(prompt, min(2, count))  # what is made once is made
     first: list[float] = []
     whole: list[float] = []
     tokens, began = prompt, time.perf_counter()
     while len(first) < _TIMES and time.perf_counter() - began < _ENOUGH:
         first.append(_seconds(lambda: generate(prompt, 1))[0])
-        seconds, tokens = _seconds(lambda: generate(prompt, TOKENS))
+        seconds, tokens = _seconds(lambda: generate(prompt, count))
         whole.append(seconds)
-    each = (statistics.median(whole) - statistics.median(first)) / (TOKENS - 1)
-    return {f"{MEASURED}token_ms": np.array([1000 * each]), f"{MEASURED}tokens": tokens, **_first(first)}
-
-
-def measured_once(run: Callable[[], object]) -> dict[str, np.ndarray]:
-    """As `measured`, of what keeps nothing of the tokens before, by `run` of a prompt: the first token's time, and the
-    memory."""
-    run()
-    return _first([_seconds(run)[0] for _ in range(_TIMES)])
+    found = {"first_token_ms": 1000 * statistics.median(first), **_peak()}
+    if count > 1:
+        found["token_ms"] = 1000 * (statistics.median(whole) - statistics.median(first)) / (count - 1)
+    return {f"{MEASURED}tokens": tokens, **_named(found)}
 
 
 def called(run: Callable[[list[Any]], Sequence[np.ndarray]], given: dict[str, Any]) -> Arrays:
@@ -74,8 +82,7 @@ def called(run: Callable[[list[Any]], Sequence[np.ndarray]], given: dict[str, An
     inputs = [given[f"{INPUT}{i}"] for i in range(len(given))]
     outputs = {f"{OUTPUT}{i}": np.array(each, order="C") for i, each in enumerate(run(inputs))}
     seconds = statistics.median(_seconds(lambda: run(inputs))[0] for _ in range(_CALLS))
-    measured = {"latency_ms": 1000 * seconds, **_peak()}
-    return outputs | {f"{MEASURED}{name}": np.array([value]) for name, value in measured.items()}
+    return outputs | _named({"latency_ms": 1000 * seconds, **_peak()})
 
 
 def _seconds(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -84,9 +91,8 @@ def _seconds(work: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-def _first(seconds: list[float]) -> dict[str, np.ndarray]:
-    found = {"first_token_ms": 1000 * statistics.median(seconds), **_peak()}
-    return {f"{MEASURED}{name}": np.array([value]) for name, value in found.items()}
+def _named(figures: dict[str, float]) -> Arrays:
+    return {f"{MEASURED}{name}": np.array([value]) for name, value in figures.items()}
 
 
 def _peak() -> dict[str, float]:

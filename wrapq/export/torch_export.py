@@ -50,7 +50,6 @@ class TorchExport(ProgramExporter):
     options: TorchExportOptions
     weights: ClassVar[str] = PROGRAM
     extra: ClassVar[tuple[str, tuple[str, ...]]] = "torch_export", (NEEDED,)
-    takes_parts: ClassVar[bool] = True
     runtime: ClassVar[tuple[str, str]] = "torch.export.load", run_program.__file__
 
     def program(self, model: nn.Module) -> Any:

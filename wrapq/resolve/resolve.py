@@ -231,7 +231,8 @@ def _inexpressible(plan: Plan, name: str, exporter: Exporter) -> Iterator[Proble
     yield from exporter.check(plan)
     if plan.parts and not exporter.takes_parts:
         what = f"{and_more([part.name for part in plan.parts])}: {name} has no word for what PT2E makes of a module"
-        remedy = "run with export=torch_export, whose programs have, or with export=none"
+        takers = [f"export={other}" for other in EXPORTERS if EXPORTERS.get(other).takes_parts]
+        remedy = f"run with one that has: {', '.join(takers)}; or with export=none"
         yield Problem(plan.parts[0].source, "export", what, (), remedy)
 
 
