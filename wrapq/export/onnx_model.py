@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Sequence
+from keyword import iskeyword
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -146,7 +147,17 @@ def translated(program: Any, inputs: Sequence[str], outputs: Sequence[str], outr
                 verbose=False,
             )
     except Exception as error:  # of what the exporter met in somebody else's code, there is no list
-        raise ModelError(f"torch.onnx does not take this model: {first_line(error)}") from error
+        raise ModelError(f"torch.onnx does not take this model: {_cause(error, program)}") from error
     pack(made.model)
     separate(made.model, outright)
     return made.model
+
+
+def _cause(error: BaseException, program: Any) -> str:
+    """What torch.onnx met, in a line; what it says itself, in colours, is at which step."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    words = [word for name in program.state_dict for word in name.split(".") if iskeyword(word)]
+    if isinstance(error, SyntaxError) and words:  # it writes modules out as a program
+        return f"a module in it is called {words[0]!r}, a word that Python keeps for itself"
+    return first_line(error)
