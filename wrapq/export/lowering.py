@@ -210,7 +210,7 @@ class Lowered(nn.Module):
             tall, wide = spec.block_size
             rows, spec = ids // tall, replace(spec, block_size=(1, wide))
         if scale.dim() > 0 and len(scale) > 1:  # else all rows share it
-            scale, zero = (None if each is None else each.index_select(0, rows) for each in (scale, zero))
+            scale, zero = scale.index_select(0, rows), None if zero is None else zero.index_select(0, rows)
         return self._dequantized(self.weight_codes.index_select(0, ids), scale, zero, spec)
 
     def _dequantized(self, codes: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec) -> Tensor:

@@ -27,6 +27,7 @@ from wrapq.runtime.prefix import CACHES
 _LARGEST = 2**31 - 2**20
 """Bytes of weights that one file may hold: the format is a protocol buffer."""
 _BEFORE = 3  # tokens that the example has a cache of
+_UNPACKED = "session.disable_quant_qdq=1"
 _LOUD = ("torch.onnx", "onnxscript", "onnx_ir")
 
 
@@ -87,6 +88,9 @@ class Onnx(ProgramExporter):
         yield f"onnxruntime.InferenceSession('{MODEL}') takes input_ids, attention_mask and {PAST}.*, empty at first"
         if plan.model.dtype != "float32":
             yield f"{MODEL} computes in float32 and holds the rest in it, where the model is in {plan.model.dtype}"
+        points = [point for module in plan.modules for point in module.points if point.role == "weight"]
+        if any(point.quant_spec.dtype.kind == "float" for point in points):
+            yield f"on a CPU onnxruntime unpacks fp8 weights at each product, and once in a session with {_UNPACKED}"
 
 
 def save_onnx(model: Any, path: Path) -> None:

@@ -27,7 +27,7 @@ def pack(model: ir.Model) -> None:
     for node in list(graph):
         if node.op_type == "MatMul" and (weight := _weight_in_groups(node.inputs[1])) is not None:
             _multiply_packed(model, node, weight)
-        elif node.op_type == "Gather" and node.inputs[0].dtype in FLOATS:
+        elif node.op_type == "Gather" and _is_float(node.inputs[0]):
             _gather_bytes(graph, node)
     drop_unused(graph)
     if any(node.domain == DOMAIN for node in graph):
@@ -49,6 +49,11 @@ def _retype(graph: ir.Graph, node: Any) -> None:
         wide = TYPES[8][TYPES[4].index(kind)]
         node.attributes["to"] = ir.AttrInt64("to", int(wide))
         result.dtype = wide
+
+
+def _is_float(value: Any) -> bool:
+    """Whether `value` is floats of 8 bits."""
+    return value.dtype in FLOATS
 
 
 def _gather_bytes(graph: ir.Graph, node: Any) -> None:
