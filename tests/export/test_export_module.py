@@ -175,9 +175,42 @@ def test_a_module_that_is_only_prepared_or_gives_no_tensor_is_told_so(tmp_path: 
     assert not list(tmp_path.iterdir())
 
 
+class Counted(nn.Module):
+    """A layer under the name that it is given, and a number beside its result."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.add_module(name, nn.Linear(4, 4))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.get_submodule(self.name)(x), torch.tensor(3.0)
+
+
+def test_an_output_that_no_input_changes(tmp_path: Path) -> None:
+    wrapq.export_module(Counted("layer").eval(), "onnx", tmp_path / "made", torch.randn(4, 4))
+    assert by_onnxruntime(tmp_path / "made", [torch.randn(3, 4)])[1] == 3
+
+
+def test_what_torch_onnx_met_is_told_in_a_line(tmp_path: Path) -> None:
+    with pytest.raises(
+        ModelError, match=r"take this model: a module in it is called 'class', a word that Python"
+    ) as told:
+        wrapq.export_module(Counted("class").eval(), "onnx", tmp_path / "made", torch.randn(4, 4))
+    assert "\x1b" not in str(told.value)
+
+    class Eigenvalues(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.linalg.eigvals(x).abs()
+
+    with pytest.raises(ModelError, match=r"take this model: \w+: No ONNX function found for <.*linalg_eig") as told:
+        wrapq.export_module(Eigenvalues(), "onnx", tmp_path / "made", torch.randn(4, 4))
+    assert "\x1b" not in str(told.value)
+
+
 def test_what_a_format_cannot_say_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    model, example, _ = quantized_encoder("w8a8_static", "rules.linear.weight=fp8_e4m3:channel")
-    with pytest.raises(PlanError, match="operators for integers, not for fp8_e4m3"):
+    model, example, _ = quantized_encoder("w8a8_static", "rules.linear.weight=nf4:g32")
+    with pytest.raises(PlanError, match="operators for integers and fp8, not for nf4"):
         wrapq.export_module(model, "onnx", tmp_path / "made", example)
     with pytest.raises(PlanError, match="gguf holds language models"):
         wrapq.export_module(model, "gguf", tmp_path / "made", example)

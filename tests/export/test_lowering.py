@@ -31,6 +31,9 @@ CASES: dict[str, tuple[str, str | None, float]] = {
     "dynamic, asymmetric": ("int4:g16:sym", "int8:token:asym:dyn", TIES),
     "dynamic, symmetric": ("int8:channel", "int8:token:sym:dyn", TIES),
     "dynamic groups": ("int8:channel", "int8:g16:asym:dyn", TIES),
+    "fp8 tensor, static": ("fp8_e4m3:tensor", "fp8_e4m3:tensor", EXACT),
+    "fp8 tokens": ("fp8_e4m3:channel", "fp8_e4m3:token:dyn", EXACT),
+    "fp8 blocks with a ragged edge, groups": ("fp8_e4m3:b24x24", "fp8_e4m3:g16:dyn", EXACT),
     "16 bits in bfloat16 scales": ("int8:channel:scale=bfloat16", "uint16:tensor:asym", RECIPROCAL),
 }
 FAMILIES = ("llama", "gpt2", "gemma3", "opt", "mixtral")
@@ -115,10 +118,14 @@ def test_groups_in_an_activation_order_and_corrections(make_model: Callable[...,
     ("spec", "weight", "reason"),
     [
         ("nf4:g32", True, "not for nf4"),
-        ("fp8_e4m3:channel", True, "not for fp8_e4m3"),
+        ("fp4_e2m1:channel", True, "not for fp4_e2m1"),
+        ("nvfp4", True, "not for fp4_e2m1"),
+        ("fp8_e4m3:g32:scale=fp8_e4m3:global", True, "no second one above it"),
         ("uint4:g32:asym:zero=float", True, "zero points are integers"),
         ("int8:head", False, "by head"),
         ("int8:g32", False, "by group"),
+        ("fp8_e4m3:b32x32:dyn", False, "not in whole blocks"),
+        ("int8:token:dyn:scale=bfloat16", False, "are float32, not bfloat16"),
     ],
 )
 def test_what_it_cannot_say(spec: str, weight: bool, reason: str) -> None:
@@ -127,5 +134,5 @@ def test_what_it_cannot_say(spec: str, weight: bool, reason: str) -> None:
 
 
 def test_it_raises_what_it_cannot_say(make_model: Callable[..., nn.Module]) -> None:
-    with pytest.raises(ValueError, match="weight: there are operators for integers, not for nf4"):
+    with pytest.raises(ValueError, match="weight: there are operators for integers and fp8, not for nf4"):
         lower(converted(make_model("llama"), "nf4:g16", None))

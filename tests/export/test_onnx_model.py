@@ -225,7 +225,7 @@ def test_weights_too_large_for_one_file(
 @pytest.mark.parametrize(
     ("words", "reasons"),
     [
-        (["rules.linear.weight=nf4:g32"], ["weight in nf4:g32", "there are operators for integers, not for nf4"]),
+        (["rules.linear.weight=nf4:g32"], ["weight in nf4:g32", "operators for integers and fp8, not for nf4"]),
         (["float_prefix=1"], ["no operator says that first tokens stay float"]),
     ],
 )

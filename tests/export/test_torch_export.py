@@ -69,8 +69,8 @@ def test_a_finished_run_is_exported_later_to_the_same_bytes_and_strictly(tmp_pat
 @pytest.mark.parametrize(
     ("words", "reasons"),
     [
-        (["rules.linear.weight=nf4:g32"], ["weight in nf4:g32", "there are operators for integers, not for nf4"]),
-        (["rules.linear.input=fp8_e4m3:token:dyn"], ["input in fp8_e4m3:token:sym:dyn", "not for fp8_e4m3"]),
+        (["rules.linear.weight=nf4:g32"], ["weight in nf4:g32", "operators for integers and fp8, not for nf4"]),
+        (["rules.linear.input=mxfp8:dyn"], ["scales found as tokens come are float32, not e8m0"]),
         (["float_prefix=1"], ["no operator says that first tokens stay float"]),
     ],
 )

@@ -38,6 +38,9 @@ class AotInductor(TorchExport):
             yield Problem("", "export.aot_inductor", what, (), "install g++ or clang, or name one by CXX")
 
     def save(self, program: Any, folder: Folder) -> None:
+        plain = _plain()
+        if any(node.target in plain for node in program.graph.nodes):
+            program = program.run_decompositions(plain)
         inductor: Any = torch._inductor
         try:
             with warnings.catch_warnings():
@@ -54,3 +57,14 @@ class AotInductor(TorchExport):
     def notes(self, plan: Plan) -> Iterable[str]:
         yield _LOAD
         yield _HERE
+
+
+def _plain() -> dict[Any, Any]:
+    """torchao's operators for floats of 8 bits in plain ones, as AOTInductor does not call these."""
+    from torchao.quantization import quant_primitives
+
+    ops: Any = torch.ops.torchao
+    return {
+        ops.quantize_affine_float8_non_decomposed.default: quant_primitives._quantize_affine_float8,
+        ops.dequantize_affine_float8_non_decomposed.default: quant_primitives._dequantize_affine_float8,
+    }

@@ -48,7 +48,7 @@ class Circle(ProgramExporter):
     def inexpressible(self, spec: QuantSpec, weight: bool) -> str | None:
         if reason := super().inexpressible(spec, weight):
             return reason
-        if spec.dtype.bits not in _BITS:
+        if spec.dtype.kind != "int" or spec.dtype.bits not in _BITS:
             return "Circle has integers of 4, 8 and 16 bits"
         if spec.dtype.bits == 16 and (not spec.dtype.signed or not spec.symmetric):
             return "Circle's integers of 16 bits are centred on zero: int16 with sym"

@@ -59,7 +59,7 @@ class ExecuTorch(ProgramExporter):
     def inexpressible(self, spec: QuantSpec, weight: bool) -> str | None:
         if reason := super().inexpressible(spec, weight):
             return reason
-        if not spec.dtype.signed or spec.dtype.bits > 8:
+        if spec.dtype.kind != "int" or not spec.dtype.signed or spec.dtype.bits > 8:
             return "XNNPACK has signed integers of at most 8 bits"
         return _weight_reason(spec) if weight else _activation_reason(spec)
 

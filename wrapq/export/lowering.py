@@ -2,7 +2,8 @@
 
 A converted module computes with wrapq's own arithmetic. What is lowered, at the same place in the model, computes the
 same in `torch.ops.quantized_decomposed`, for scales of whole tensors and of channels, and in `torch.ops.torchao`, for
-groups, blocks and the ranges of each token. `torch.export` keeps these as they are, and compilers match them.
+groups, blocks, the ranges of each token and floats of 8 bits. `torch.export` keeps these as they are, and compilers
+match them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from wrapq.quant.affine import TINY, storage_dtype
+from wrapq.quant.casts import TORCH_FLOATS
 from wrapq.quant.dtypes import dtype_named
 from wrapq.quant.qparams import QParams
 from wrapq.quant.spec import QuantSpec
@@ -24,20 +26,24 @@ from wrapq.runtime.prefix import prefix_tokens
 from wrapq.runtime.stand_in import combined_class, original_class, shadow
 
 NEEDED = "torchao"
-"""The package with the operators for groups and tokens."""
+"""The package with the operators for groups, tokens and floats."""
 _WEIGHT = ("weight_packed", "weight_shape")
 
 
 def inexpressible(spec: QuantSpec, weight: bool) -> str | None:
     """What of `spec` these operators cannot say, of a weight or an activation; None where they can say all of it."""
-    if spec.dtype.kind != "int":
-        return f"there are operators for integers, not for {spec.dtype.name}"
+    if spec.dtype.kind != "int" and spec.dtype.name not in TORCH_FLOATS:
+        return f"there are operators for integers and fp8, not for {spec.dtype.name}"
     if spec.zero_point != "int":
         return "zero points are integers"
     if spec.global_scale or spec.local:
         return "a scale has no second one above it"
     if spec.granularity == "head" or (not weight and not spec.dynamic and spec.granularity in ("group", "block")):
         return f"an activation has no fixed scales by {spec.granularity}"
+    if spec.dynamic and spec.granularity == "block":
+        return "tokens come in any number, not in whole blocks"
+    if spec.dynamic and spec.scale_dtype != "float32":
+        return f"scales found as tokens come are float32, not {spec.scale_dtype}"
     return None
 
 
@@ -62,10 +68,13 @@ def lower(model: nn.Module, unsigned: bool = False) -> nn.Module:
 
 def in_float32(lowered: nn.Module) -> nn.Module:
     """The lowered model itself, or a copy of it in float32: runtimes have few kernels for shorter types on a CPU."""
-    floats = [t.dtype for t in (*lowered.parameters(), *lowered.buffers()) if t.is_floating_point()]
-    if all(dtype == torch.float32 for dtype in floats):
+
+    def other(tensor: Tensor) -> bool:
+        return tensor.is_floating_point() and tensor.dtype not in (torch.float32, *TORCH_FLOATS.values())
+
+    if not any(map(other, (*lowered.parameters(), *lowered.buffers()))):
         return lowered
-    wide = copy.deepcopy(lowered).float()
+    wide = copy.deepcopy(lowered)._apply(lambda tensor: tensor.float() if other(tensor) else tensor)
     for module in wide.modules():
         if isinstance(module, Lowered):
             module.weight_dtype = torch.float32
@@ -100,7 +109,7 @@ def _lowered(module: QuantizedModule, unsigned: bool) -> nn.Module:
         for name in (*qparams.tensors(point), *(_WEIGHT if point == "weight" else ())):
             (new._parameters if name in new._parameters else new._buffers).pop(name)
         up = 0
-        if unsigned and spec.dtype.signed and spec.dtype.bits <= 8:
+        if unsigned and spec.dtype.kind == "int" and spec.dtype.signed and spec.dtype.bits <= 8:
             up = 2 ** (spec.dtype.bits - 1)
             new.specs[point] = replace(spec, dtype=dtype_named(f"uint{spec.dtype.bits}"), symmetric=False)
         new.hold_scales(point, qparams, up)
@@ -110,8 +119,8 @@ def _lowered(module: QuantizedModule, unsigned: bool) -> nn.Module:
 
 
 class Lowered(nn.Module):
-    """A converted module in standard operators: of a quantized weight the integers, one to a byte or two, and scales
-    and zero points as tensors; of activations with one scale a number each."""
+    """A converted module in standard operators: of a quantized weight the integers, one to a byte or two, or floats of
+    8 bits, and scales and zero points as tensors; of activations in integers with one scale a number each."""
 
     specs: dict[str, QuantSpec]
     wrapper: Any
@@ -121,22 +130,31 @@ class Lowered(nn.Module):
     """Whether rows are looked up in the whole weight."""
     weight_codes: Tensor
     weight_scale: Tensor
-    weight_zero_point: Tensor
+    weight_zero_point: Tensor | None
     weight_layout: torch.Size
     weight_dtype: torch.dtype
+    weight_columns: int
 
     def hold_codes(self, codes: Tensor, qparams: QParams, up: int) -> None:
-        """Hold the integers [N, K] of the weight, moved up, those of each group side by side."""
+        """Hold the codes [N, K] of the weight, moved up, those of each group side by side; blocks are whole."""
         if up:
             codes = (codes.to(torch.int16) + up).to(torch.uint8)
         if qparams.permutation is not None:
             codes = torch.empty_like(codes).index_copy_(1, qparams.permutation, codes)
             self.register_buffer("weight_order", qparams.permutation)
-        self.register_buffer("weight_codes", codes.contiguous())
+        if qparams.spec.block_size is not None:  # whole blocks, as torchao has no others
+            tall, wide = qparams.spec.block_size
+            codes = pad(codes, (0, -codes.shape[1] % wide, 0, -codes.shape[0] % tall))
+        kind = TORCH_FLOATS.get(qparams.spec.dtype.name, codes.dtype)
+        self.register_buffer("weight_codes", codes.contiguous().view(kind))
 
     def hold_scales(self, point: str, qparams: QParams, up: int) -> None:
         """Hold the fixed parameters of `point`, zero points moved up."""
         scale, zero = qparams.scale.detach(), qparams.zero_point
+        if qparams.spec.dtype.kind == "float":
+            self.register_buffer(f"{point}_scale", scale.reshape(()) if scale.numel() == 1 else scale)
+            self.register_buffer(f"{point}_zero_point", None)
+            return
         zero = torch.zeros_like(scale, dtype=torch.int32) if zero is None else zero.to(torch.int32)
         zero = zero + up
         if scale.numel() == 1 and (point != "weight" or (self.whole and self.specs[point].granularity == "tensor")):
@@ -152,9 +170,11 @@ class Lowered(nn.Module):
         spec = self.specs.get(point)
         if spec is None:
             return x
+        if spec.dtype.kind == "float":
+            return _through_floats(x, None if spec.dynamic else self._buffers[f"{point}_scale"], spec)
         if spec.dynamic:
             return _dynamic(x, spec)
-        grid = spec.dtype.qmin, spec.dtype.qmax, storage_dtype(spec.dtype)
+        grid = *_grid(spec), storage_dtype(spec.dtype)
         ops: Any = torch.ops.quantized_decomposed
         if point in self.fixed:
             codes = ops.quantize_per_tensor(x, *self.fixed[point], *grid)
@@ -178,7 +198,8 @@ class Lowered(nn.Module):
         if "weight_codes" not in self._buffers:
             return cast(Tensor, super().__getattr__("weight"))
         matrix = self._dequantized(self.weight_codes, self.weight_scale, self.weight_zero_point, self.specs["weight"])
-        return self.wrapper.from_matrix(matrix, self.weight_layout)
+        rows = self.weight_layout.numel() // self.weight_columns
+        return self.wrapper.from_matrix(matrix if len(matrix) == rows else matrix[:rows], self.weight_layout)
 
     def weight_rows(self, ids: Tensor) -> Tensor | None:
         """The rows [M, K] of the weight for `ids` [M]; None where it is not quantized."""
@@ -189,22 +210,21 @@ class Lowered(nn.Module):
             tall, wide = spec.block_size
             rows, spec = ids // tall, replace(spec, block_size=(1, wide))
         if scale.dim() > 0 and len(scale) > 1:  # else all rows share it
-            scale, zero = scale.index_select(0, rows), zero.index_select(0, rows)
+            scale, zero = scale.index_select(0, rows), None if zero is None else zero.index_select(0, rows)
         return self._dequantized(self.weight_codes.index_select(0, ids), scale, zero, spec)
 
-    def _dequantized(self, codes: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:
-        grid = spec.dtype.qmin, spec.dtype.qmax
+    def _dequantized(self, codes: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec) -> Tensor:
         ops: Any = torch.ops.quantized_decomposed
-        if "weight" in self.fixed:
-            matrix = ops.dequantize_per_tensor(codes, *self.fixed["weight"], *grid, codes.dtype)
+        if spec.dtype.kind == "float":
+            matrix = torch.ops.torchao.dequantize_affine_float8_non_decomposed(codes, scale)
+        elif "weight" in self.fixed:
+            matrix = ops.dequantize_per_tensor(codes, *self.fixed["weight"], *_grid(spec), codes.dtype)
         elif _of_channels(spec):
-            matrix = ops.dequantize_per_channel(codes, scale, zero, 0, *grid, codes.dtype)
+            matrix = ops.dequantize_per_channel(codes, scale, zero, 0, *_grid(spec), codes.dtype)
         else:
-            rows, columns = codes.shape
             block = _block(spec, codes)
-            whole = pad(codes, (0, -columns % block[1], 0, -rows % block[0])) if spec.granularity == "block" else codes
-            matrix = torch.ops.torchao.dequantize_affine(whole, block, scale, zero, codes.dtype, *grid)
-            matrix = matrix if whole is codes else matrix[:rows, :columns]
+            matrix = torch.ops.torchao.dequantize_affine(codes, block, scale, zero, codes.dtype, *_grid(spec))
+        matrix = matrix if codes.shape[1] == self.weight_columns else matrix[:, : self.weight_columns]
         order = self._buffers.get("weight_order")
         matrix = matrix if order is None else matrix.index_select(1, order)
         return _in_dtype(matrix, self.weight_dtype)
@@ -215,6 +235,10 @@ def _of_channels(weight: QuantSpec) -> bool:
     return weight.granularity == "channel" and (weight.axis or 0) % 2 == 0
 
 
+def _grid(spec: QuantSpec) -> tuple[int, int]:
+    return spec.dtype.qmin, spec.dtype.qmax
+
+
 def _in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     """A conversion to the same type would stand in a program, between what compilers match as neighbours."""
     return x if x.dtype == dtype else x.to(dtype)
@@ -222,7 +246,7 @@ def _in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _dynamic(x: Tensor, spec: QuantSpec) -> Tensor:
     """As `dynamic_fake_quantize`; the range of zeros alone has the least scale there is, which gives zeros."""
-    grid = spec.dtype.qmin, spec.dtype.qmax
+    grid = _grid(spec)
     kind, block = "SYMMETRIC" if spec.symmetric else "ASYMMETRIC", _block(spec, x)
     ops: Any = torch.ops.torchao
     wide, codes = _in_dtype(x, torch.float32), storage_dtype(spec.dtype)
@@ -230,6 +254,17 @@ def _dynamic(x: Tensor, spec: QuantSpec) -> Tensor:
     scale, zero = ops.choose_qparams_affine(wide, kind, block, codes, *grid, **types)
     quantized = ops.quantize_affine(wide, block, scale, zero, codes, *grid)
     return _in_dtype(ops.dequantize_affine(quantized, block, scale, zero, codes, *grid), x.dtype)
+
+
+def _through_floats(x: Tensor, scale: Tensor | None, spec: QuantSpec) -> Tensor:
+    """`x` as floats of 8 bits, times `scale`, or times scales of its own range where there is none."""
+    ops: Any = torch.ops.torchao
+    kind = TORCH_FLOATS[spec.dtype.name]
+    if scale is None:
+        wide, least = _in_dtype(x, torch.float32), TINY * spec.dtype.largest
+        scale = ops.choose_scale_float8(wide, _block(spec, x), kind, hp_value_lb=least)
+    codes = ops.quantize_affine_float8_non_decomposed(x, scale, kind)
+    return ops.dequantize_affine_float8_non_decomposed(codes, scale, x.dtype)
 
 
 def _block(spec: QuantSpec, x: Tensor) -> list[int]:

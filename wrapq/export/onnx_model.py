@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Sequence
+from keyword import iskeyword
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -26,6 +27,7 @@ from wrapq.runtime.prefix import CACHES
 _LARGEST = 2**31 - 2**20
 """Bytes of weights that one file may hold: the format is a protocol buffer."""
 _BEFORE = 3  # tokens that the example has a cache of
+_UNPACKED = "session.disable_quant_qdq=1"
 _LOUD = ("torch.onnx", "onnxscript", "onnx_ir")
 
 
@@ -86,6 +88,9 @@ class Onnx(ProgramExporter):
         yield f"onnxruntime.InferenceSession('{MODEL}') takes input_ids, attention_mask and {PAST}.*, empty at first"
         if plan.model.dtype != "float32":
             yield f"{MODEL} computes in float32 and holds the rest in it, where the model is in {plan.model.dtype}"
+        points = [point for module in plan.modules for point in module.points if point.role == "weight"]
+        if any(point.quant_spec.dtype.kind == "float" for point in points):
+            yield f"on a CPU onnxruntime unpacks fp8 weights at each product, and once in a session with {_UNPACKED}"
 
 
 def save_onnx(model: Any, path: Path) -> None:
@@ -146,7 +151,17 @@ def translated(program: Any, inputs: Sequence[str], outputs: Sequence[str], outr
                 verbose=False,
             )
     except Exception as error:  # of what the exporter met in somebody else's code, there is no list
-        raise ModelError(f"torch.onnx does not take this model: {first_line(error)}") from error
+        raise ModelError(f"torch.onnx does not take this model: {_cause(error, program)}") from error
     pack(made.model)
     separate(made.model, outright)
     return made.model
+
+
+def _cause(error: BaseException, program: Any) -> str:
+    """What torch.onnx met, in a line; what it says itself, in colours, is at which step."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    words = [word for name in program.state_dict for word in name.split(".") if iskeyword(word)]
+    if isinstance(error, SyntaxError) and words:  # it writes modules out as a program
+        return f"a module in it is called {words[0]!r}, a word that Python keeps for itself"
+    return first_line(error)

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,7 +26,7 @@ from wrapq.resolve.plan import ModulePlan, Plan
 
 _SAME, _STEP, _COARSE_STEP = 1e-3, 5e-2, 0.25
 """Weights alone; and activations, where a number between two steps may fall to either side, as the operators multiply
-by the reciprocal of a scale; with fewer than 8 bits each such step is large."""
+by the reciprocal of a scale; with fewer than 8 bits, or two in a float's mantissa, each such step is large."""
 OPEN = torch.export.Dim.DYNAMIC
 """An axis whose size a program leaves open."""
 
@@ -145,7 +146,8 @@ class ProgramExporter(Exporter, ABC):
         specs = [p.quant_spec for module in modules for p in module.points if p.role == "activation"]
         if not specs:
             return _SAME if dtype == "float32" else _STEP
-        return _STEP if all(spec.dtype.bits >= 8 for spec in specs) else _COARSE_STEP
+        coarse = any(spec.dtype.bits < 8 or spec.dtype.name == "fp8_e5m2" for spec in specs)
+        return _COARSE_STEP if coarse else _STEP
 
 
 def run_script(name: str, script: str, folder: Path, ids: Tensor, device: str) -> Reading:
@@ -178,4 +180,5 @@ def traced(
 
 def example_ids(model: nn.Module, batch: int, length: int) -> Tensor:
     """Token ids [B, T] to trace a language model with."""
-    return torch.arange(batch * length, device=next(model.parameters()).device).view(batch, length)
+    first = next(chain(model.parameters(), model.buffers()))  # all quantized, it may have no parameter left
+    return torch.arange(batch * length, device=first.device).view(batch, length)

@@ -15,7 +15,8 @@ from wrapq.quant.dtypes import DTYPES, NF4_VALUES, DType
 
 _EXPONENT_MASK = 0x7F800000
 _FLOAT32_MANTISSA = 23
-_TORCH_FLOATS = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+TORCH_FLOATS = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+"""The formats that torch has a dtype for, whose bits are the codes."""
 _CHUNK = 1 << 16
 """Elements that a CPU rounds at once, so that what it needs in between stays in a core's cache."""
 _NF4_CELLS = 32
@@ -55,8 +56,8 @@ def encode_nearest(x: Tensor, dtype: DType) -> Tensor:
 
 def encode(values: Tensor, dtype: DType) -> Tensor:
     """The codes, uint8, of float32 `values` that are numbers of the float `dtype`."""
-    if dtype.name in _TORCH_FLOATS:
-        return values.to(_TORCH_FLOATS[dtype.name]).view(torch.uint8)
+    if dtype.name in TORCH_FLOATS:
+        return values.to(TORCH_FLOATS[dtype.name]).view(torch.uint8)
     # all numbers of the narrower formats are numbers of fp8_e4m3 too, whose bits torch gives
     wide = values.to(torch.float8_e4m3fn).view(torch.uint8)
     table = _NARROWED[dtype.name].to(values.device)

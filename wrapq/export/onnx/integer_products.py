@@ -9,6 +9,7 @@ integers W [K, N] of the weight and their scales t of each output, `(q - z) s W 
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ def separate(model: ir.Model, outright: bool = True) -> None:
             _multiply(graph, node, *found)
             continue
         point = _producer(node.inputs[0], "DequantizeLinear")
-        if point is not None and _has_one_scale(point) and _producer(point.inputs[0], "QuantizeLinear") is not None:
+        if point is not None and _has_one_scale(point) and _is_quantized_to_integers(point.inputs[0]):
             taken[point] = taken.get(point, -1) + 1
             if taken[point]:
                 _repeat(graph, node, point, taken[point])
@@ -47,6 +48,10 @@ def separate(model: ir.Model, outright: bool = True) -> None:
 def _has_one_scale(point: Any) -> bool:
     shape = point.inputs[1].shape
     return shape is not None and len(shape) == 0
+
+
+def _is_quantized_to_integers(value: Any) -> bool:
+    return _producer(value, "QuantizeLinear") is not None and value.dtype in chain(*TYPES.values())
 
 
 def _producer(value: Any, kind: str) -> Any:
@@ -106,10 +111,10 @@ def _is_zero(value: Any) -> bool:
 
 
 def _multiplies_bytes(weight: Any) -> bool:
-    codes, scale, zero = weight.inputs
+    codes, scale, *zero = weight.inputs
     whole = not weight.attributes["block_size"].as_int() if "block_size" in weight.attributes else True
     outputs = weight.attributes["axis"].as_int() == 1 or scale.const_value.numpy().size == 1
-    return whole and outputs and codes.dtype in TYPES[8] and not zero.const_value.numpy().any()
+    return whole and outputs and codes.dtype in TYPES[8] and not zero[0].const_value.numpy().any()
 
 
 def _multiply(graph: ir.Graph, node: Any, codes: Any, zero: Any, scale: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from wrapq.export.onnx.translations import TYPES
+from wrapq.export.onnx.translations import FLOATS, TYPES
 
 DOMAIN = "com.microsoft"
 """Of the operators that onnxruntime has beside ONNX's, and OpenVINO too."""
@@ -27,6 +27,8 @@ def pack(model: ir.Model) -> None:
     for node in list(graph):
         if node.op_type == "MatMul" and (weight := _weight_in_groups(node.inputs[1])) is not None:
             _multiply_packed(model, node, weight)
+        elif node.op_type == "Gather" and _is_float(node.inputs[0]):
+            _gather_bytes(graph, node)
     drop_unused(graph)
     if any(node.domain == DOMAIN for node in graph):
         model.opset_imports[DOMAIN] = 1
@@ -47,6 +49,29 @@ def _retype(graph: ir.Graph, node: Any) -> None:
         wide = TYPES[8][TYPES[4].index(kind)]
         node.attributes["to"] = ir.AttrInt64("to", int(wide))
         result.dtype = wide
+
+
+def _is_float(value: Any) -> bool:
+    """Whether `value` is floats of 8 bits."""
+    return value.dtype in FLOATS
+
+
+def _gather_bytes(graph: ir.Graph, node: Any) -> None:
+    """Let `node` take rows of a table of floats of 8 bits as bytes, which are looked up: onnxruntime gathers no such
+    floats."""
+    table, indices = node.inputs
+    kind, name = table.dtype, table.name
+    codes = table.const_value.numpy().view(np.uint8)
+    numbers = np.arange(256, dtype=np.uint8).view(kind.numpy()).astype(np.float32)
+    rows = ir.node("Gather", [add_initializer(graph, f"{name}_bytes", codes, TYPES[8][1]), indices], node.attributes)
+    places = ir.node("Cast", rows.outputs, {"to": int(ir.DataType.INT32)})
+    floats = add_initializer(graph, f"numbers_{kind.name.lower()}", numbers, ir.DataType.FLOAT)
+    looked_up = ir.node("Gather", [floats, *places.outputs])
+    made = ir.node("Cast", looked_up.outputs, {"to": int(kind)})
+    made.outputs[0].shape, made.outputs[0].dtype = node.outputs[0].shape, kind
+    graph.insert_before(node, [rows, places, looked_up, made])
+    node.outputs[0].replace_all_uses_with(made.outputs[0])
+    graph.remove(node, safe=True)
 
 
 def add_initializer(graph: ir.Graph, name: str, values: np.ndarray, kind: ir.DataType) -> ir.Value:
@@ -116,5 +141,6 @@ def drop_unused(graph: ir.Graph) -> None:
     for node in reversed(list(graph)):
         if not any(each.uses() or each.is_graph_output() for each in node.outputs):
             graph.remove(node, safe=True)
-    for name in [name for name, value in graph.initializers.items() if not value.uses()]:
+    unused = (name for name, each in graph.initializers.items() if not each.uses() and not each.is_graph_output())
+    for name in list(unused):
         del graph.initializers[name]

@@ -17,6 +17,9 @@ OPSET = 21
 TYPES = {4: (ir.DataType.INT4, ir.DataType.UINT4), 8: (ir.DataType.INT8, ir.DataType.UINT8)}
 TYPES[16] = ir.DataType.INT16, ir.DataType.UINT16
 """ONNX's integers by their bits, signed and not."""
+FLOATS = {ir.DataType.FLOAT8E4M3FN: 448.0, ir.DataType.FLOAT8E5M2: 57344.0}
+"""Its floats of 8 bits, with the largest number of each, which is what larger ones become."""
+_E4M3 = int(ir.DataType.FLOAT8E4M3FN)  # what an operator of torchao means where it names none
 
 
 def integer_type(least: int, most: int) -> tuple[ir.DataType, bool]:
@@ -85,8 +88,7 @@ def _choose_ranges(
     x: Any, kind: str, block: Sequence[Any], dtype: int, least: int, most: int, eps: float, *_: Any, **__: Any
 ) -> tuple[Any, Any]:
     """Scale and zero point from the range of each block, one number for each, as torchao's `choose_qparams_affine`."""
-    wide = [[False] * (len(part) - 1) + [not _is(size, 1)] for size, part in zip(block, _parts(x, block), strict=True)]
-    reduced = _integers([axis for axis, each in enumerate(chain(*wide)) if each])
+    reduced = _along_blocks(x, block)
     low, high = (reduce(_blocks(x, block)[0], reduced, keepdims=0) for reduce in (op.ReduceMin, op.ReduceMax))
     low, high = op.Min(low, _float(0)), op.Max(high, _float(0))
     if kind == "SYMMETRIC":
@@ -101,6 +103,47 @@ def _choose_ranges(
     return scale, op.Cast(zero, to=int(ir.DataType.INT32))
 
 
+def _choose_float_scales(
+    x: Any, block: Sequence[Any], dtype: int = _E4M3, scale_dtype: int = 1, hp_value_lb: float = 0, *_: Any
+) -> Any:
+    """The scale of each block of `x`, as torchao's `choose_scale_float8`."""
+    cut = any(len(part) > 1 for part in _parts(x, block))
+    bound = op.ReduceMax(op.Abs(_blocks(x, block)[0]), _along_blocks(x, block), keepdims=int(not cut))
+    return op.Div(op.Max(bound, _float(hp_value_lb)), _float(FLOATS[ir.DataType(dtype)]))
+
+
+def _quantize_floats(x: Any, scale: Any, dtype: int = _E4M3) -> Any:
+    if not scale.shape:
+        return op.QuantizeLinear(x, scale, output_dtype=dtype)
+    block = _block_of(x, scale)
+    split, whole = _blocks(x, block)
+    return whole(op.Cast(op.Div(split, _beside(scale, scale.shape, x, block)), to=dtype))
+
+
+def _dequantize_floats(x: Any, scale: Any, *_: Any) -> Any:
+    if not scale.shape:
+        return op.DequantizeLinear(x, scale)
+    block = _block_of(x, scale)
+    if len(block) == 2 and all(isinstance(size, int) for size in x.shape):  # a weight
+        for axis in (0, 1):
+            if _is(block[axis], 1) and _is(scale.shape[1 - axis], 1):
+                return op.DequantizeLinear(x, op.Squeeze(scale, _integers([1 - axis])), axis=axis)
+        if _is(block[0], 1):
+            return op.DequantizeLinear(x, scale, axis=1, block_size=block[1])
+    split, whole = _blocks(x, block)
+    steps: Any = op.Cast(split, to=int(ir.DataType.FLOAT))
+    return whole(op.Mul(steps, _beside(scale, scale.shape, x, block)))
+
+
+def _block_of(x: Any, scale: Any) -> list[Any]:
+    """The elements of `x` that share one of as many scales, by axis."""
+    block = []
+    for size, count in zip(x.shape, scale.shape, strict=True):
+        known = isinstance(size, int) and isinstance(count, int)
+        block.append(size if _is(count, 1) else size // count if known else 1)
+    return block
+
+
 def _integers(values: Sequence[int]) -> Any:
     return op.Constant(value_ints=list(values))
 
@@ -111,6 +154,12 @@ def _float(value: float) -> Any:
 
 def _is(size: Any, value: int) -> bool:
     return isinstance(size, int) and size == value
+
+
+def _along_blocks(x: Any, block: Sequence[Any]) -> Any:
+    """The axes of `_blocks` of `x` along which elements share a scale."""
+    wide = [[False] * (len(part) - 1) + [not _is(size, 1)] for size, part in zip(block, _parts(x, block), strict=True)]
+    return _integers([axis for axis, each in enumerate(chain(*wide)) if each])
 
 
 def _parts(x: Any, block: Sequence[Any]) -> list[list[Any]]:
@@ -158,5 +207,8 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     _TORCHAO.choose_qparams_affine.default: _choose_ranges,
     _TORCHAO.quantize_affine.default: _quantize_blocks,
     _TORCHAO.dequantize_affine.default: _dequantize_blocks,
+    _TORCHAO.choose_scale_float8.default: _choose_float_scales,
+    _TORCHAO.quantize_affine_float8_non_decomposed.default: _quantize_floats,
+    _TORCHAO.dequantize_affine_float8_non_decomposed.default: _dequantize_floats,
 }
 """For `custom_translation_table` of `torch.onnx.export`."""
