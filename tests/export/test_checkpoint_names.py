@@ -48,7 +48,9 @@ def test_they_are_those_that_transformers_saves_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "more"), [("mixtral", (ATTENTION,)), ("phimoe", ())])
+@pytest.mark.parametrize(
+    ("family", "more"), [("mixtral", (ATTENTION,)), ("phimoe", ()), ("granitemoe", ()), ("gpt_oss", ())]
+)
 def test_transformers_reads_them(family: str, more: tuple[str, ...], tmp_path: Path) -> None:
     path = f"model.path={random_model(family, tmp_path / 'model')}"
     recipe, *words = weights("int4:g32:sym", *more)
