@@ -54,6 +54,7 @@ _FORMS = {
         {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
     ),
     "gpt_oss": ("GptOssConfig", "GptOssForCausalLM", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "granitemoe": ("GraniteMoeConfig", "GraniteMoeForCausalLM", {"num_local_experts": 4}),
     "recurrent_gemma": (  # depthwise convolutions
         "RecurrentGemmaConfig",
         "RecurrentGemmaForCausalLM",

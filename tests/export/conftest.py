@@ -6,7 +6,10 @@ others are read by the same code in this process.
 
 from __future__ import annotations
 
+import os
+import subprocess
 import tempfile
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -14,10 +17,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import save_file
 from torch import Tensor
 
 import wrapq
+from tests.peers.environment import beside
 from wrapq.engine.record import RunResult
 from wrapq.errors import ModelError
 from wrapq.export import compressed_tensors as exporter_module
@@ -149,3 +154,22 @@ def exported(outputs: Path) -> Runner:
         return wrapq.run(recipe.removeprefix("recipe="), [*overrides, *chosen])
 
     return run
+
+
+@pytest.fixture(scope="session")
+def gptqmodel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of an environment with the extra `gptq`; one for all processes of the tests."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "gptqmodel"
+    packages = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]["gptq"]
+    done = folder / "python"
+    with FileLock(f"{folder}.lock"):
+        if not done.exists():
+            try:
+                made = beside(folder, packages)
+            except subprocess.CalledProcessError as error:
+                pytest.skip(f"{' '.join(packages)} cannot be installed: {(error.stderr or '').strip()[-300:]}")
+            done.write_text(str(made))
+    return Path(done.read_text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,18 @@ def test_names(model: str, layer: str, expected: str) -> None:
     assert names.of(f"model.layers.0.{layer}.weight") == f"model.layers.0.{expected}.weight"
 
 
+def test_a_configuration_names_experts_of_gpt_oss_by_one_pattern() -> None:
+    """vLLM looks for `gate_proj`, `up_proj` and `down_proj` of the first one, and gives names that end so others."""
+    names = checkpoint_names("GptOssForCausalLM")
+    assert names is not None
+    pattern = names.of_module("model.layers.1.mlp.experts.0.gate_up_proj").removeprefix("re:")
+    assert re.match(pattern, "model.layers.1.mlp.experts.0.up_proj")
+    assert not re.match(pattern, "model.layers.11.mlp.experts.0.up_proj")
+    assert names.of_module("model.layers.1.self_attn.q_proj") == "model.layers.1.self_attn.q_proj"
+    packed = names.of("model.layers.1.mlp.experts.0.down_proj.weight_packed")
+    assert packed == "model.layers.1.mlp.experts.0.w2_weight_packed"
+
+
 def test_they_are_those_that_transformers_saves_itself(tmp_path: Path) -> None:
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_local_experts": 2}
     model = MixtralForCausalLM(MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, vocab_size=32))
@@ -48,7 +61,9 @@ def test_they_are_those_that_transformers_saves_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "more"), [("mixtral", (ATTENTION,)), ("phimoe", ())])
+@pytest.mark.parametrize(
+    ("family", "more"), [("mixtral", (ATTENTION,)), ("phimoe", ()), ("granitemoe", ()), ("gpt_oss", ())]
+)
 def test_transformers_reads_them(family: str, more: tuple[str, ...], tmp_path: Path) -> None:
     path = f"model.path={random_model(family, tmp_path / 'model')}"
     recipe, *words = weights("int4:g32:sym", *more)

@@ -1,110 +1,17 @@
-"""Exports of modules that are no language models: a convolutional network and an encoder, in their real runtimes."""
+"""Exports of modules that are no language models: what they take and give, what is refused, what an error says."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel
 
 import wrapq
+from tests.export.modules import encoder, images, network, outputs, quantized_encoder
 from wrapq.engine.export_comparison import compared, last_digits_changed
 from wrapq.errors import CalibrationError, LifecycleError, ModelError, OutputError, PlanError, ProblemsError
-from wrapq.export.run_onnx import MODEL as ONNX
-from wrapq.export.run_openvino import MODEL as OPENVINO
-from wrapq.export.run_program import COMPILED, PROGRAM
-
-CONVOLUTIONS = "rules.linear.match.type=[Linear,Conv2d]"
-Made = tuple[nn.Module, Any, Any]
-"""A converted module, an example of its arguments, and another of other sizes."""
-
-
-def network() -> nn.Module:
-    torch.manual_seed(0)
-    first, apart = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1, groups=16)
-    layers = first, nn.BatchNorm2d(16), nn.ReLU6(), apart, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
-    return nn.Sequential(*layers, nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 10)).eval()
-
-
-def encoder() -> nn.Module:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
-    return BertModel(BertConfig(vocab_size=100, max_position_embeddings=64, **sizes)).eval()
-
-
-def words(rows: int, length: int) -> dict[str, Tensor]:
-    ids = torch.randint(100, (rows, length), generator=torch.Generator().manual_seed(rows))
-    mask = torch.ones_like(ids)
-    mask[0, length // 2 :] = 0
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def images(rows: int) -> Tensor:
-    return torch.randn(rows, 3, 16, 16, generator=torch.Generator().manual_seed(rows))
-
-
-def quantized_network(recipe: str = "w8a8_static", *more: str) -> Made:
-    return wrapq.quantize(network(), recipe, [images(4)], [CONVOLUTIONS, *more]), images(4), images(7)
-
-
-def quantized_encoder(recipe: str = "w8a8_static", *more: str) -> Made:
-    return wrapq.quantize(encoder(), recipe, [words(4, 12)], more), words(3, 12), words(2, 9)
-
-
-def by_onnxruntime(folder: Path, inputs: Sequence[Tensor]) -> list[Tensor]:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(folder / ONNX)
-    names = [each.name for each in session.get_inputs()]
-    given = {name: each.numpy() for name, each in zip(names, inputs, strict=True)}
-    return [torch.from_numpy(each) for each in session.run(None, given)]
-
-
-def by_openvino(folder: Path, inputs: Sequence[Tensor]) -> list[Tensor]:
-    import openvino
-
-    model: Any = openvino.Core().compile_model(folder / OPENVINO, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    done = model([each.numpy() for each in inputs])
-    return [torch.from_numpy(done[each].copy()) for each in model.outputs]
-
-
-def by_torch(folder: Path, inputs: Sequence[Tensor]) -> list[Tensor]:
-    return [*torch.export.load(folder / PROGRAM).module()(*inputs)]
-
-
-def by_inductor(folder: Path, inputs: Sequence[Tensor]) -> list[Tensor]:
-    return [*torch._inductor.aoti_load_package(str(folder / COMPILED))(*inputs)]
-
-
-RUNTIMES: dict[str, Callable[[Path, Sequence[Tensor]], list[Tensor]]] = {
-    "torch_export": by_torch,
-    "onnx": by_onnxruntime,
-    "openvino": by_openvino,
-}
-
-
-def outputs(model: nn.Module, example: Any) -> list[Tensor]:
-    with torch.no_grad():
-        done = model(**example) if isinstance(example, dict) else model(example)
-    return list(done.values()) if isinstance(done, dict) else [done]
-
-
-@pytest.mark.parametrize("made", [quantized_network, quantized_encoder], ids=["convolutions", "an encoder"])
-@pytest.mark.parametrize("name", ["torch_export", "onnx", pytest.param("openvino", marks=pytest.mark.slow)])
-def test_other_sizes_give_what_the_module_gives(name: str, made: Callable[[], Made], tmp_path: Path) -> None:
-    model, example, other = made()
-    found = wrapq.export_module(model, name, tmp_path / "made", example)
-    assert found.error < 0.05 and found.figures["cosine"] > 0.999
-    assert found.figures["latency_ms"] > 0 and found.figures["size_mb"] == found.size / 1e6 > 0
-    inputs = [*other.values()] if isinstance(other, dict) else [other]
-    theirs, ours = RUNTIMES[name](tmp_path / "made", inputs), outputs(model, other)
-    assert len(theirs) == len(ours)
-    for mine, its in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(its, mine, rtol=0, atol=0.06 * float(mine.abs().max()))
 
 
 @pytest.mark.parametrize("name", [pytest.param("torch_export", marks=pytest.mark.slow), "onnx"])
@@ -113,31 +20,6 @@ def test_weights_in_groups_and_a_float_module_are_exact(name: str, tmp_path: Pat
     assert wrapq.export_module(model, name, tmp_path / "made", example).error < 1e-5
     plain = wrapq.export_module(encoder(), name, tmp_path / "float", example)
     assert plain.error < 1e-5 and plain.figures["cosine"] == pytest.approx(1, abs=1e-5)
-
-
-@pytest.mark.slow
-def test_compiled_convolutions(tmp_path: Path) -> None:
-    model, example, other = quantized_network()
-    assert wrapq.export_module(model, "aot_inductor", tmp_path / "made", example).error < 0.05
-    (its,), (mine,) = by_inductor(tmp_path / "made", [other]), outputs(model, other)
-    torch.testing.assert_close(its, mine, rtol=0, atol=0.06 * float(mine.abs().max()))
-
-
-@pytest.mark.runtime
-def test_xnnpack_multiplies_integers_of_an_encoder(tmp_path: Path) -> None:
-    dynamic = "rules.linear.input=int8:token:asym:dyn"
-    model, example, _ = quantized_encoder("w4a16_rtn", "rules.linear.weight=int4:g32:sym", dynamic)
-    found = wrapq.export_module(model, "executorch", tmp_path / "made", example)
-    print(found.error, found.figures)
-    assert found.figures["cosine"] > 0.999
-
-
-@pytest.mark.runtime
-def test_a_circle_of_convolutions(tmp_path: Path) -> None:
-    model, example, _ = quantized_network("w8a8_static", "rules.linear.input=int16:tensor:sym")
-    found = wrapq.export_module(model, "circle", tmp_path / "made", example)
-    print(found.error, found.figures)
-    assert found.figures["cosine"] > 0.999
 
 
 class Many(nn.Module):
@@ -212,8 +94,6 @@ def test_what_a_format_cannot_say_is_refused_before_anything_is_written(tmp_path
     model, example, _ = quantized_encoder("w8a8_static", "rules.linear.weight=nf4:g32")
     with pytest.raises(PlanError, match="operators for integers and fp8, not for nf4"):
         wrapq.export_module(model, "onnx", tmp_path / "made", example)
-    with pytest.raises(PlanError, match="gguf holds language models"):
-        wrapq.export_module(model, "gguf", tmp_path / "made", example)
     with pytest.raises(ProblemsError, match="onnx"):
         wrapq.export_module(model, "onxx", tmp_path / "made", example)
     with pytest.raises(ProblemsError, match="strict"):

@@ -5,53 +5,27 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 import wrapq
 from tests.export.conftest import SMALL
 from tests.export.test_int32_layouts import UnpackedAwq, UnpackedGptq  # noqa: F401 - which registers them
-from tests.export.unpacked import quantization_of
 from tests.exports import export_of
 from tests.models import random_model
-from tests.peers.environment import beside
-from wrapq.engine.export import export_run
-from wrapq.engine.progress import Progress
 from wrapq.engine.record import RunResult
 from wrapq.export import reload
-from wrapq.recipe.schema import Export, Settings
 from wrapq.runtime.module import QuantizedWeight
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-ROOT = Path(__file__).parents[2]
 READER = Path(__file__).with_name("gptqmodel_reader.py")
 CLOSE = 1e-2
 """GPTQModel multiplies by 4-bit weights in bfloat16 on a CPU."""
-
-
-@pytest.fixture(scope="session")
-def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The interpreter of an environment with the extra `gptq`; one for all processes of the tests."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "gptqmodel"
-    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["gptq"]
-    done = folder / "python"
-    with FileLock(f"{folder}.lock"):
-        if not done.exists():
-            try:
-                made = beside(folder, packages)
-            except subprocess.CalledProcessError as error:
-                pytest.skip(f"{' '.join(packages)} cannot be installed: {(error.stderr or '').strip()[-300:]}")
-            done.write_text(str(made))
-    return Path(done.read_text())
 
 
 @dataclass(frozen=True)
@@ -95,12 +69,12 @@ def read_all(python: Path, folders: list[Path]) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_gptqmodel_unpacks_our_weights_and_computes_our_logits(python: Path, tmp_path: Path) -> None:
+def test_gptqmodel_unpacks_our_weights_and_computes_our_logits(gptqmodel: Path, tmp_path: Path) -> None:
     ids = torch.randint(2048, (2, 24))
     runs = {name: run(case, tmp_path / str(i)) for i, (name, case) in enumerate(CASES.items())}
     for done in runs.values():
         save_file({"ids": ids}, export_of(done).path / "ids.safetensors")
-    read_all(python, [export_of(done).path for done in runs.values()])
+    read_all(gptqmodel, [export_of(done).path for done in runs.values()])
     off = {}
     for name, done in runs.items():
         read, model = load_file(export_of(done).path / "read.safetensors"), wrapq.load(done.folder)
@@ -113,20 +87,3 @@ def test_gptqmodel_unpacks_our_weights_and_computes_our_logits(python: Path, tmp
             own = module.qparams("weight").dequantize(module.codes(), weight.dtype)
             assert torch.equal(weight, own), f"{name}: {layer}"
     assert all(value < CLOSE for value in off.values()), off
-
-
-def test_a_run_is_read_and_measured_and_exported_again(
-    python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    site = python.parents[1] / "lib"
-    monkeypatch.setattr(sys, "executable", str(python))  # which reads exports
-    monkeypatch.setattr(sys, "path", [*sys.path, *map(str, site.glob("*/site-packages"))])  # where packages are found
-    words = [*SMALL, "evaluation.tokens=256", "calibration.samples=4", "calibration.seq_len=64", "export=gptq"]
-    done = wrapq.run("w4a16_gptq", [*words, f"paths.outputs={tmp_path}", "goals.export_token_ms=5000"])
-    assert done is not None and done.goals["export_token_ms"].met
-    assert done.figures["export_top1_agreement"] > 0.95 and done.figures["export_greedy_agreement"] > 0.5
-    assert done.figures["export_token_speedup"] > 0  # the float model was measured there
-    assert export_of(done).error < CLOSE and quantization_of(export_of(done).path)["checkpoint_format"] == "gptq"
-    again = export_run(str(done.folder), {"awq": Export(beside_float=False)}, Settings(), Progress())["awq"]
-    assert again.error < CLOSE and again.figures["greedy_agreement"] > 0.5
-    assert quantization_of(again.path)["quant_method"] == "awq"

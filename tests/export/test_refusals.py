@@ -303,7 +303,9 @@ def test_experts_of_integers(tmp_path: Path) -> None:
     """A layer of experts is one tensor to transformers, which it makes from most formats."""
     model = f"model.path={random_model('qwen2_moe', tmp_path)}"
     said = refusal("recipe=w8a8_dynamic", model)
-    assert "mlp.experts.0.gate_proj and" in said and "of 8-bit integers and such inputs" in said
+    assert "mlp.experts.0.gate_proj and" in said and "of weights only, and leaves their inputs float" in said
+    assert "experts together of weights with zero points" in refusal(*weights("int4:g32:asym"), model)
+    assert "experts together of blocks of fp8" in refusal(*weights("fp8_e4m3:b32x32"), model, TRANSFORMERS)
     planned("recipe=w8a16", model, "rules.linear.weight.group_size=32")
     left = "+rules.experts={match: {name: '*.experts.*'}, quantize: false}"
     planned("recipe=w8a8_dynamic", model, left)
@@ -315,11 +317,21 @@ def test_experts_of_integers(tmp_path: Path) -> None:
     assert "transformers and vLLM take one spec for all experts" in refusal(*weights("int4:g32"), eight, model)
 
 
-def test_experts_that_transformers_makes_of_no_tensors_for_each(tmp_path: Path) -> None:
-    model = f"model.path={random_model('gpt_oss', tmp_path)}"
+def test_experts_that_no_reader_takes_one_by_one(tmp_path: Path) -> None:
+    model = f"model.path={random_model('llama4', tmp_path)}"
     said = refusal(*weights("int4:g32"), model)
-    what = "transformers puts experts of GptOssForCausalLM together of no tensors for each of them"
+    what = "no reader is known here that takes experts of Llama4ForCausalLM one by one"
     assert f"{what}\n    leave it float, or run with export=none" in said
+
+
+def test_experts_of_gpt_oss(tmp_path: Path) -> None:
+    """vLLM reads them one by one where its loader has names for what a format stores."""
+    model = f"model.path={random_model('gpt_oss', tmp_path)}"
+    assert planned(*weights("int4:g32"), model, "export=compressed_tensors").modules
+    what = "vLLM reads experts of GptOssForCausalLM with packed symmetric weights and float inputs alone"
+    assert what in refusal(*weights("int4:g32:asym"), model)
+    fp8 = weights("fp8_e4m3:channel")
+    assert what in refusal(*fp8, model)
 
 
 def test_layers_that_transformers_initializes_before_it_unpacks_them(tmp_path: Path) -> None:

@@ -41,15 +41,13 @@ def test_a_tensor_holds_our_weight_to_the_bit(weight: str, inputs: str | None) -
 
 
 RUNS = {
-    "w8a8_dynamic": ((), 2e-2),
     "w4a16_gptq": (CALIBRATED, 1e-5),
     "w8a16": (("model.dtype=bfloat16",), 2e-2),
 }
 
 
-@pytest.mark.parametrize(
-    "recipe", [pytest.param(name, marks=() if name == "w8a8_dynamic" else pytest.mark.slow) for name in RUNS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RUNS)
 def test_a_run_exports_what_it_measured(recipe: str, tmp_path: Path) -> None:
     words, allowed = RUNS[recipe]
     done = wrapq.run(recipe, [*words, *SMALL, "export=torchao", ALONE, f"paths.outputs={tmp_path}"])

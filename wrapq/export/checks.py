@@ -13,7 +13,7 @@ from wrapq.export.base import Refusals
 from wrapq.export.checkpoint_names import checkpoint_names
 from wrapq.export.folder_checkpoint import refuse_initialized
 from wrapq.export.nearest import ELSE, remedy_for
-from wrapq.export.scheme import INT, MXFP4, NVFP4, PACK, Args, Scheme, cache_args, linear_scheme
+from wrapq.export.scheme import MXFP4, MXFP8, NVFP4, PACK, Args, Scheme, cache_args, linear_scheme
 from wrapq.export.transform_config import rotated_layers
 from wrapq.export.vllm import cache_refusal, fusion_refusals, linear_refusal, rotation_refusal
 from wrapq.graph.mixtures import EXPERT_NAME
@@ -82,9 +82,14 @@ def translate(plan: Plan, reader: str) -> Translation:
     if reader == VLLM:
         names = checkpoint_names(plan.model.type)
         experts = [name for name in translation.floats if EXPERT_NAME.fullmatch(name)]
-        if names and (unread := [name for name in experts if names.of_module(name) != name]):
+        if names and (unread := [name for name in experts if names.of(weight := f"{name}.weight") != weight]):
             what = f"vLLM does not read float experts of {plan.model.type} out of one tensor"
             translation.refused["", what, _READER_REMEDY] = unread
+        quantized = {m: schemes[m.name] for m in plan.modules if m.name in schemes and EXPERT_NAME.fullmatch(m.name)}
+        for module, scheme in quantized.items() if names and names.whole else ():
+            if scheme.format != PACK or scheme.inputs is not None or not scheme.weights["symmetric"]:
+                what = f"vLLM reads experts of {plan.model.type} with packed symmetric weights and float inputs alone"
+                translation.refuse(module, what, _READER_REMEDY)
         for module in (module for module in plan.modules if module.name in rotated):
             if reason := rotation_refusal(module.name, module.block is None, module.has_bias):
                 translation.refuse(module, reason, _ROTATION_REMEDY)
@@ -140,17 +145,29 @@ def _experts(plan: Plan, translation: Translation) -> None:
     several = any(len(found) > 1 for found in kinds.values()) or len(set().union(*kinds.values()) - {""}) > 1
     for module, name in modules.items():
         if name not in names.parts:
-            what = f"transformers puts experts of {plan.model.type} together of no tensors for each of them"
+            what = f"no reader is known here that takes experts of {plan.model.type} one by one"
             unread[module] = what, ELSE
         elif several:
             unread[module] = "transformers and vLLM take one spec for all experts", f"give all the same, {ELSE}"
-        elif module.name in translation.schemes and translation.schemes[module.name].format == INT:
-            # as seen with 5.17 and 5.24; it does those of the other formats
-            unread[module] = "transformers does not put experts together of 8-bit integers and such inputs", _REMEDY
+        elif module.name in translation.schemes and (what := _unread_expert(translation.schemes[module.name])):
+            unread[module] = what, _REMEDY
     if not unread or not any(map(can_be_taken_apart, ModelSource(plan.recipe.model).meta_model().modules())):
         return
     for module, (reason, remedy) in unread.items():
         translation.refuse(module, reason, remedy)
+
+
+def _unread_expert(scheme: Scheme) -> str | None:
+    """Why transformers does not put experts of `scheme` together, as seen with 5.17 and 5.24; None where it does."""
+    weights = scheme.weights
+    if scheme.inputs is not None:
+        return "transformers puts experts together of weights only, and leaves their inputs float"
+    if scheme.format == PACK and not weights["symmetric"]:
+        return "transformers does not put experts together of weights with zero points"
+    if weights["strategy"] == "block" or scheme.format in (NVFP4, MXFP8):
+        name = scheme.format.partition("-")[0] if scheme.half_only else "blocks of fp8"
+        return f"transformers does not put experts together of {name}"
+    return None
 
 
 def _cache(plan: Plan, translation: Translation, reader: str) -> None:

@@ -21,7 +21,7 @@ from wrapq.export.base import EXPORTERS, Exporter, Folder, Reading
 from wrapq.export.checkpoint_names import CheckpointNames, checkpoint_names
 from wrapq.export.checks import VLLM, Translation, translate
 from wrapq.export.folder_checkpoint import all_tensors, read_checkpoint, write_checkpoint
-from wrapq.export.reload import DEQUANTIZED, FLOAT_CACHE, TRANSFORMED, Answer
+from wrapq.export.reload import CONVERTED, DEQUANTIZED, FLOAT_CACHE, TRANSFORMED, Answer
 from wrapq.export.scheme import DENSE, MIXED, Args, Scheme
 from wrapq.export.tensors import CACHE_NAMES, activation_tensors, linear_tensors
 from wrapq.export.transform_config import rotated_layers, rotation_notes, transform_config
@@ -56,6 +56,10 @@ _TRANSFORMED = (
     "transformers {transformers} leaves the rotations at each forward out, so that what it loads is wrong until "
     "compressed_tensors.transform.apply_transform_config has put them in, with the matrices of the checkpoint; vLLM "
     "reads them"
+)
+_CONVERTED = (
+    "transformers {transformers} does not know how to put these experts together: it loads them once "
+    "register_checkpoint_conversion_mapping has told it, as docs/deploy.md shows"
 )
 
 
@@ -138,7 +142,7 @@ class CompressedTensors(Exporter):
 def reading(answer: Answer) -> Reading:
     """What `reload` found, with how it had to load."""
     ((how, values),) = answer.logits.items()
-    remarks = {DEQUANTIZED: _DEQUANTIZED, FLOAT_CACHE: _FLOAT_CACHE, TRANSFORMED: _TRANSFORMED}
+    remarks = {DEQUANTIZED: _DEQUANTIZED, FLOAT_CACHE: _FLOAT_CACHE, TRANSFORMED: _TRANSFORMED, CONVERTED: _CONVERTED}
     versions = {"version": _version(), "transformers": version("transformers")}
     notes = tuple(note.format(**versions) for word, note in remarks.items() if word in how)
     left_float = frozenset(CACHE_NAMES if FLOAT_CACHE in how else ())

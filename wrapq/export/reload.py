@@ -18,11 +18,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 PLAIN, DEQUANTIZED, FLOAT_CACHE, TRANSFORMED = "plain", "dequantized", "float cache", "transformed"
+CONVERTED = "converted"
 """Loaded as it is; or only with every weight dequantized while it is loaded, without the scales of the cache, with the
-rotations at each forward put in afterwards, or several of these."""
+rotations at each forward put in afterwards, with transformers told how experts are put together, or several of these.
+"""
 _FAULTS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 _UNWRITTEN = 74  # the exit status, of what errs while it writes
 _CACHE_SCALES = (".k_scale", ".v_scale")
@@ -35,8 +38,8 @@ class Answer(NamedTuple):
     """What a script found.
 
     Attributes:
-        logits: under `plain`, or what of `dequantized`, `float cache` and `transformed` the export had to be loaded
-            with, joined by `, `; nothing where it could not be loaded.
+        logits: under `plain`, or what of `dequantized`, `float cache`, `transformed` and `converted` the export had to
+            be loaded with, joined by `, `; nothing where it could not be loaded.
         reason: why it could not.
         measured: `first_token_ms`, `token_ms` and `peak_mb`, as `wrapq.export.stopwatch` has them.
         tokens: int64 [1, N], what the model goes on with after the first sequence; None where it is no language model.
@@ -90,6 +93,7 @@ def main(folder: str, ids: str, logits: str, device: str) -> None:
     """See the module."""
     from transformers import CompressedTensorsConfig
 
+    converted = [CONVERTED] if _convert_experts(Path(folder)) else []
     try:
         model, how = _load(folder)
     except (RuntimeError, ValueError) as error:
@@ -115,7 +119,10 @@ def main(folder: str, ids: str, logits: str, device: str) -> None:
         return stopwatch["greedy_anew"](lambda ids: run(torch.from_numpy(ids)).numpy(), prompt, count)
 
     measured = stopwatch["measured"](generate, tokens[:1].numpy())
-    written = {", ".join(how) or PLAIN: output, **{name: torch.from_numpy(t) for name, t in measured.items()}}
+    written = {
+        ", ".join([*how, *converted]) or PLAIN: output,
+        **{name: torch.from_numpy(t) for name, t in measured.items()},
+    }
     try:
         Path(logits).write_bytes(save(written))
     except OSError as error:
@@ -142,8 +149,8 @@ def _load(folder: str, **options: Any) -> tuple[Any, list[str]]:
         kind = AutoModelForMultimodalLM
     loaded: Any = kind.from_pretrained(folder, output_loading_info=True, trust_remote_code=False, **options)
     model, report = loaded
-    unread = {key for key in report["unexpected_keys"] if key.endswith(_CACHE_SCALES)}
     how = []
+    unread = {key for key in report["unexpected_keys"] if key.endswith(_CACHE_SCALES)}
     if unread and not any(name.endswith(_CACHE_SCALES) for name in model.state_dict()):
         how.append(FLOAT_CACHE)
         report["unexpected_keys"] = set(report["unexpected_keys"]) - unread
@@ -154,6 +161,41 @@ def _load(folder: str, **options: Any) -> tuple[Any, list[str]]:
     if faults:
         raise ValueError("; ".join(faults))
     return model.eval(), how
+
+
+def _convert_experts(folder: Path) -> bool:
+    """Tell transformers how to make its tensors of experts that the checkpoint has one by one, where it does not know
+    itself; whether that was so."""
+    from transformers import conversion_mapping
+
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        found = {name.partition(".experts.0.")[2] for name in file.keys()}  # noqa: SIM118
+    model_type = json.loads((folder / "config.json").read_text())["model_type"]
+    known = conversion_mapping.get_checkpoint_conversion_mapping(model_type) or []
+    if found == {""} or any(".experts.*." in str(getattr(step, "source_patterns", "")) for step in known):
+        return False
+    from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose, WeightConverter, WeightRenaming
+
+    merge, one = MergeModulelist(dim=0), "experts.*."
+    if any(name.startswith("gate_proj.weight") for name in found):
+        both = [f"{one}gate_proj.weight", f"{one}up_proj.weight"]
+        steps = [
+            WeightConverter(both, "experts.gate_up_proj", [merge, Concatenate(dim=1)]),
+            WeightConverter(f"{one}down_proj.weight", "experts.down_proj", [merge]),
+        ]
+    elif "w13_weight_packed" in found or "gate_up_proj.weight_scale" in found:
+        steps = []
+        for part, name in {"gate_up_proj": "w13", "down_proj": "w2"}.items():
+            packed = rf"experts\.(\d+)\.{name}_weight_packed", rf"experts.\1.{part}.weight_packed"
+            steps += [
+                WeightRenaming(*packed),
+                WeightConverter(f"{one}{part}.weight", f"experts.{part}", [merge, Transpose(1, 2)]),
+                WeightConverter(f"{one}{part}.bias", f"experts.{part}_bias", [merge]),
+            ]
+    else:
+        return False
+    conversion_mapping.register_checkpoint_conversion_mapping(model_type, [*known, *steps], overwrite=True)
+    return True
 
 
 def _transform(model: Any, folder: Path, unread: set[str]) -> set[str]:
