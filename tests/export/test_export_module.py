@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import wrapq
-from tests.export.modules import encoder, images, network, outputs, quantized_encoder
+from tests.export.modules import by_onnxruntime, encoder, images, network, outputs, quantized_encoder
 from wrapq.engine.export_comparison import compared, last_digits_changed
 from wrapq.errors import CalibrationError, LifecycleError, ModelError, OutputError, PlanError, ProblemsError
 
