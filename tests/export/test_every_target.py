@@ -24,7 +24,7 @@ SMALL = ("evaluation.tokens=512", "evaluation.seq_len=128", "tracking=none", "ru
 CALIBRATED = ("calibration.samples=8", "calibration.seq_len=128")
 EXACT, STEP, ROUNDED, ROUNDED_BY_256 = 1e-5, 5e-2, 2e-2, 4e-2
 """Sums in another order; numbers that those move to the other side of a step; inputs that the runtime rounds itself."""
-FAST, SLOW = (), pytest.mark.slow
+FAST, SLOW = (), (pytest.mark.slow, pytest.mark.timeout(900))  # an environment of its own for GPTQModel takes minutes
 RUNTIME = pytest.mark.runtime, pytest.mark.timeout(1200)
 
 
@@ -74,9 +74,18 @@ CELLS: dict[tuple[str, str], Any] = {
 LANGUAGE = "holds language models of a run alone"
 REFUSED = {
     **{(name, kind): LANGUAGE for name in ("compressed_tensors", "gguf", "gptq", "awq", "torchao") for kind in MODULES},
-    ("executorch", CONVOLUTIONS): "XNNPACK has integers for weights of linear layers, not of Conv2d",
+    ("executorch", CONVOLUTIONS): "XNNPACK has integers for weights of linear layers, not of Conv",
 }
 """What a target does not take, and what it says."""
+
+
+RUNTIMES = {"gguf": "llama_cpp", "executorch": "executorch", "circle": "tico"}
+"""Those that the tests' own environment may lack."""
+
+
+def need(target: str) -> None:
+    if target in RUNTIMES:
+        pytest.importorskip(RUNTIMES[target], reason=f"pip install 'wrapq[{target}]', which takes minutes")
 
 
 def targets() -> list[str]:
@@ -97,8 +106,8 @@ def language_rows() -> Iterable[Any]:
 
 @pytest.mark.parametrize("row", language_rows())
 def test_a_run(row: Row, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if "gguf" in row.targets:
-        pytest.importorskip("llama_cpp", reason="pip install 'wrapq[gguf]' compiles llama.cpp, which takes minutes")
+    for target in row.targets:
+        need(target)
     if "gptq" in row.targets:
         python = request.getfixturevalue("gptqmodel")
         site = (python.parents[1] / "lib").glob("*/site-packages")
@@ -118,13 +127,16 @@ def test_a_run(row: Row, tmp_path: Path, request: pytest.FixtureRequest, monkeyp
         print(target, f"error {made.error:.2g}", {name: round(value, 3) for name, value in figures.items()})
         assert made.error <= allowed and figures["top1_agreement"] > 0.9, target
         assert figures["first_token_ms"] > 0 and figures["size_mb"] == made.size / 1e6 > 0, target
-        assert figures["greedy_agreement"] >= (1 if allowed == EXACT else 0.2) and figures["token_ms"] > 0, target
+        if (target, row.model) == ("openvino", SHIPPED):  # which has few weights that stay float, stored in float32
+            assert made.size < 1.2 * (done.folder / "model.safetensors").stat().st_size
+        assert figures["greedy_agreement"] >= (1 if allowed == EXACT else 0.1) and figures["token_ms"] > 0, target
 
 
 @pytest.mark.parametrize(
     ("target", "kind"), [pytest.param(*cell, marks=marks, id=" ".join(cell)) for cell, marks in CELLS.items()]
 )
 def test_a_module(target: str, kind: str, tmp_path: Path) -> None:
+    need(target)
     model, example, other = quantized(kind, target)
     made = wrapq.export_module(model, target, tmp_path / "made", example)
     assert made.error < STEP and made.figures["cosine"] > 0.999

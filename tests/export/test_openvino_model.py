@@ -9,11 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-import wrapq
 from tests.export.test_lowering import converted, logits, off
-from tests.export.test_onnx_model import CALIBRATED, CASES, SMALL
+from tests.export.test_onnx_model import CASES
 from tests.export.test_refusals import planned
-from tests.exports import export_of
 from wrapq.errors import ModelError, PlanError
 from wrapq.export.openvino_model import OpenVino
 from wrapq.export.run_openvino import MODEL
@@ -38,20 +36,6 @@ def test_it_computes_the_same(
     reading = exporter.read(tmp_path, ids, "cpu")
     assert off(reading.logits, logits(model, ids)) <= STEP
     assert reading.tokens is not None and reading.tokens.shape == (1, 32)
-
-
-ALONE = "export.openvino.beside_float=false"
-
-
-@pytest.mark.slow
-def test_a_run_exports_what_it_measured(tmp_path: Path) -> None:
-    done = wrapq.run("onnx_w4a16", [*CALIBRATED, *SMALL, "export=openvino", f"paths.outputs={tmp_path}", ALONE])
-    assert export_of(done).error <= STEP
-    assert done.figures["export_top1_agreement"] > 0.9 and done.figures["export_token_ms"] > 0
-    files = {MODEL, Path(MODEL).with_suffix(".bin").name}
-    assert files <= {file.name for file in export_of(done).path.iterdir()}
-    assert export_of(done).size == sum((export_of(done).path / file).stat().st_size for file in files)
-    assert export_of(done).size < 1.2 * (done.folder / "model.safetensors").stat().st_size
 
 
 @pytest.mark.parametrize("inputs", ["int16:tensor:sym", "int4:tensor:asym"])

@@ -40,7 +40,7 @@ CASES = {
 LEFT = "+rules.attention={match: {name: '*.self_attn.*'}, quantize: false}"
 MIXTURES = {family: weights("int4:g32:sym", LEFT) for family in ("gpt_oss", "granitemoe")}
 """Whose packed experts are unpacked once vLLM has loaded them, as it has a kernel for these on processors with AMX
-alone. In float32, for in bfloat16 near tokens are sent to other experts; which it multiplies no packed layers in."""
+alone. Our run is in float32, as in bfloat16 near tokens are sent to other experts."""
 WIDE = {"hidden_size": 128, "intermediate_size": 128, "head_dim": 32, "num_key_value_heads": 2}
 
 
