@@ -84,7 +84,7 @@ SCHEMES: dict[str, dict[str, Scheme]] = {
     "circle": {
         "W8A16": Scheme(("circle_int16",), {"TICO": peers.tico(8), "TICO, GPTQ": peers.tico(8, gptq=True)}),
         "W4A16": Scheme(
-            ("circle_int16", "rules.linear.weight=int4:channel"),
+            ("circle_w4a16",),
             {"TICO": peers.tico(4), "TICO, GPTQ": peers.tico(4, gptq=True)},
         ),
     },

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from tests.peers.environment import NNCF, OPENVINO, peer_python, run_oneshots
 from wrapq.export import run_circle, run_executorch, run_gguf, run_onnx, run_openvino
+from wrapq.export.circle_model import CircleOptions
 from wrapq.export.executorch_model import LogitsOfSequence
 from wrapq.export.run_onnx import nothing_before
 from wrapq.export.stopwatch import LOGITS
@@ -141,6 +142,7 @@ def pt2e(**config: Any) -> Peer:
         quantizer.set_operator_type(
             torch.ops.aten.linear.default, get_symmetric_quantization_config(is_per_channel=True, **config)
         )
+        quantizer.transform_for_annotation = lambda model: model  # it makes floats of whole numbers that index
         ids = given.data["input_ids"]
         prepared = prepare_pt2e(_program(LogitsOfSequence(given.model).eval(), ids).module(), quantizer)
         for row in ids.split(1):
@@ -225,15 +227,8 @@ def _tico(given: Given, bits: int, gptq: bool, out: Path) -> None:
     if rounded:
         inject_gptq_qparams(model, rounded)
     program = seen(model).wrapped.as_export_module("prefill", return_kv=False).eval()
-    example = given.data["input_ids"][:1, : circle_tokens(given.ours)]
+    example = given.data["input_ids"][:1, : CircleOptions().tokens]
     package.convert(program, (example,), strict=False).save(str(out / run_circle.MODEL))
-
-
-def circle_tokens(folder: Path) -> int:
-    """The length of the sequences that a Circle model takes."""
-    from tico.circle.runtime import CircleReferenceRuntime
-
-    return int(CircleReferenceRuntime((folder / run_circle.MODEL).read_bytes()).input_tensors[0].shape[1])
 
 
 def ggml(importance: bool) -> Peer:
