@@ -56,12 +56,11 @@ def test_the_unsigned_grid_is_the_same(weight: str, make_model) -> None:
 
 @pytest.mark.runtime
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("bits", [8, 4])
-def test_a_run_exports_what_it_measured(bits: int, tmp_path: Path) -> None:
-    words = [f"rules.linear.weight=int{bits}:channel:sym", *CALIBRATED, *SMALL, f"paths.outputs={tmp_path}"]
-    done = wrapq.run("circle_int16", words)
+@pytest.mark.parametrize("recipe", ["circle_int16", "circle_w4a16"])
+def test_a_run_exports_what_it_measured(recipe: str, tmp_path: Path) -> None:
+    done = wrapq.run(recipe, [*CALIBRATED, *SMALL, f"paths.outputs={tmp_path}"])
     assert export_of(done).error <= 2e-3
-    print("circle_int16", bits, f"error {export_of(done).error:.2g}", export_of(done).figures)
+    print(recipe, f"error {export_of(done).error:.2g}", export_of(done).figures)
     assert export_of(done).figures["top1_agreement"] > 0.98
     size = (export_of(done).path / MODEL).stat().st_size
     assert export_of(done).size == size < 1.3 * (done.folder / "model.safetensors").stat().st_size

@@ -12,7 +12,9 @@ from typing import Any
 
 PEER, INTERPRETER = "llmcompressor==0.14.0.1", "WRAPQ_PEER_PYTHON"
 NNCF = ("nncf==3.4.0", "openvino==2026.4.1")
-ONESHOT, STATIC = (Path(__file__).with_name(name) for name in ("oneshot.py", "static.py"))
+ONESHOT, STATIC, OPENVINO = (
+    Path(__file__).with_name(f"{name}.py") for name in ("oneshot", "static", "openvino_models")
+)
 
 
 def peer_python(folder: Path, also: Sequence[str] = ()) -> Path:
