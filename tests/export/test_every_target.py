@@ -53,7 +53,7 @@ ROWS = [
     Row(DOCS, "torchao_w8a8", {"torchao": STEP, "compressed_tensors": STEP}),
     Row(DOCS, "awq_w4a16", {"awq": ROUNDED, "gptq": ROUNDED}),
     Row(DOCS, "executorch_w4a8", {"executorch": ROUNDED}, RUNTIME),
-    Row(DOCS, "circle_int16", {"circle": ROUNDED}, RUNTIME),
+    Row(DOCS, "circle_w4a16", {"circle": ROUNDED}, RUNTIME),
 ]
 
 CELLS: dict[tuple[str, str], Any] = {
