@@ -168,15 +168,14 @@ def _convert_experts(folder: Path) -> bool:
         return False
     from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose, WeightConverter, WeightRenaming
 
-    merge, one = MergeModulelist(dim=0), "experts.*."
+    merge, one, steps = MergeModulelist(dim=0), "experts.*.", list[Any]()
     if any(name.startswith("gate_proj.weight") for name in found):
         both = [f"{one}gate_proj.weight", f"{one}up_proj.weight"]
-        steps = [
+        steps += [
             WeightConverter(both, "experts.gate_up_proj", [merge, Concatenate(dim=1)]),
             WeightConverter(f"{one}down_proj.weight", "experts.down_proj", [merge]),
         ]
     elif "w13_weight_packed" in found or "gate_up_proj.weight_scale" in found:
-        steps = []
         for part, name in {"gate_up_proj": "w13", "down_proj": "w2"}.items():
             packed = rf"experts\.(\d+)\.{name}_weight_packed", rf"experts.\1.{part}.weight_packed"
             steps += [
