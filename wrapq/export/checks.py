@@ -149,7 +149,7 @@ def _experts(plan: Plan, translation: Translation) -> None:
             unread[module] = what, ELSE
         elif several:
             unread[module] = "transformers and vLLM take one spec for all experts", f"give all the same, {ELSE}"
-        elif module.name in translation.schemes and (reason := _unread_expert(translation.schemes[module.name])):
+        elif (scheme := translation.schemes.get(module.name)) and (reason := _unread_expert(scheme)):
             unread[module] = reason, _REMEDY
     if not unread or not any(map(can_be_taken_apart, ModelSource(plan.recipe.model).meta_model().modules())):
         return

@@ -176,11 +176,10 @@ def _convert_experts(folder: Path) -> bool:
         return False
     from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose, WeightConverter, WeightRenaming
 
-    merge, one = MergeModulelist(dim=0), "experts.*."
-    steps: list[Any] = []
+    merge, one, steps = MergeModulelist(dim=0), "experts.*.", list[Any]()
     if any(name.startswith("gate_proj.weight") for name in found):
         both = [f"{one}gate_proj.weight", f"{one}up_proj.weight"]
-        steps = [
+        steps += [
             WeightConverter(both, "experts.gate_up_proj", [merge, Concatenate(dim=1)]),
             WeightConverter(f"{one}down_proj.weight", "experts.down_proj", [merge]),
         ]
