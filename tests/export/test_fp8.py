@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import wrapq
 from tests.export.conftest import cache_rule
-from tests.export.test_export_module import quantized_network
+from tests.export.modules import quantized_network
 from tests.export.test_lowering import off
 from tests.export.test_onnx_model import ALONE, CALIBRATED, SMALL
 from tests.export.test_refusals import planned
