@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import wrapq
 from wrapq import PTQConfig
-from wrapq.export.lowering import Lowered, inexpressible, lower
+from wrapq.export.lowering import Lowered, in_float32, inexpressible, lower
 from wrapq.export.torch_export import Logits
 from wrapq.quant.spec import QuantSpec
 
@@ -136,3 +136,12 @@ def test_what_it_cannot_say(spec: str, weight: bool, reason: str) -> None:
 def test_it_raises_what_it_cannot_say(make_model: Callable[..., nn.Module]) -> None:
     with pytest.raises(ValueError, match="weight: there are operators for integers and fp8, not for nf4"):
         lower(converted(make_model("llama"), "nf4:g16", None))
+
+
+def test_in_float32_nothing_computes_in_the_dtype_of_a_model_that_is_quantized_whole() -> None:
+    layers = nn.Sequential(nn.Linear(8, 4, bias=False)).bfloat16()
+    prepared = wrapq.prepare(layers, PTQConfig(weight="int8:channel", activation=None))
+    wrapq.calibrate(prepared, [], {"round": "rtn"})
+    model = wrapq.convert(prepared)
+    wide = in_float32(lower(model))
+    assert wide(torch.ones(2, 8)).dtype == torch.float32

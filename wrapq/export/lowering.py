@@ -72,7 +72,8 @@ def in_float32(lowered: nn.Module) -> nn.Module:
     def other(tensor: Tensor) -> bool:
         return tensor.is_floating_point() and tensor.dtype not in (torch.float32, *TORCH_FLOATS.values())
 
-    if not any(map(other, (*lowered.parameters(), *lowered.buffers()))):
+    made = {m.weight_dtype for m in lowered.modules() if isinstance(m, Lowered) and "weight_dtype" in m.__dict__}
+    if not any(map(other, (*lowered.parameters(), *lowered.buffers()))) and made <= {torch.float32}:
         return lowered
     wide = copy.deepcopy(lowered)._apply(lambda tensor: tensor.float() if other(tensor) else tensor)
     for module in wide.modules():
