@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tests.peers.environment import NNCF, OPENVINO, peer_python, run_oneshots
 from wrapq.export import run_circle, run_executorch, run_gguf, run_onnx, run_openvino
 from wrapq.export.circle_model import CircleOptions
-from wrapq.export.executorch_model import LogitsOfSequence
+from wrapq.export.executorch_model import LogitsOfSequence, compiled
 from wrapq.export.run_onnx import nothing_before
 from wrapq.export.stopwatch import LOGITS
 
@@ -147,7 +147,7 @@ def pt2e(**config: Any) -> Peer:
         prepared = prepare_pt2e(_program(LogitsOfSequence(given.model).eval(), ids).module(), quantizer)
         for row in ids.split(1):
             prepared(row)
-        _save_pte(_program(convert_pt2e(prepared), ids), out)
+        (out / run_executorch.MODEL).write_bytes(compiled(_program(convert_pt2e(prepared), ids)))
 
     return made
 
@@ -169,7 +169,7 @@ def torchao(bits: int, group: int | None = None, algorithm: str = "affine") -> P
         )
         quantize_(model, chosen, lambda module, name: isinstance(module, nn.Linear) and name != "lm_head")
         function = LogitsOfSequence(unwrap_tensor_subclass(model)).eval()
-        _save_pte(_program(function, given.data["input_ids"]), out)
+        (out / run_executorch.MODEL).write_bytes(compiled(_program(function, given.data["input_ids"])))
 
     return made
 
@@ -178,15 +178,6 @@ def _program(function: nn.Module, ids: Tensor) -> Any:
     return torch.export.export(
         function, (ids[:1, :8],), dynamic_shapes=({1: torch.export.Dim("t", min=2, max=_LONGEST)},)
     )
-
-
-def _save_pte(program: Any, out: Path) -> None:
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
-
-    config = EdgeCompileConfig(_check_ir_validity=False)
-    edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()], compile_config=config)
-    (out / run_executorch.MODEL).write_bytes(edge.to_executorch().buffer)
 
 
 def tico(bits: int, gptq: bool = False) -> Peer:

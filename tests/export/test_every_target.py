@@ -22,8 +22,9 @@ SHIPPED, DOCS = "shipped", "tiny-llama-docs"
 CONVOLUTIONS, ENCODER = "convolutions", "encoder"
 SMALL = ("evaluation.tokens=512", "evaluation.seq_len=128", "tracking=none", "runtime.kernels=reference")
 CALIBRATED = ("calibration.samples=8", "calibration.seq_len=128")
-EXACT, STEP, ROUNDED, ROUNDED_BY_256 = 1e-5, 5e-2, 2e-2, 4e-2
-"""Sums in another order; numbers that those move to the other side of a step; inputs that the runtime rounds itself."""
+EXACT, CLOSE, STEP, ROUNDED, ROUNDED_BY_256 = 1e-5, 1e-2, 5e-2, 2e-2, 4e-2
+"""Sums in another order; products in bfloat16; numbers that those move to the other side of a step; inputs that the
+runtime rounds itself."""
 FAST, SLOW = (), (pytest.mark.slow, pytest.mark.timeout(900))  # an environment of its own for GPTQModel takes minutes
 RUNTIME = pytest.mark.runtime, pytest.mark.timeout(1200)
 
@@ -38,20 +39,20 @@ class Row(NamedTuple):
 
 
 ROWS = [
-    Row(SHIPPED, "w4a16_gptq", {"torch_export": EXACT}, FAST),
+    Row(SHIPPED, "w4a16_gptq", {"torch_export": 1e-6}, FAST),
     Row(SHIPPED, "onnx_w4a16", {"onnx": EXACT}, FAST),
     Row(SHIPPED, "gguf_q8_0", {"gguf": ROUNDED}, FAST),
     Row(SHIPPED, "gguf_q4_k", {"gguf": ROUNDED_BY_256}),
     Row(SHIPPED, "onnx_w8a8", {"onnx": STEP, "aot_inductor": STEP}),
     Row(SHIPPED, "openvino_w4a16", {"openvino": STEP}),
-    Row(SHIPPED, "torchao_w8a8", {"torchao": STEP, "compressed_tensors": STEP}),
-    Row(SHIPPED, "gptq_w4a16", {"gptq": ROUNDED, "awq": ROUNDED}),
+    Row(SHIPPED, "torchao_w8a8", {"torchao": ROUNDED, "compressed_tensors": STEP}),
+    Row(SHIPPED, "gptq_w4a16", {"gptq": CLOSE, "awq": CLOSE}),
     Row(SHIPPED, "executorch_w8a8", {"executorch": ROUNDED}, RUNTIME),
     Row(SHIPPED, "circle_int16", {"circle": ROUNDED}, RUNTIME),
     Row(DOCS, "openvino_w8a8", {"openvino": STEP, "onnx": STEP, "torch_export": STEP, "aot_inductor": STEP}),
     Row(DOCS, "gguf_q4_0", {"gguf": ROUNDED}),
     Row(DOCS, "torchao_w8a8", {"torchao": STEP, "compressed_tensors": STEP}),
-    Row(DOCS, "awq_w4a16", {"awq": ROUNDED, "gptq": ROUNDED}),
+    Row(DOCS, "awq_w4a16", {"awq": CLOSE, "gptq": CLOSE}),
     Row(DOCS, "executorch_w4a8", {"executorch": ROUNDED}, RUNTIME),
     Row(DOCS, "circle_w4a16", {"circle": ROUNDED}, RUNTIME),
 ]
@@ -70,6 +71,18 @@ CELLS: dict[tuple[str, str], Any] = {
     ("circle", ENCODER): RUNTIME,
 }
 """Modules that are no language models, and what exports them."""
+
+ORDINARY = 0.9, 0.1
+LEAST = {"gptq": (0.95, 0.5), "awq": (0.95, 0.5), "torchao": (0.95, 0.2)}
+"""The share of next tokens and of 32 in a row that the shipped model has to keep, and others; all where it is exact."""
+WRITTEN = {
+    "torch_export": (("model.pt2",), "torch.export.load"),
+    "aot_inductor": (("compiled.pt2",), "aoti_load_package"),
+    "onnx": (("model.onnx",), "onnxruntime.InferenceSession"),
+    "openvino": (("openvino_model.xml", "openvino_model.bin"), ""),
+    "gguf": (("model.gguf",), ""),
+}
+"""The files of weights, and what a note says of how they are loaded."""
 
 LANGUAGE = "holds language models of a run alone"
 REFUSED = {
@@ -125,11 +138,16 @@ def test_a_run(row: Row, tmp_path: Path, request: pytest.FixtureRequest, monkeyp
     for target, allowed in row.targets.items():
         made, figures = done.exports[target], done.exports[target].figures
         print(target, f"error {made.error:.2g}", {name: round(value, 3) for name, value in figures.items()})
-        assert made.error <= allowed and figures["top1_agreement"] > 0.9, target
+        exact = allowed <= EXACT
+        top1, greedy = LEAST.get(target, ORDINARY) if row.model == SHIPPED else ORDINARY
+        assert made.error <= allowed and figures["top1_agreement"] >= (1 if exact else top1), target
+        assert figures["greedy_agreement"] >= (1 if exact else greedy) and figures["token_ms"] > 0, target
         assert figures["first_token_ms"] > 0 and figures["size_mb"] == made.size / 1e6 > 0, target
+        files, note = WRITTEN.get(target, ((), ""))
+        assert not files or made.size == sum((made.path / file).stat().st_size for file in files), target
+        assert any(note in each for each in made.notes) or not note, target
         if (target, row.model) == ("openvino", SHIPPED):  # which has few weights that stay float, stored in float32
             assert made.size < 1.2 * (done.folder / "model.safetensors").stat().st_size
-        assert figures["greedy_agreement"] >= (1 if allowed == EXACT else 0.1) and figures["token_ms"] > 0, target
 
 
 @pytest.mark.parametrize(

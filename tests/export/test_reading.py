@@ -77,8 +77,12 @@ def test_logits_were_compared_before_the_run_ended(name: str, exported: Runner) 
     )
     figures = found["figures"]
     assert ("float_token_ms" in figures) == (name == APART)
-    # of 96 tokens; with inputs of 4 bits last digits, which processors differ in, decide some
-    assert figures["top1_agreement"] > 0.85 and 0 < figures["token_ms"] < 5000 and figures["peak_mb"] > 50
+    # of 96 tokens: with inputs of 4 bits last digits, which processors differ in, decide some
+    assert (
+        figures["top1_agreement"] > (0.85 if name == "nvfp4" else 0.9)
+        and 0 < figures["token_ms"] < 5000
+        and figures["peak_mb"] > 50
+    )
     assert figures["size_mb"] == export_of(run).size / 1e6
     assert export_of(run).error < CASES[name].error
 

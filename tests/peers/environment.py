@@ -12,8 +12,8 @@ from typing import Any
 
 PEER, INTERPRETER = "llmcompressor==0.14.0.1", "WRAPQ_PEER_PYTHON"
 NNCF = ("nncf==3.4.0", "openvino==2026.4.1")
-ONESHOT, STATIC, OPENVINO = (
-    Path(__file__).with_name(f"{name}.py") for name in ("oneshot", "static", "openvino_models")
+JOBS, ONESHOT, STATIC, OPENVINO = (
+    Path(__file__).with_name(f"{name}.py") for name in ("jobs", "oneshot", "static", "openvino_models")
 )
 
 
@@ -63,7 +63,7 @@ def run_oneshots(
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_HUB_OFFLINE": "1"}
     answers = 0
-    command = [str(python), "-P", str(script), str(asked)]
+    command = [str(python), "-P", str(JOBS), str(script), str(asked)]
     with (
         said.open("w+") as log,
         subprocess.Popen(command, env=environment, cwd=folder, stdout=subprocess.PIPE, stderr=log, text=True) as peer,

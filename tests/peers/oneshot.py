@@ -1,17 +1,14 @@
-"""llm-compressor's `oneshot`, run by the interpreter of its own environment: `python oneshot.py JOBS`.
+"""llm-compressor's `oneshot`, for `jobs.py`.
 
-JOBS is a JSON list of mappings: `model`, `dtype`, `out` and `recipe` (YAML); for a recipe that looks at data `tokens`,
+A job is a mapping: `model`, `dtype`, `out` and `recipe` (YAML); for a recipe that looks at data `tokens`,
 a `.safetensors` file of ids [S, T], and if need be `batch_size` and `pipeline`; `dense: true` to save the weights as
 they are after quantization, under the names of the float model, in `out/model.safetensors` alone; `logits`, another
 file of ids, to save what the model that is left in memory computes for them [S, T, V], in `out/logits.safetensors`;
 `states`, one more, to save what its body computes [S, T, K] and the weight of its head [V, K], from which those logits
 can be had a part at a time, in `out/states.safetensors`; none of these for the files that it would save for a user.
-Each job is answered by a line `RESULT {"out": ..., "seconds": ..., "cpu": ...}`, which are those of `oneshot` alone, or
-by `RESULT {"out": ..., "error": ...}`.
+It takes `seconds` and `cpu`, which are those of `oneshot` alone.
 """
 
-import json
-import sys
 import time
 from pathlib import Path
 
@@ -22,6 +19,9 @@ from llmcompressor import oneshot
 from llmcompressor.pipelines.cache import IntermediatesCache
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+
+if not torch.accelerator.is_available():  # 0.14's AWQ pins memory whatever the device, which fails there
+    IntermediatesCache.pin_memory = lambda self, *args, **kwargs: None
 
 
 def run(job: dict) -> dict:
@@ -85,14 +85,3 @@ def dense_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         for name, module in model.named_modules()
         if (scheme := getattr(module, "quantization_scheme", None)) is not None and scheme.weights is not None
     }
-
-
-if __name__ == "__main__":
-    if not torch.accelerator.is_available():  # 0.14's AWQ pins memory whatever the device, which fails there
-        IntermediatesCache.pin_memory = lambda self, *args, **kwargs: None
-    for given in json.loads(Path(sys.argv[1]).read_text()):
-        try:
-            answer = run(given)
-        except Exception as error:  # one recipe's failure is a result too
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        print("RESULT " + json.dumps({"out": given["out"]} | answer), flush=True)

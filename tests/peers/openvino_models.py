@@ -1,14 +1,11 @@
-"""NNCF on OpenVINO models, run by the interpreter of its own environment: `python openvino_models.py JOBS`.
+"""NNCF on OpenVINO models, for `jobs.py`.
 
-JOBS is a JSON list of mappings: `model`, the XML of a float model; `data`, a safetensors file with one tensor for each
+A job is a mapping: `model`, the XML of a float model; `data`, a safetensors file with one tensor for each
 of its inputs, by name, of which each sample is a row; `out`, the XML to write; `head`, the output whose product stays
 float, if any; and either `static`, options of `nncf.quantize`, or `weights`, those of `nncf.compress_weights`, to which
-data is given where they ask for it. Keys and values of tokens before are those of no tokens. Answers are those of
-`oneshot.py`.
+data is given where they ask for it. Keys and values of tokens before are those of no tokens. It takes `seconds`.
 """
 
-import json
-import sys
 import time
 from pathlib import Path
 
@@ -56,12 +53,3 @@ def run(job: dict) -> dict:
     Path(job["out"]).parent.mkdir(parents=True, exist_ok=True)
     openvino.save_model(made, job["out"], compress_to_fp16=False)
     return {"seconds": round(time.perf_counter() - start, 2)}
-
-
-if __name__ == "__main__":
-    for job in json.loads(Path(sys.argv[1]).read_text()):
-        try:
-            answer = run(job)
-        except Exception as error:  # one recipe's failure is a result too
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        print("RESULT " + json.dumps({"out": job["out"]} | answer), flush=True)

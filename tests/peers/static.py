@@ -1,12 +1,10 @@
-"""NNCF's `quantize`, W8A8 with static ranges, run by the interpreter of its own environment: `python static.py JOBS`.
+"""NNCF's `quantize`, W8A8 with static ranges, for `jobs.py`.
 
-JOBS is a JSON list of mappings: `model`, `tokens`, `states`, `out` as for `oneshot.py`, and `smooth`, whether NNCF uses
+A job is a mapping: `model`, `tokens`, `states`, `out` as for `oneshot.py`, and `smooth`, whether NNCF uses
 SmoothQuant. The body of the model is quantized in float32, in OpenVINO, one sequence at a time; its embedding is not,
-nor is its head. Answers are those of `oneshot.py`.
+nor is its head. It takes `seconds` and `cpu`.
 """
 
-import json
-import sys
 import time
 from pathlib import Path
 
@@ -53,12 +51,3 @@ def run(job: dict) -> dict:
     out.mkdir(parents=True, exist_ok=True)
     save_file({"states": found, "head": model.lm_head.weight.detach().clone()}, out / "states.safetensors")
     return took
-
-
-if __name__ == "__main__":
-    for given in json.loads(Path(sys.argv[1]).read_text()):
-        try:
-            answer = run(given)
-        except Exception as error:  # one recipe's failure is a result too
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        print("RESULT " + json.dumps({"out": given["out"]} | answer), flush=True)

@@ -76,7 +76,7 @@ class ExecuTorch(ProgramExporter):
         folder.write(MODEL, lambda path: path.write_bytes(made))
 
     def write_module(self, model: nn.Module, example: Example, folder: Folder) -> None:
-        made = _compiled(example.traced(in_float32(lower(model)), whole=True))
+        made = compiled(example.traced(in_float32(lower(model)), whole=True))
         folder.write(MODEL, lambda path: path.write_bytes(made))
 
     def layers(self, plan: Plan) -> Iterable[str]:
@@ -105,10 +105,11 @@ def executorch_program(model: nn.Module, max_tokens: int) -> bytes:
     longest = getattr(cast(Any, model).config.get_text_config(), "max_position_embeddings", None) or max_tokens
     tokens = torch.export.Dim("tokens", min=2, max=min(max_tokens, longest))
     function = LogitsOfSequence(in_float32(lower(model))).eval()
-    return _compiled(traced(function, {"input_ids": example_ids(model, 1, 8)}, {"input_ids": {1: tokens}}))
+    return compiled(traced(function, {"input_ids": example_ids(model, 1, 8)}, {"input_ids": {1: tokens}}))
 
 
-def _compiled(program: Any) -> bytes:
+def compiled(program: Any) -> bytes:
+    """A program of `torch.export` as one of ExecuTorch; `ModelError` where it does not take it."""
     with quiet(*_LOUD):
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower

@@ -112,13 +112,11 @@ def main(folder: str, ids: str, logits: str, device: str) -> None:
 
     output = run(tokens)
     stopwatch = runpy.run_path(str(Path(__file__).with_name("stopwatch.py")))
-
-    def generate(prompt: Any, count: int) -> Any:
-        if model.can_generate():
-            return greedy(model, prompt, count)
-        return stopwatch["greedy_anew"](lambda ids: run(torch.from_numpy(ids)).numpy(), prompt, count)
-
-    measured = stopwatch["measured"](generate, tokens[:1].numpy())
+    prompt = tokens[:1].numpy()
+    if model.can_generate():
+        measured = stopwatch["measured"](lambda ids, count: greedy(model, ids, count), prompt)
+    else:
+        measured = stopwatch["measured_anew"](lambda ids: run(torch.from_numpy(ids)).numpy(), prompt)
     written = {
         ", ".join([*how, *converted]) or PLAIN: output,
         **{name: torch.from_numpy(t) for name, t in measured.items()},
@@ -149,8 +147,8 @@ def _load(folder: str, **options: Any) -> tuple[Any, list[str]]:
         kind = AutoModelForMultimodalLM
     loaded: Any = kind.from_pretrained(folder, output_loading_info=True, trust_remote_code=False, **options)
     model, report = loaded
-    how = []
     unread = {key for key in report["unexpected_keys"] if key.endswith(_CACHE_SCALES)}
+    how = []
     if unread and not any(name.endswith(_CACHE_SCALES) for name in model.state_dict()):
         how.append(FLOAT_CACHE)
         report["unexpected_keys"] = set(report["unexpected_keys"]) - unread

@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save
 
@@ -34,13 +33,9 @@ def main(folder: str, ids: str, logits: str, device: str) -> None:
         return
     tokens = given["ids"]
     output = torch.cat([method.execute([row])[0].clone() for row in tokens.split(1)])
-
-    def generate(prompt: np.ndarray, count: int) -> np.ndarray:
-        run = lambda ids: method.execute([torch.from_numpy(ids)])[0].numpy()  # noqa: E731
-        return stopwatch["greedy_anew"](run, prompt, count)
-
     _, longest = method.metadata.input_tensor_meta(0).sizes()
-    measured = stopwatch["measured"](generate, tokens[:1].numpy(), longest)
+    run = lambda ids: method.execute([torch.from_numpy(ids)])[0].numpy()  # noqa: E731
+    measured = stopwatch["measured_anew"](run, tokens[:1].numpy(), longest)
     written = {stopwatch["LOGITS"]: output, **{name: torch.from_numpy(t) for name, t in measured.items()}}
     Path(logits).write_bytes(save(written))
 

@@ -76,6 +76,13 @@ def measured(
     return {f"{MEASURED}tokens": tokens, **_named(found)}
 
 
+def measured_anew(
+    run: Callable[[np.ndarray], np.ndarray], prompt: np.ndarray, longest: int | None = None
+) -> dict[str, np.ndarray]:
+    """As `measured`, of what keeps nothing of the tokens before; `run` as in `greedy_anew`."""
+    return measured(lambda tokens, count: greedy_anew(run, tokens, count), prompt, longest)
+
+
 def called(run: Callable[[list[Any]], Sequence[np.ndarray]], given: dict[str, Any]) -> Arrays:
     """What a module that is no language model makes of its inputs, by `run` of them in order: the outputs, the time of
     a call in ms, the median of several, and the memory."""
